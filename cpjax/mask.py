@@ -1,0 +1,68 @@
+"""Who may see whom, decided by where tokens are in the text and never by where they lie in memory.
+
+    visible[b, t, s]  =  q_segment[b, t] == kv_segment[b, s]                      same request, and neither is a pad
+                      and q_position[b, t] >= kv_position[b, s]                   if is_causal
+                      and |q_position[b, t] − kv_position[b, s]| < window         if window is given
+
+Because a token carries its place with it, the same function is right for any layout, any ring step and any tile.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+type_of_array = jax.Array | np.ndarray
+
+PAD = -1
+"""The segment of a token that is only filling: it sees nothing and nobody sees it."""
+
+
+class Tokens(NamedTuple):
+    """Where tokens are: `position` counts from 0 within a request, `segment` numbers the request in its batch row."""
+
+    position: Int[type_of_array, "B T"]
+    segment: Int[type_of_array, "B T"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The rule of visibility, besides segments, which always apply. `window` counts keys, the query's own included."""
+
+    is_causal: bool = True
+    window: int | None = None
+
+    def __post_init__(self):
+        """Raise ValueError for a window below 1."""
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1, the query's own key (or None for no window)")
+
+
+def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[type_of_array, "B T S"]:
+    """Which key each query may see, as booleans `[B, T, S]`.
+
+    >>> t = tokens(1, 3)
+    >>> visible(Mask(is_causal=True), t, t)[0].astype(int)
+    array([[1, 0, 0],
+           [1, 1, 0],
+           [1, 1, 1]])
+    """
+    ahead = q.position[:, :, None] - kv.position[:, None, :]
+    seen = (q.segment[:, :, None] == kv.segment[:, None, :]) & (q.segment[:, :, None] != PAD)
+    if mask.is_causal:
+        seen = seen & (ahead >= 0)
+    if mask.window is not None:
+        seen = seen & (ahead < mask.window) & (ahead > -mask.window)
+    return seen
+
+
+def tokens(batch: int, length: int, *, pads: int = 0) -> Tokens:
+    """Tokens 0 … length−1 of one request per batch row, followed by `pads` pads; int32 NumPy arrays `[B, length + pads]`.
+
+    >>> tokens(1, 2, pads=1).segment
+    array([[ 0,  0, -1]], dtype=int32)
+    """
+    position = np.broadcast_to(np.arange(length + pads, dtype=np.int32), (batch, length + pads))
+    return Tokens(position.copy(), np.where(position < length, 0, PAD).astype(np.int32))
