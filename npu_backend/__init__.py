@@ -1,0 +1,29 @@
+"""Context-parallel attention on Atlas NPUs, in PyTorch; and the same lines on any CPU.
+
+One process per rank. Each rank holds two chunks of the sequence (zigzag), computes its queries against the keys and
+values it holds, and passes those on to the next rank, until every block has been everywhere it is needed. Each pair
+of chunks is one call of the vendor's operator `torch.ops.atb.npu_ring_mla`, which carries the result so far. On `npu`
+tensors that is the vendor's kernel; on `cpu` tensors it is a kernel of ours, registered for the very same operator,
+that keeps its contract and its roundings. So there is one code path, and a laptop tests it.
+
+Read in this order; each file imports only files above it:
+
+    schedule.py    integers: which pair of chunks rank r computes at ring step s
+    files.py       a case comes in, a result goes out (docs/formats.md)
+    shard.py       what a rank holds of a case
+    contract.py    what npu_ring_mla accepts and refuses
+    emulation.py   npu_ring_mla on a CPU, with the roundings of the vendor's kernel
+    vendor.py      the vendor's operators by name: torch_npu's where it is installed, declared by us where it is not
+    operators.py   npu_ring_mla in our words and shapes
+    ring.py        the algorithm, for one rank
+    rank.py        one rank, one case: read, compute, join, write
+    workers.py     the ranks as processes of this host
+    runner.py      many cases, resumed where they were left; `python -m npu_backend run`
+
+Nothing here imports `cpjax`: the two halves implement the same algorithm independently and meet only in files.
+Importing this package makes `torch.ops.atb.npu_ring_mla` callable on CPU tensors.
+"""
+
+from npu_backend import autoload, vendor
+
+__all__ = ["autoload", "vendor"]

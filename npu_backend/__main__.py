@@ -1,0 +1,88 @@
+"""`python -m npu_backend run CASES RESULTS`: the command, alone or under torchrun."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from npu_backend.errors import InputError, RankError
+from npu_backend.runner import Outcome, is_first_rank, run
+
+EXAMPLES = """examples:
+  python -m npu_backend run cases results                  one process per cp rank, on this host's CPU
+  python -m npu_backend run cases results --device npu     one process per NPU
+  torchrun --nproc-per-node 2 -m npu_backend run cases results --device npu
+
+exit status: 0 all computed (or finished before), 1 a run failed, 2 bad input."""
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError
+    return value
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "npu_backend", description="Context-parallel attention on Atlas NPUs, or on a CPU."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "run",
+        help="compute cases",
+        description="Compute cases by ring attention; one result file per case (docs/formats.md).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("cases", type=Path, metavar="CASES", help="a folder of case files, or one case file")
+    command.add_argument("results", type=Path, metavar="RESULTS", help="folder for the results; made if it is missing")
+    command.add_argument("--device", choices=("cpu", "npu"), default="cpu", help="where tensors live (default: cpu)")
+    command.add_argument(
+        "--json", action="store_true", help="print name, cp, seconds, seconds_per_step, result as JSON"
+    )
+    command.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="S",
+        help="seconds without any sign of life after which the run has failed (default: 600)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    arguments = _arguments(argv)
+    try:
+        outcomes = run(arguments.cases, arguments.results, device=arguments.device, timeout=arguments.timeout)
+    except InputError as error:
+        return _complain(str(error), 2, first_only=True)
+    except RankError as error:
+        return _complain(str(error), 1, first_only=False)
+    except KeyboardInterrupt:
+        return _complain("interrupted; finished cases are kept and will not be computed again", 130, first_only=True)
+    if arguments.json and is_first_rank():
+        print(json.dumps([_public(outcome) for outcome in outcomes], indent=2))
+    for outcome in outcomes:
+        if outcome.error is not None:
+            _complain(f"{outcome.name}: {outcome.error}", 1, first_only=True)
+        elif not arguments.json:
+            print(f"{outcome.name}: cp {outcome.cp}, {outcome.seconds:.3f} s, {outcome.result}")
+    return int(any(outcome.error is not None for outcome in outcomes))
+
+
+def _public(outcome: Outcome) -> dict:
+    """The JSON object of an outcome; `error` only where there is one."""
+    return {key: value for key, value in outcome._asdict().items() if key != "error" or value is not None}
+
+
+def _complain(message: str, status: int, *, first_only: bool) -> int:
+    if is_first_rank() or not first_only:
+        print(f"npu_backend: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

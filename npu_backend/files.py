@@ -1,0 +1,203 @@
+"""A case comes in, a result goes out: the formats of docs/formats.md, version 1.
+
+Reading believes nothing: format, version, name, tensors, dtypes, shapes and digest are checked, the digest by computing
+it again. Writing is whole or not at all, and never over another case's result.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from npu_backend.errors import InputError
+
+VERSION = "1"
+TENSORS = {
+    "query": ("F16", "BTNH"),
+    "key": ("F16", "BSKH"),
+    "value": ("F16", "BSKV"),
+    "q_position": ("I32", "BT"),
+    "q_segment": ("I32", "BT"),
+    "kv_position": ("I32", "BS"),
+    "kv_segment": ("I32", "BS"),
+}
+"""Name → (dtype as safetensors writes it, shape letters); the same letter is the same number."""
+
+
+class Case(NamedTuple):
+    """One problem. Arrays in global token order; letters as in docs/formats.md."""
+
+    name: str
+    digest: str
+    query: np.ndarray  # [B, T, N, H] float16
+    key: np.ndarray  # [B, S, K, H] float16
+    value: np.ndarray  # [B, S, K, V] float16
+    q_position: np.ndarray  # [B, T] int32
+    q_segment: np.ndarray
+    kv_position: np.ndarray  # [B, S] int32
+    kv_segment: np.ndarray
+    scale: float
+    is_causal: bool
+    cp: int
+    precision: dict[str, Any]  # backend name → profile name
+
+
+class RankResult(NamedTuple):
+    """What one rank has computed, in per-device order."""
+
+    out: np.ndarray  # [B, t, N, V] float16
+    lse: np.ndarray  # [B, t, N] float32
+    positions: np.ndarray  # [B, t] int32
+    segments: np.ndarray  # [B, t] int32
+
+
+def read_case(path: Path) -> Case:
+    """Read and check one case.
+
+    Raises:
+      InputError: one line that names the file and what is wrong with it.
+    """
+    try:
+        return _read_case(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_case(path: Path) -> Case:
+    if not path.is_file():
+        raise InputError("is no file" if path.exists() else "does not exist")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            dtypes = {name: header.get_dtype() for name, header in headers.items()}
+            _check_tensors(dtypes, {name: header.get_shape() for name, header in headers.items()})
+            arrays = {name: file.get_tensor(name) for name in headers}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"is not a whole safetensors file ({_first_line(error)})") from None
+    _expect(metadata, "format", "cpjax.case")
+    _expect(metadata, "version", VERSION)
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", path.stem):
+        raise InputError(f"the name {path.stem!r} may have only letters, digits, '.', '_' and '-'; rename the case")
+    _expect(metadata, "name", path.stem)
+    description = metadata.get("case", "")
+    if metadata.get("digest") != digest(description, arrays, dtypes):
+        raise InputError(
+            "the content does not have the digest that the file states; the file was altered, make it again"
+        )
+    return Case(path.stem, metadata["digest"], **arrays, **_description(description))
+
+
+def _expect(metadata: dict[str, str], key: str, value: str) -> None:
+    if metadata.get(key) != value:
+        raise InputError(f"metadata {key!r} is {metadata.get(key)!r}; it must be {value!r}")
+
+
+def _check_tensors(dtypes: dict[str, str], shapes: dict[str, list[int]]) -> None:
+    if dtypes.keys() != TENSORS.keys():
+        missing, extra = sorted(TENSORS.keys() - dtypes.keys()), sorted(dtypes.keys() - TENSORS.keys())
+        raise InputError(f"missing tensors {missing}, unknown tensors {extra}; a case has exactly {sorted(TENSORS)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (dtype, letters) in TENSORS.items():
+        shape = shapes[name]
+        if dtypes[name] != dtype:
+            raise InputError(f"tensor {name!r} is {dtypes[name]}; it must be {dtype}")
+        if len(shape) != len(letters) or 0 in shape:
+            raise InputError(f"tensor {name!r} has shape {shape}; it must be [{', '.join(letters)}], nothing empty")
+        for letter, size in zip(letters, shape, strict=True):
+            known, where = sizes.setdefault(letter, (size, name))
+            if size != known:
+                raise InputError(f"{letter} is {known} in {where!r} but {size} in {name!r}; they must be equal")
+    if sizes["N"][0] % sizes["K"][0]:
+        raise InputError(f"{sizes['N'][0]} query heads cannot share {sizes['K'][0]} key/value heads evenly")
+
+
+def digest(case: str, arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> str:
+    """SHA-256 of a case's content, hex, as docs/formats.md says: description, then name, dtype, shape and bytes."""
+    sha = hashlib.sha256(case.encode())
+    for name in sorted(arrays):
+        shape = ",".join(map(str, arrays[name].shape))
+        sha.update(b"".join(word.encode() + b"\0" for word in (name, dtypes[name], shape)))
+        sha.update(arrays[name].tobytes())
+    return sha.hexdigest()
+
+
+def _description(text: str) -> dict[str, Any]:
+    try:
+        case = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"metadata 'case' is not JSON ({_first_line(error)})") from None
+    if not isinstance(case, dict):
+        raise InputError(f"metadata 'case' is a JSON {type(case).__name__}; it must be an object")
+    rules = {
+        "scale": ("a finite number", lambda x: type(x) in (int, float) and abs(x) < 1e300 and math.isfinite(x)),
+        "is_causal": ("true or false", lambda x: type(x) is bool),
+        "cp": ("a whole number, at least 1", lambda x: type(x) is int and x >= 1),
+        "layout": ('"zigzag", the only layout of this version', lambda x: x == "zigzag"),
+        "precision": ("an object: backend name → profile name", lambda x: isinstance(x, dict)),
+    }
+    for key, (rule, holds) in rules.items():
+        if not holds(case.get(key)):
+            raise InputError(f"{key} is {str(case.get(key))[:40]!r}; it must be {rule}")
+    return {"scale": float(case["scale"]), **{key: case[key] for key in ("is_causal", "cp", "precision")}}
+
+
+def finished(path: Path, case: Case) -> dict[str, Any] | None:
+    """The `about` of the result at `path` if it answers this very case, None if there is no file.
+
+    Raises:
+      InputError: another file is there. It is never overwritten.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") == "cpjax.result" and metadata.get("digest") == case.digest:
+            return json.loads(metadata["about"])
+        found = f"the {metadata.get('format')} of digest {str(metadata.get('digest'))[:8]}…"
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        found = f"no whole result ({_first_line(error)})"
+    raise InputError(f"{path} is there and is {found}, not this case's ({case.digest[:8]}…); move it away")
+
+
+def write_result(path: Path, case: Case, ranks: list[RankResult], *, precision: str, order: str, about: dict) -> None:
+    """Write the result of all ranks to `path`: whole, or not at all.
+
+    Raises:
+      InputError: something is there already.
+      OSError: it could not be written; nothing is left.
+    """
+    if finished(path, case) is not None:
+        raise InputError(f"{path} is there already; move it away to compute it again")
+    tensors = {}
+    for rank, result in enumerate(ranks):
+        for name, array in result._asdict().items():
+            tensors[f"{name}.{rank}"] = np.ascontiguousarray(array)
+    metadata = {
+        "format": "cpjax.result",
+        "version": VERSION,
+        "name": case.name,
+        "digest": case.digest,
+        "backend": "npu",
+    }
+    metadata |= {"precision": precision, "order": order, "about": json.dumps(about)}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, unfinished, metadata)
+        os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({_first_line(error)})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

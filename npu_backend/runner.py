@@ -1,0 +1,171 @@
+"""Many cases, one after the other: what is finished is not computed again, what is in the way is not overwritten.
+
+Alone, this process starts the ranks of each case itself (one pool per cp). Under torchrun it *is* one of the ranks.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from npu_backend import vendor
+from npu_backend.errors import InputError, RankError
+from npu_backend.files import finished, read_case
+from npu_backend.progress import Advance, progress
+from npu_backend.rank import compute_case, join
+from npu_backend.shard import check_computable
+from npu_backend.workers import Listener, Workers
+
+
+class Job(NamedTuple):
+    """One case to compute, and where its result goes."""
+
+    name: str
+    cp: int
+    case: Path
+    result: Path
+    is_finished: bool
+
+
+class Outcome(NamedTuple):
+    """What became of a job. Seconds are those of the ring on its slowest rank; None if it failed."""
+
+    name: str
+    cp: int
+    seconds: float | None
+    seconds_per_step: list[list[float]] | None  # per rank, per ring step
+    result: str | None
+    error: str | None = None
+
+
+def plan(cases: Path, results: Path) -> list[Job]:
+    """Read and check every case in folder (or file) `cases`; nothing is computed.
+
+    Raises:
+      InputError: the first thing that is wrong.
+    """
+    if not cases.exists():
+        raise InputError(f"{cases} does not exist; give a folder of cases or one case file")
+    paths = sorted(cases.glob("*.safetensors")) if cases.is_dir() else [cases]
+    if not paths:
+        raise InputError(f"{cases} holds no case (*.safetensors)")
+    if results.exists() and not results.is_dir():
+        raise InputError(f"{results} is no folder; results go into a folder")
+    return [_job(path, results / f"{path.stem}.safetensors") for path in paths]
+
+
+def _job(path: Path, result: Path) -> Job:
+    case = read_case(path)
+    check_computable(case)
+    return Job(case.name, case.cp, path, result, finished(result, case) is not None)
+
+
+def check_device(device: str, ranks: int) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+      InputError: no torch_npu, or fewer NPUs than the ranks of this host.
+    """
+    if device != "npu":
+        return
+    if vendor.TORCH_NPU_PROBLEM is not None:
+        raise InputError(f"device npu: {vendor.TORCH_NPU_PROBLEM}; use --device cpu, or install CANN and torch_npu")
+    count = torch.get_device_module("npu").device_count()
+    if count < ranks:
+        raise InputError(f"device npu: {ranks} ranks need as many NPUs, this host has {count}")
+
+
+def run(cases: Path, results: Path, *, device: str, timeout: float) -> list[Outcome]:
+    """Compute all cases that are not finished, in this order: smallest cp first, then by name.
+
+    Raises:
+      InputError: before anything is computed.
+      RankError: under torchrun only; alone, a failed case is an outcome with an error, and the others go on.
+    """
+    jobs = sorted(plan(cases, results), key=lambda job: (job.cp, job.name))
+    todo = [job for job in jobs if not job.is_finished]
+    distributed = under_torchrun()
+    if distributed:
+        _check_world(jobs)
+    check_device(device, int(os.environ["LOCAL_WORLD_SIZE"]) if distributed else max(job.cp for job in jobs))
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{results} cannot be made ({error.strerror})") from None
+    errors = _as_one_rank(todo, device, timeout) if distributed else _alone(todo, device, timeout)
+    return [_outcome(job, errors.get(job.name)) for job in jobs] if is_first_rank() else []
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks to the user."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def _check_world(jobs: list[Job]) -> None:
+    world = int(os.environ["WORLD_SIZE"])
+    for job in jobs:
+        if job.cp != world:
+            raise InputError(
+                f"{job.name} is for {job.cp} ranks but torchrun has started {world}; start as many as its cp"
+            )
+
+
+def _alone(todo: list[Job], device: str, timeout: float) -> dict[str, str]:
+    """Errors by case name."""
+    errors: dict[str, str] = {}
+    done = 0
+    with progress(sum(job.cp for job in todo)) as advance:
+        for cp in sorted({job.cp for job in todo}):
+            with Workers(cp, device=device, timeout=timeout) as workers:
+                for job in (job for job in todo if job.cp == cp):
+                    try:
+                        workers.run(job.case, job.result, _listener(advance, job.name, done))
+                    except RankError as error:
+                        errors[job.name] = str(error)
+                    done += job.cp
+                    advance(job.name, done)
+    return errors
+
+
+def _listener(advance: Advance, name: str, done: int) -> Listener:
+    def listen(rank: int, what: str, step: int) -> None:
+        if rank == 0 and what == "wait":
+            advance(name, done + step)
+
+    return listen
+
+
+def _as_one_rank(todo: list[Job], device: str, timeout: float) -> dict[str, str]:
+    rank = int(os.environ["RANK"])
+    place = join(device, int(os.environ["LOCAL_RANK"]), timeout=timeout)
+    # Rank 0 decides what is left to do: another rank may look when a result has just been written.
+    agreed = [todo]
+    dist.broadcast_object_list(agreed, src=0)
+    todo = agreed[0]
+    with progress(sum(job.cp for job in todo), visible=rank == 0) as advance:
+        for number, job in enumerate(todo):
+            listener = partial(_listener(advance, job.name, number * job.cp), rank)
+            try:
+                compute_case(job.case, job.result, place, listener)
+            except (RankError, OSError) as error:
+                raise RankError(f"{job.name}: rank {rank}: {error}") from error
+            advance(job.name, (number + 1) * job.cp)
+    dist.destroy_process_group()
+    return {}
+
+
+def _outcome(job: Job, error: str | None) -> Outcome:
+    if error is not None:
+        return Outcome(job.name, job.cp, None, None, None, error)
+    about = finished(job.result, read_case(job.case))
+    if about is None:
+        return Outcome(job.name, job.cp, None, None, None, "the result file has disappeared")
+    return Outcome(job.name, job.cp, about.get("seconds"), about.get("seconds_per_step"), str(job.result))
