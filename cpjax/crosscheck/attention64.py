@@ -1,0 +1,92 @@
+"""What exact arithmetic gives for some rows, in float64, taken apart the way the computation that is judged is.
+
+The error model needs more than the answer: every weight, every chunk's share and output, and the running output after
+each merge, because each of these is a place where something was rounded.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Exact attention of R queries of one head over S keys (only keys that at least one of them sees), C chunks.
+
+    The keys are ordered by chunk; `edges[c]:edges[c + 1]` are the keys of chunk c.
+    """
+
+    value: Float[np.ndarray, "S V"]
+    score: Float[np.ndarray, "R S"]
+    """scale · q·k, −inf where hidden."""
+    weight: Float[np.ndarray, "R S"]
+    """The softmax: rows sum to 1, or to 0 where nothing is seen."""
+    norms: Float[np.ndarray, "R S"]
+    """scale · |q| |k|, which bounds the rounding of the dot product."""
+    seen: Bool[np.ndarray, "R S"]
+    edges: Int[np.ndarray, " C1"]
+    chunk_max: Float[np.ndarray, "R C"]
+    chunk_weight: Float[np.ndarray, "R C"]
+    """Σ of the weights in a chunk, a_c."""
+    chunk_part: Float[np.ndarray, "R C V"]
+    """Σ of weight · value in a chunk, B_c = a_c o_c."""
+    out: Float[np.ndarray, "R V"]
+    lse: Float[np.ndarray, " R"]
+
+    @property
+    def chunk_sizes(self) -> Int[np.ndarray, " C"]:
+        """Keys a chunk."""
+        return np.diff(self.edges)
+
+    @property
+    def below(self) -> Float[np.ndarray, "R S"]:
+        """How far each score lies below its chunk's maximum, s − M_c <= 0; −inf where hidden."""
+        return self.score - self.per_key(np.where(np.isneginf(self.chunk_max), 0.0, self.chunk_max))
+
+    def per_key(self, x: Float[np.ndarray, "R C"]) -> Float[np.ndarray, "R S"]:
+        """A chunk's number repeated for each of its keys."""
+        return np.repeat(x, self.chunk_sizes, axis=1)
+
+
+def attention_rows(
+    query: Float[np.ndarray, "R H"],
+    key: Float[np.ndarray, "S H"],
+    value: Float[np.ndarray, "S V"],
+    seen: Bool[np.ndarray, "R S"],
+    chunk: Int[np.ndarray, " S"],
+    scale: float,
+) -> Rows:
+    """Exact attention of these rows; all inputs float64, `chunk` ascending. Keys that no row sees are left out."""
+    used = seen.any(axis=0)
+    if not used.any():
+        used = np.zeros_like(used)
+        used[:1] = True  # keeps every array non-empty; the row still sees nothing
+    key, value, seen, chunk = key[used], value[used], seen[:, used], chunk[used]
+    edges = np.append(np.flatnonzero(np.diff(chunk, prepend=-1)), len(chunk))
+    score = np.where(seen, scale * (query @ key.T), -np.inf)
+    chunk_max = np.maximum.reduceat(score, edges[:-1], axis=1)
+    top = chunk_max.max(axis=1)
+    base = np.where(np.isneginf(top), 0.0, top)
+    p = np.exp(score - base[:, None])
+    total = p.sum(axis=1)
+    weight = p / np.where(total == 0, 1.0, total)[:, None]
+    parts = [weight[:, a:b] @ value[a:b] for a, b in pairwise(edges)]
+    chunk_part = np.stack(parts, axis=1)
+    with np.errstate(divide="ignore"):
+        lse = base + np.log(total)
+    norms = scale * np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(key, axis=1)
+    return Rows(
+        value=value,
+        score=score,
+        weight=weight,
+        norms=norms,
+        seen=seen,
+        edges=edges,
+        chunk_max=chunk_max,
+        chunk_weight=np.add.reduceat(weight, edges[:-1], axis=1),
+        chunk_part=chunk_part,
+        out=chunk_part.sum(axis=1),
+        lse=lse,
+    )

@@ -1,0 +1,353 @@
+"""What rounding may do to a result: per element a standard deviation and a hard bound. Derivation: docs/verdict.md.
+
+Every quantity that a kernel rounds is known in float64, so the variance of its rounding is known: spacing² / 12, if
+the rounded value falls anywhere between two neighbours. Each is carried to the output by its derivative. The bound adds
+up worst cases instead, and holds for every order of merging; where it is exceeded, no rounding explains the result.
+
+Section numbers are those of docs/verdict.md.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cpjax.crosscheck.attention64 import Rows
+from cpjax.crosscheck.formats import FORMATS, Format
+from cpjax.crosscheck.groups import group_ids, grouped_sum_of_squares, sum_of_squares, tied_rows
+from cpjax.precision import Precision
+from cpjax.tiles import KEY_TILE
+
+Merging = Int[np.ndarray, "R C"]
+"""Per row the chunks in the order of merging."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What correct arithmetic explains. All float64; R rows, V value head dim."""
+
+    sigma: Float[np.ndarray, "R V"]
+    """Standard deviation of `out`."""
+    coherent: Float[np.ndarray, " R"]
+    """Share of the variance that comes from errors which all outputs of a row share."""
+    low: Float[np.ndarray, "R V"]
+    high: Float[np.ndarray, "R V"]
+    """The least and the largest `out` that rounding explains."""
+    lse_sigma: Float[np.ndarray, " R"]
+    lse_bound: Float[np.ndarray, " R"]
+    distortion: Float[np.ndarray, " R"]
+    """How much the weights of a row may be off together; beyond 1/2 the row is not judged (§6)."""
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """The error model of one precision profile for some rows."""
+
+    rows: Rows
+    precision: Precision
+    merging: Merging | None
+    """None: the order is not known."""
+    head_dim: int
+    scale: float
+    """As the profile rounds it."""
+
+    def expected(self) -> Expected:
+        """Everything the judge needs of these rows."""
+        probability, chunk, carry = self.probability_variance, self.chunk_variance, self.carry_variance
+        score, other = self.score_variance, self.compute_variance
+        variance = probability + chunk + carry[0] + carry[1] + score + other
+        shared = probability + score + carry[1]
+        total = variance.sum(axis=1)
+        share = np.divide(shared.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
+        low, high = self.interval
+        sees_nothing = ~self.rows.seen.any(axis=1)
+        lse_bound = np.where(sees_nothing, 0.0, self.lse_bound)
+        return Expected(
+            np.sqrt(variance), share, low, high, np.sqrt(self.lse_variance), lse_bound, self.weight_distortion
+        )
+
+    # Formats -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _p(self) -> Format:
+        return FORMATS[self.precision.probability]
+
+    @property
+    def _out(self) -> Format:
+        return FORMATS[self.precision.out]
+
+    @property
+    def _eps(self) -> float:
+        """Unit roundoff of everything that is not stored in a format of its own. The oracle is float64 itself: for
+        the float64 profile its own errors count too, so they count twice."""
+        return FORMATS[self.precision.compute].u * (2.0 if self.precision.compute == "float64" else 1.0)
+
+    @property
+    def _low_precision_scores(self) -> bool:
+        return self.precision.score != self.precision.compute
+
+    @property
+    def _depth(self) -> float:
+        """Additions one after the other in a sum over the keys, as assumed (§5): a tile, then the tiles."""
+        return KEY_TILE + self.rows.seen.shape[1] / KEY_TILE
+
+    # Pieces ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _p_value(self) -> Float[np.ndarray, "R S"]:
+        """p = exp(s − M_c)."""
+        return np.exp(self.rows.below)
+
+    @cached_property
+    def _p_weight(self) -> Float[np.ndarray, "R S"]:
+        """What one unit of p is worth in the output, g_c = exp(M_c − lse); 0 where hidden."""
+        rows = self.rows
+        with np.errstate(invalid="ignore"):  # −inf − (−inf) where a row sees nothing; replaced below
+            worth = np.exp(rows.chunk_max - rows.lse[:, None])
+        return np.where(rows.seen, rows.per_key(np.nan_to_num(worth, nan=0.0)), 0.0)
+
+    @cached_property
+    def _tied(self) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, "r S"]]:
+        """Rows in which errors must be added up in groups, and the groups."""
+        at = np.flatnonzero(tied_rows(self.rows))
+        return at, group_ids(self.rows, at)
+
+    def _variance_of(
+        self, error: Float[np.ndarray, "R S"], center: Float[np.ndarray, "R V"] | None
+    ) -> Float[np.ndarray, "R V"]:
+        """Variance of Σ_j error_j (v_j − center), where keys with equal scores have equal errors."""
+        total = sum_of_squares(error, self.rows.value, center)
+        at, ids = self._tied
+        if len(at):
+            grouped = grouped_sum_of_squares(error[at], self.rows.value, ids, None if center is None else center[at])
+            total[at] = np.maximum(total[at], grouped)
+        return total
+
+    # Standard deviation (§3) -------------------------------------------------------------------------------------
+
+    @cached_property
+    def probability_variance(self) -> Float[np.ndarray, "R V"]:
+        """p rounded to its format (§3.1). p = 1 is exact; p below half of the least number becomes 0 (§3.2)."""
+        p, worth = self._p_value, self._p_weight
+        step = np.where(p == 1.0, 0.0, self._p.spacing(p))
+        variance = self._variance_of(worth * step / np.sqrt(12), None)
+        if self.precision.probability != "float16":
+            return variance
+        lost = np.where(p < self._p.tiny / 2, self.rows.weight, 0.0)
+        if lost.any():
+            variance = variance + (lost @ self.rows.value) ** 2 / 3
+        cell = np.where(self.rows.seen, np.round(p / self._p.tiny), 0.0)
+        for n in np.unique(cell[(cell >= 1) & (cell <= 16)]):  # the least numbers: all p that become one err alike
+            variance = variance + (self._p.tiny / 4 * (np.where(cell == n, worth, 0.0) @ self.rows.value)) ** 2
+        return variance
+
+    @cached_property
+    def chunk_variance(self) -> Float[np.ndarray, "R V"]:
+        """Each chunk's out rounded to the out format (§3.3)."""
+        a, part = self.rows.chunk_weight[..., None], self.rows.chunk_part
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out = np.where(a > 0, part / a, 0.0)
+        return (a**2 * self._out.spacing(out) ** 2 / 12).sum(axis=1)
+
+    @cached_property
+    def carry_variance(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """The running out rounded after each merge (§3.4): independent errors, and errors that repeat.
+
+        A merge that moves the running out by less than a few spacings rounds the same way again and again.
+        """
+        rows = self.rows
+        if self.merging is None:
+            return self._carry_variance_of_any_order()
+        a = np.take_along_axis(rows.chunk_weight, self.merging, axis=1)
+        part = np.take_along_axis(rows.chunk_part, self.merging[..., None], axis=1)
+        done = np.cumsum(a, axis=1)[..., None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            running = np.where(done > 0, np.cumsum(part, axis=1) / done, 0.0)
+        first = (np.cumsum(a > 0, axis=1) == 1) & (a > 0)
+        moved = np.abs(np.diff(running, axis=1, prepend=0.0))
+        merged = ((a > 0) & ~first)[..., None]  # the first chunk a row sees is merged with nothing
+        step = self._out.spacing(running)
+        free = merged & (moved >= 4 * step)
+        stuck = merged & (moved < 4 * step)
+        independent = np.where(free, done**2 * step**2 / 12, 0.0).sum(axis=1)
+        repeated = np.where(stuck, done * np.minimum(moved, 0.3 * step), 0.0).sum(axis=1) ** 2
+        return independent, repeated
+
+    def _carry_variance_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        merges = np.maximum((self.rows.chunk_weight > 0).sum(axis=1) - 1, 0)[:, None]
+        step = self._out.spacing(self._largest_running)
+        a = self.rows.chunk_weight[..., None]
+        moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
+        repeated = np.minimum(moved, 0.3 * step[:, None]).sum(axis=1) ** 2 * (merges > 0)
+        return merges * step**2 / 12, repeated
+
+    @cached_property
+    def _largest_running(self) -> Float[np.ndarray, "R V"]:
+        """No partial sum of the chunks' parts exceeds this in magnitude, whatever the order (§5)."""
+        part = self.rows.chunk_part
+        return np.maximum(np.maximum(part, 0).sum(axis=1), np.maximum(-part, 0).sum(axis=1))
+
+    @cached_property
+    def _score_sigma(self) -> Float[np.ndarray, "R S"]:
+        """Standard deviation of each score (§3.5): its roundings to the score format, and the compute dtype's."""
+        rows, s = self.rows, np.where(self.rows.seen, self.rows.score, 0.0)
+        below = np.where(rows.seen, rows.below, 0.0)
+        computed = self._eps * (2 * np.abs(s) + 3 * np.abs(below) + rows.norms)
+        variance = computed**2 / 3
+        if self._low_precision_scores:
+            fmt = FORMATS[self.precision.score]
+            variance = variance + (self.scale * fmt.spacing(s / self.scale)) ** 2 / 12
+            variance = variance + fmt.spacing(s) ** 2 / 12
+            variance = variance + np.where(np.abs(below) <= np.abs(s), 0.0, fmt.spacing(below) ** 2 / 12)
+        return np.where(rows.seen, np.sqrt(variance), 0.0)
+
+    @cached_property
+    def score_variance(self) -> Float[np.ndarray, "R V"]:
+        """Errors of the scores move weight between keys: Σ A_j δs_j (v_j − out) (§3.5), and the rescales (§3.6)."""
+        rows = self.rows
+        variance = self._variance_of(rows.weight * self._score_sigma, rows.out)
+        for jump, before in self._rescales:
+            part = before @ rows.value - before.sum(axis=1, keepdims=True) * rows.out
+            variance = variance + (jump[:, None] * part) ** 2
+        return variance
+
+    @cached_property
+    def _rescales(self) -> list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, "R S"]]]:
+        """Standard deviation of each rescale's exponent, with the weights of the keys that it multiplies (§3.6)."""
+        if not self._low_precision_scores:
+            return []
+        fmt, rows = FORMATS[self.precision.score], self.rows
+        found = []
+        for start, stop in zip(rows.edges[:-1], rows.edges[1:], strict=True):
+            highest = np.full(len(rows.lse), -np.inf)
+            for tile in range(start, stop, KEY_TILE):
+                new = np.maximum(highest, rows.score[:, tile : min(tile + KEY_TILE, stop)].max(axis=1))
+                jump = np.where(np.isneginf(highest), 0.0, new - np.where(np.isneginf(highest), 0.0, highest))
+                if tile > start and (jump > 0).any():
+                    before = np.zeros_like(rows.weight)
+                    before[:, start:tile] = rows.weight[:, start:tile]
+                    found.append((np.where(jump > 0, fmt.spacing(jump), 0.0) / np.sqrt(12), before))
+                highest = new
+        return found
+
+    @cached_property
+    def compute_variance(self) -> Float[np.ndarray, "R V"]:
+        """What float32 does besides (§3.7): accumulation of p·v, and weights of the merge."""
+        rows, eps = self.rows, self._eps
+        a = rows.chunk_weight[..., None]
+        spread = ((rows.chunk_part - a * rows.out[:, None]) ** 2).sum(axis=1)
+        of_sums = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
+        return of_sums**2 + (2 * eps * (self._lse_size + 2))[:, None] ** 2 * spread
+
+    @cached_property
+    def lse_variance(self) -> Float[np.ndarray, " R"]:
+        """Variance of lse (§3.8): errors of scores, of the sum, and of the logarithm and the merges."""
+        rows, eps = self.rows, self._eps
+        error = rows.weight * self._score_sigma
+        variance = (error**2).sum(axis=1)
+        at, ids = self._tied
+        if len(at):
+            ones = np.ones((error.shape[1], 1))
+            variance[at] = np.maximum(variance[at], grouped_sum_of_squares(error[at], ones, ids)[:, 0])
+        for jump, before in self._rescales:
+            variance = variance + (jump * before.sum(axis=1)) ** 2
+        merges = (rows.chunk_weight > 0).sum(axis=1)
+        n = self._seen_keys
+        of_sum = eps * np.where(n > 1, 4 + np.sqrt(n) / 12, 0.0)
+        of_log = eps * (self._lse_size + 2) * np.sqrt(merges + 1)
+        return np.where(n > 0, variance + of_sum**2 + of_log**2, 0.0)
+
+    def variance_along(
+        self, per_out: Float[np.ndarray, "R V"], per_lse: Float[np.ndarray, " R"]
+    ) -> Float[np.ndarray, " R"]:
+        """Variance of per_out · (error of out) + per_lse · (error of lse) in each row, correlations included (§7).
+
+        The errors of probabilities and of scores are shared by all outputs of a row, so they are added up first.
+        """
+        rows = self.rows
+        along = per_out @ rows.value.T
+        away = along - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
+        step = np.where(self._p_value == 1.0, 0.0, self._p.spacing(self._p_value))
+        variance = np.zeros(len(per_lse))
+        for error in (self._p_weight * step / np.sqrt(12) * along, rows.weight * self._score_sigma * away):
+            part = (error**2).sum(axis=1)
+            at, ids = self._tied
+            if len(at):
+                ones = np.ones((error.shape[1], 1))
+                part[at] = np.maximum(part[at], grouped_sum_of_squares(error[at], ones, ids)[:, 0])
+            variance += part
+        independent, repeated = self.carry_variance
+        stored = self.chunk_variance + independent + repeated + self.compute_variance
+        variance += (per_out**2 * stored).sum(axis=1)
+        return variance + per_lse**2 * self.lse_variance
+
+    # Hard bound (§5) ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _seen_keys(self) -> Int[np.ndarray, " R"]:
+        return self.rows.seen.sum(axis=1)
+
+    @cached_property
+    def _lse_size(self) -> Float[np.ndarray, " R"]:
+        return np.where(self._seen_keys > 0, np.abs(self.rows.lse), 0.0)
+
+    @cached_property
+    def _weighted_magnitude(self) -> Float[np.ndarray, "R V"]:
+        return self.rows.weight @ np.abs(self.rows.value)
+
+    @cached_property
+    def score_bound(self) -> Float[np.ndarray, "R S"]:
+        """The most that rounding changes any exponent, D_j."""
+        rows, eps = self.rows, self._eps
+        s = np.where(rows.seen, np.abs(rows.score), 0.0)
+        top = rows.chunk_max.max(axis=1)
+        below_top = np.where(rows.seen, np.where(np.isneginf(top), 0.0, top)[:, None] - rows.score, 0.0)
+        fixed = 8 * (1 + self._lse_size) + self._depth
+        bound = eps * (self.head_dim * rows.norms + 2 * s + 4 * below_top + fixed[:, None])
+        if self._low_precision_scores:
+            fmt = FORMATS[self.precision.score]
+            spill = np.maximum(fmt.u * s / self.scale, fmt.tiny / 2) * self.scale
+            multiply = np.maximum(fmt.u * (s + spill), fmt.tiny / 2)
+            own = spill + multiply
+            bound = bound + own + fmt.u * (below_top + 2 * (bound + own)) + fmt.tiny
+        return np.where(rows.seen, bound, 0.0)
+
+    @cached_property
+    def weight_distortion(self) -> Float[np.ndarray, " R"]:
+        """Σ_j A_j (exp(D_j) − 1)."""
+        return (self.rows.weight * np.expm1(np.minimum(self.score_bound, 50.0))).sum(axis=1)
+
+    @cached_property
+    def interval(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """The least and the largest output. The last rounding is done, not bounded: so what must be exact is exact."""
+        rows, fmt = self.rows, self._out
+        magnitude = np.abs(rows.value)
+        growth = np.exp(np.minimum(self.score_bound, 50.0))
+        several = (self._seen_keys > 1)[:, None]
+        chunks = (rows.chunk_weight > 0).sum(axis=1)[:, None]
+        p_error = np.maximum(self._p.u * rows.weight * growth, self._p.tiny / 2 * self._p_weight)
+        moved = rows.weight * (growth - 1)
+        least = (rows.weight / growth).sum(axis=1, keepdims=True)
+        of_scores = (moved @ magnitude + moved.sum(axis=1, keepdims=True) * np.abs(rows.out)) / np.where(
+            least > 0, least, 1.0
+        )
+        of_sums = 2 * (self._depth + self.head_dim) * self._eps * self._weighted_magnitude
+        b = several * ((np.where(rows.seen, p_error, 0.0) @ magnitude) + of_scores + of_sums)
+        a = rows.chunk_weight[..., None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            chunk_out = np.where(a > 0, np.abs(rows.chunk_part) / a, 0.0)
+        of_chunks = (a * (fmt.u * chunk_out + fmt.tiny / 2)).sum(axis=1)
+        of_merges = np.maximum(chunks - 2, 0) * (fmt.u * self._largest_running + fmt.tiny / 2)
+        of_weights = several * 4 * self._eps * (self._lse_size[:, None] + 4) * chunks * self._weighted_magnitude
+        # One chunk: its own rounding is the last one. Several: the last merge's is.
+        stored = np.where(chunks > 1, of_chunks + of_merges + of_weights, 0.0)
+        b = (1 + fmt.u) ** (chunks + 2) * (b + stored)
+        return fmt.round(rows.out - b), fmt.round(rows.out + b)
+
+    @cached_property
+    def lse_bound(self) -> Float[np.ndarray, " R"]:
+        """The most that rounding changes lse."""
+        chunks = (self.rows.chunk_weight > 0).sum(axis=1)
+        of_log = self._eps * (chunks + 2) * (2 * self._lse_size + 8)
+        return np.log1p(self.weight_distortion) + 2 * self._depth * self._eps + of_log

@@ -1,0 +1,50 @@
+"""Floating-point formats as the error model sees them: unit roundoff, spacing, range (IEEE 754-2019, table 3.5)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary format with `digits` significand bits (the hidden one included) and least normal exponent `emin`."""
+
+    name: str
+    digits: int
+    emin: int
+    largest: float
+
+    @property
+    def u(self) -> float:
+        """Unit roundoff: |round(x) − x| <= u·|x| for normal x."""
+        return 2.0**-self.digits
+
+    @property
+    def tiny(self) -> float:
+        """The least positive number, which is the spacing everywhere near zero."""
+        return 2.0 ** (self.emin - self.digits + 1)
+
+    def spacing(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """The distance between neighbours at |x|, as float64; `tiny` for zero and subnormals.
+
+        >>> FORMATS["float16"].spacing(np.array([1.0, 0.999, 0.0])) == np.array([2**-10, 2**-11, 2**-24])
+        array([ True,  True,  True])
+        """
+        exponent = np.frexp(np.abs(x))[1] - 1
+        return np.ldexp(1.0, np.maximum(exponent, self.emin) - self.digits + 1)
+
+    def round(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """`x` rounded to nearest, ties to even, and back in float64; beyond the range it is infinite."""
+        with np.errstate(over="ignore"):
+            return x.astype(self.name).astype(np.float64)
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("float16", 11, -14, 65504.0),
+        Format("float32", 24, -126, float(np.finfo(np.float32).max)),
+        Format("float64", 53, -1022, float(np.finfo(np.float64).max)),
+    )
+}

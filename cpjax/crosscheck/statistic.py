@@ -1,0 +1,81 @@
+"""From errors in units of their standard deviation to a number whose false-alarm probability is known (§4).
+
+r_i is the mean of (error/σ)² over row i. If all errors were independent, Σ r_i would be χ². They are not: outputs of a
+row share the errors of its probabilities and scores, and equal rows are one row. So each row counts with its effective
+number of independent errors ν_i, and equal rows count once.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+SLACK = 2.0
+"""Variance that a correct result may have, over the model's. Tuned on the tuning set (docs/trial.md)."""
+
+LIMIT = 6.0
+"""Standard normal deviate beyond which a test fails: one in 10⁹ for a normal variable."""
+
+
+class RowErrors(NamedTuple):
+    """One number per judged row (or per row's lse)."""
+
+    mean_square: Float[np.ndarray, " R"]
+    """Mean of (error/σ)² over the row."""
+    freedom: Float[np.ndarray, " R"]
+    """Effective number of independent errors, ν."""
+    same: Int[np.ndarray, " R"]
+    """Rows with the same number are equal rows."""
+
+
+def effective_freedom(distinct: Float[np.ndarray, " R"], share: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+    """ν of `distinct` errors of which a `share` of the variance is common to all: D / (1 + (D − 1) share²)."""
+    return distinct / (1 + np.maximum(distinct - 1, 0) * share**2)
+
+
+def deviate(mean_square: Float[np.ndarray, "..."], freedom: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """χ²_ν/ν as a standard normal deviate, by Wilson and Hilferty's cube root (PNAS 17, 1931); −inf for ν = 0."""
+    freedom = np.asarray(freedom, float)
+    spread = 2 / (9 * np.where(freedom > 0, freedom, 1.0))
+    value = (np.cbrt(mean_square) - 1 + spread) / np.sqrt(spread)
+    return np.where(freedom > 0, value, -np.inf)
+
+
+def distinct_rows(errors: RowErrors) -> RowErrors:
+    """Equal rows as one row with their mean, rows without any freedom left out."""
+    used = errors.freedom > 0
+    same, group = np.unique(errors.same[used], return_inverse=True)
+    count = np.bincount(group, minlength=len(same))
+    mean = np.bincount(group, errors.mean_square[used], len(same)) / np.maximum(count, 1)
+    freedom = np.bincount(group, errors.freedom[used], len(same)) / np.maximum(count, 1)
+    return RowErrors(mean, freedom, same)
+
+
+def spread_deviate(errors: RowErrors) -> float:
+    """All rows together: is the spread of the errors larger than rounding explains?"""
+    rows = distinct_rows(errors)
+    total = rows.freedom.sum()
+    if total == 0:
+        return -np.inf
+    return float(deviate((rows.freedom * rows.mean_square).sum() / total / SLACK, total))
+
+
+def worst_row_deviate(errors: RowErrors) -> float:
+    """The worst row, less what the largest of so many is expected to be."""
+    rows = distinct_rows(errors)
+    if len(rows.freedom) == 0:
+        return -np.inf
+    return float(deviate(rows.mean_square / SLACK, rows.freedom).max() - expected_maximum(len(rows.freedom)))
+
+
+def expected_maximum(n: int) -> float:
+    """About the largest of n standard normal deviates: √(2 ln n)."""
+    return float(np.sqrt(2 * np.log(max(n, 1))))
+
+
+def binomial_deviate(successes: int, trials: int, probability: float) -> float:
+    """How unlikely at least so many successes are, as a standard normal deviate."""
+    if trials == 0:
+        return -np.inf
+    return float(stats.norm.isf(max(stats.binom.sf(successes - 1, trials, probability), 1e-300)))
