@@ -1,0 +1,197 @@
+"""Correct results: FlashAttention-2 inside each chunk of keys, chunk results merged, every rounding where it belongs.
+
+For a tile of keys, with m the running row maximum, l the row sum and acc the weighted sum (arXiv 2307.08691, alg. 1),
+
+    s   = scale · q·k                 rounded to `score` after q·k and after the multiplication; scale itself too
+    m'  = max(m, max s)               s − m' and m − m' rounded to `score`
+    l'  = l e^(m − m') + Σ e^(s − m')             of unrounded e^…
+    acc'= acc e^(m − m') + Σ e^(s − m') v         with e^… rounded to `probability`
+    out = acc / l, lse = m + ln l                 out rounded to `carry`
+
+then chunk after chunk in the given order: out = (e^(lse_a − m) out_a + e^(lse_b − m) out_b) / (sum of both weights),
+rounded to `carry`. The first chunk a row meets is not merged with anything. `ring_mla_fp16` follows the vendor's
+kernel stage by stage. Plain NumPy; tests/test_trial_emulators.py holds it against a twin written with scalars.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Int
+
+from cpjax.trial.problem import Problem, Result, visible
+from cpjax.trial.summation import product, total
+
+Order = str | tuple[int, ...]
+"""`ascending`, `ring`, `gather` (docs/formats.md), or the chunk numbers as every row meets them."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Formats by name, and what a correct implementation is free to choose: tile, order of summation, base of exp."""
+
+    compute: str
+    score: str
+    probability: str
+    carry: str
+    out: str
+    tile: int = 512
+    summation: str = "blas"
+    base_two: bool = False
+
+
+PROFILES: dict[str, Arithmetic] = {
+    "flash_fp16": Arithmetic("float32", "float32", "float16", "float16", "float16"),
+    "ring_mla_fp16": Arithmetic("float32", "float16", "float16", "float16", "float16"),
+    "float32": Arithmetic("float32", "float32", "float32", "float32", "float32"),
+    "float64": Arithmetic("float64", "float64", "float64", "float64", "float64"),
+}
+
+Chunks = Int[np.ndarray, "C L"]
+"""Indices of the keys in each chunk, −1 where a chunk is shorter than the longest."""
+
+
+def attend(problem: Problem, arithmetic: Arithmetic, order: Order = "ascending") -> Result:
+    """A correct result. Rows that see nothing: out 0, lse −inf."""
+    blocks = chunk_results(problem, arithmetic, cut(problem.key.shape[1], problem.chunk_count))
+    return fold(blocks, visits(problem, order), arithmetic)
+
+
+def cut(length: int, count: int) -> Chunks:
+    """`count` chunks of ceil(length / count) consecutive keys; the last ones may be short or empty.
+
+    >>> cut(5, 4).tolist()
+    [[0, 1], [2, 3], [4, -1], [-1, -1]]
+    """
+    size = -(-length // count)
+    index = np.arange(size * count).reshape(count, size)
+    return np.where(index < length, index, -1)
+
+
+def visits(problem: Problem, order: Order) -> Int[np.ndarray, "T M"]:
+    """The chunks in the order in which each query row meets them."""
+    cp, length = problem.cp, problem.query.shape[1]
+    chunk = np.arange(length) // -(-length // problem.chunk_count)
+    rank = np.minimum(chunk, 2 * cp - 1 - chunk)
+    if isinstance(order, tuple):
+        return np.broadcast_to(np.array(order), (length, len(order)))
+    if order == "ascending":
+        return np.broadcast_to(np.arange(2 * cp), (length, 2 * cp))
+    step = np.arange(cp)
+    source = (rank[:, None] - step) % cp if order == "ring" else np.broadcast_to(step, (length, cp))
+    return np.stack([source, 2 * cp - 1 - source], axis=-1).reshape(length, 2 * cp)
+
+
+def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> Result:
+    """FlashAttention-2 over the tiles of each chunk, chunks side by side: `out` `[C, B, K, G, T, V]`, `lse` alike."""
+    compute = np.dtype(arithmetic.compute)
+    batch, length, heads, _ = problem.query.shape
+    kv_heads, value_dim = problem.value.shape[2:]
+    query = problem.query.astype(compute).reshape(batch, length, kv_heads, heads // kv_heads, -1)
+    query = query.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    rows = (len(chunks), *query.shape[:4])
+    maximum = np.full(rows, -np.inf, compute)
+    weight, weighted = np.zeros(rows, compute), np.zeros((*rows, value_dim), compute)
+    for start in range(0, chunks.shape[1], arithmetic.tile):
+        index = chunks[:, start : start + arithmetic.tile]
+        seen = visible(problem, index.ravel()).reshape(batch, length, *index.shape)
+        score = scores(query, _gathered(problem.key, index, compute), problem.scale, arithmetic)
+        score = np.where(seen.transpose(2, 0, 1, 3)[:, :, None, None], score, compute.type(-np.inf))
+        before, maximum = maximum, np.maximum(maximum, score.max(axis=-1))
+        base = _finite(maximum)
+        p = _exp(rounded(score - base[..., None], arithmetic.score), arithmetic)
+        shrink = _exp(rounded(before - base, arithmetic.score), arithmetic)
+        weight = weight * shrink + total(p, arithmetic.summation)
+        values = _gathered(problem.value, index, compute)
+        part = product(rounded(p, arithmetic.probability), values, arithmetic.summation)
+        weighted = weighted * shrink[..., None] + part
+    out = rounded(weighted / np.where(weight == 0, 1, weight)[..., None], arithmetic.carry)
+    return Result(out, _log_sum(_finite(maximum), weight, arithmetic))
+
+
+def scores(query: np.ndarray, key: np.ndarray, scale: float, arithmetic: Arithmetic) -> np.ndarray:
+    """scale · q·k for `[B, K, G, T, H]` and `[C, B, K, 1, L, H]`; times log2(e) if exponentials are to base two."""
+    factor = np.float64(scale) * (np.log2(np.e) if arithmetic.base_two else 1.0)
+    factor = rounded(np.asarray(factor, arithmetic.compute), arithmetic.score)
+    raw = product(query, key.swapaxes(-1, -2), arithmetic.summation)
+    return rounded(rounded(raw, arithmetic.score) * factor, arithmetic.score)
+
+
+def merge(a: Result, b: Result, arithmetic: Arithmetic) -> Result:
+    """Two partial results; where one saw no key (lse −inf) its weight is 0 and the other comes out unchanged."""
+    base = _finite(np.maximum(a.lse, b.lse))
+    weight_a, weight_b = np.exp(a.lse - base), np.exp(b.lse - base)
+    weight = weight_a + weight_b
+    out = weight_a[..., None] * a.out + weight_b[..., None] * b.out
+    with np.errstate(divide="ignore"):  # neither saw a key: log 0 = −inf is meant
+        lse = base + np.log(weight)
+    return Result(rounded(out / np.where(weight == 0, 1, weight)[..., None], arithmetic.carry), lse)
+
+
+def fold(
+    blocks: Result, order: Int[np.ndarray, "T M"], arithmetic: Arithmetic, join: Callable[..., Result] = merge
+) -> Result:
+    """The chunk results of each row, merged one after the other in the row's own order by `join`."""
+    row = np.arange(order.shape[0])
+    so_far: Result | None = None
+    for chunk in order.T:
+        # Indices around a slice put the row axis first: [T, B, K, G, …]; every row picks its own chunk.
+        block = Result(blocks.out[chunk, :, :, :, row], blocks.lse[chunk, :, :, :, row])
+        so_far = block if so_far is None else join(so_far, block, arithmetic)
+    assert so_far is not None  # there is at least one chunk
+    return as_result(so_far, arithmetic)
+
+
+def as_result(rows: Result, arithmetic: Arithmetic) -> Result:
+    """`[T, B, K, G, …]` to `[B, T, N, …]`, in the dtypes in which a result is handed over."""
+    length, batch, kv_heads, group = rows.lse.shape
+    out = rows.out.swapaxes(0, 1).reshape(batch, length, kv_heads * group, -1)
+    with np.errstate(over="ignore"):
+        out = out.astype(arithmetic.out)
+    return Result(out, rows.lse.swapaxes(0, 1).reshape(batch, length, kv_heads * group))
+
+
+def rounded(x: np.ndarray, fmt: str) -> np.ndarray:
+    """`x` rounded to `fmt` (nearest, ties to even), in the dtype it came in. Beyond the range: inf, as in hardware."""
+    if fmt == "bfloat16":
+        bits = x.astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(x.dtype)
+    with np.errstate(over="ignore"):
+        return x if x.dtype == fmt else x.astype(fmt).astype(x.dtype)
+
+
+def variant(arithmetic: Arithmetic, rng: np.random.Generator, work: int) -> Arithmetic:
+    """The same profile as another correct implementation might run it: other tiles, other sums, a wider carry.
+
+    Args:
+      work: multiplications in q·k; above 2^21 sums are left to BLAS, the others would take memory and minutes.
+    """
+    wide = arithmetic.carry == "float16" and rng.random() < 0.1
+    summation = str(rng.choice(["blas", "blas", "sequential", "pairwise"]))
+    return replace(
+        arithmetic,
+        tile=int(rng.choice([16, 64, 128, 512, 512, 2048])),
+        summation=summation if work <= 2**21 else "blas",
+        base_two=arithmetic.score == arithmetic.compute and bool(rng.random() < 0.3),
+        carry="float32" if wide else arithmetic.carry,
+    )
+
+
+def _gathered(x: np.ndarray, index: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Keys or values `[B, S, K, H]` of the chunks `[C, L]` as `[C, B, K, 1, L, H]`."""
+    return x[:, index].astype(dtype).transpose(1, 0, 3, 2, 4)[:, :, :, None]
+
+
+def _exp(x: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    return np.exp2(x) if arithmetic.base_two else np.exp(x)
+
+
+def _log_sum(maximum: np.ndarray, weight: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    with np.errstate(divide="ignore"):  # a row that sees nothing: log 0 = −inf is meant
+        if arithmetic.base_two:
+            return (maximum + np.log2(weight)) * weight.dtype.type(np.log(2.0))
+        return maximum + np.log(weight)
+
+
+def _finite(maximum: np.ndarray) -> np.ndarray:
+    return np.where(np.isneginf(maximum), maximum.dtype.type(0), maximum)
