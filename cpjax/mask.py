@@ -37,7 +37,9 @@ class Mask:
     def __post_init__(self):
         """Raise ValueError for a window below 1."""
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1, the query's own key (or None for no window)")
+            raise ValueError(
+                f"window is {self.window}; it must be at least 1, the query's own key (or None for no window)"
+            )
 
 
 def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[type_of_array, "B T S"]:
@@ -59,7 +61,7 @@ def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[type_of_array, "B T S"]:
 
 
 def tokens(batch: int, length: int, *, pads: int = 0) -> Tokens:
-    """Tokens 0 … length−1 of one request per batch row, followed by `pads` pads; int32 NumPy arrays `[B, length + pads]`.
+    """Tokens 0 … length−1 of one request per batch row, followed by `pads` pads; int32 arrays `[B, length + pads]`.
 
     >>> tokens(1, 2, pads=1).segment
     array([[ 0,  0, -1]], dtype=int32)

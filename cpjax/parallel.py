@@ -1,6 +1,6 @@
 """Global arrays in, global arrays out: split over a mesh, run an exchange on every device, join.
 
-    q[B, T, N, H]  ──layout──▶  q[B, T_cp, N, H]  ──shard_map──▶  out[B, T_cp, N, V]  ──inverse──▶  out[B, T, N, V]
+q[B, T, N, H]  ──layout──▶  q[B, T_cp, N, H]  ──shard_map──▶  out[B, T_cp, N, V]  ──inverse──▶  out[B, T, N, V]
 """
 
 from functools import partial

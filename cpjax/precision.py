@@ -6,14 +6,13 @@ Attention in tiles has few places where a low-precision kernel rounds. With m th
     s   = raw · scale   → score                                    sum is taken of the unrounded p)
     m, s − m            → score          out = Σ p v / Σ p       → out, after each block and after each merge
 
-Everything else is done in `compute`, the accumulation of matrix products included. Rounding is to nearest, ties to even.
+Everything else is done in `compute`, the accumulation of matrix products included. Rounding is to nearest even.
 
 Rounding is written as a cast to the format and back after the operation, because XLA on a CPU keeps float32 inside a
 fused loop whatever the dtype says, while it never removes a cast that loses bits.
 """
 
 from dataclasses import dataclass
-
 from typing import TypeVar
 
 import jax

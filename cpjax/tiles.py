@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from cpjax.mask import Mask, Tokens, visible
 from cpjax.partial import Partial, divisor, finite
@@ -119,7 +119,7 @@ def _nothing_yet(query: Array, value: Array) -> Running:
 
 
 def _tiles(block: tuple[Array, Array, Tokens]) -> list:
-    """The first tile of the keys, then stacks of tiles `[n, B, tile, …]`: all whole ones, and the rest if there is one."""
+    """The first tile of the keys, then stacks of tiles `[n, B, tile, …]`: the whole ones, and the rest if any."""
     length = block[0].shape[1]
     whole = (length - KEY_TILE) // KEY_TILE * KEY_TILE if length > KEY_TILE else 0
     cuts = [min(KEY_TILE, length), min(KEY_TILE, length) + whole]

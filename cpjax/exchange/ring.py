@@ -80,4 +80,6 @@ def ring_attention(
 
 def _pieces(shard: tuple[Array, Array, Tokens], chunks: int) -> list[tuple[Array, Array, Tokens]]:
     leaves, structure = jax.tree.flatten(shard)
-    return [jax.tree.unflatten(structure, piece) for piece in zip(*(jnp.split(x, chunks, 1) for x in leaves), strict=True)]
+    return [
+        jax.tree.unflatten(structure, piece) for piece in zip(*(jnp.split(x, chunks, 1) for x in leaves), strict=True)
+    ]
