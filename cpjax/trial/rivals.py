@@ -123,7 +123,13 @@ def accepted_by(rule: Rule, problem: Problem, result: Result, references: Refere
     """Whether the rule accepts `out`, and `lse` too where it is asked about."""
     length = problem.query.shape[2] * max(problem.query.shape[1], problem.key.shape[1])
     parts = ("out", "lse") if with_lse else ("out",)
-    return all(rule(getattr(result, part), Against(*(getattr(x, part) for x in references), length)) for part in parts)
+    exact, twin, plain = references
+
+    def accepts(part: str) -> bool:
+        against = Against(getattr(exact, part), getattr(twin, part), getattr(plain, part), length)
+        return rule(getattr(result, part), against)
+
+    return all(accepts(part) for part in parts)
 
 
 def plain_attention(problem: Problem, fmt: str) -> Result:
