@@ -34,7 +34,7 @@ def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 def whole(rng: np.random.Generator, low: int, high: int) -> int:
     """A whole number from `low` to `high`, both included, roughly log-uniform."""
-    return min(int(log_uniform(rng, low, high + 1)), high)
+    return min(int(log_uniform(rng, float(low), float(high + 1))), high)
 
 
 def draw_shape(rng: np.random.Generator, *, keys: int | None = None, head_dim: int | None = None) -> Shape:
