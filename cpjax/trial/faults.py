@@ -179,7 +179,7 @@ def one_nan(bench: Bench) -> Result:
 
 
 FAULTS: dict[str, Fault] = {
-    "one key dropped": partial(keys_dropped, size=1),
+    "one key dropped": partial(keys_dropped, size=1.0),
     "one key doubled": key_doubled,
     "causal mask +1": partial(mask_shifted, size=1),
     "causal mask −1": partial(mask_shifted, size=-1),
@@ -207,13 +207,18 @@ FAULTS: dict[str, Fault] = {
 }
 
 SIZED: dict[str, tuple[Callable[[Bench, float], Result], tuple[float, ...]]] = {
-    "keys dropped": (keys_dropped, (1, 2, 4, 8, 16, 32, 64, 128)),
+    "keys dropped": (keys_dropped, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)),
     "scale off by": (scale_off, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
     "chunk weight off by": (chunk_weighted, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
     "lse off by": (lse_off, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "one row off by": (row_off, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
 }
 """Faults that have a size, from the smallest to the largest that is tried."""
+
+
+def changes(wrong: Result, right: Result) -> bool:
+    """Whether a fault had anything to act on; one that changes no bit (no mask to shift, say) is none."""
+    return not all(np.array_equal(a, b) for a, b in zip(wrong, right, strict=True))
 
 
 def _early(chunks: np.ndarray, count: int) -> np.ndarray:
