@@ -43,11 +43,12 @@ def key_scores(
     error: Float[np.ndarray, "R V"],
     lse_error: Float[np.ndarray, " R"] | None,
     inflation: Float[np.ndarray, " R"],
-) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
     """Did one key enter with another weight? With weight (1 + ε) for key j: d out_i/dε = A_ij (v_j − out_i).
 
-    Returns the score of each key, summed over the rows, and its variance. `inflation` of each row is how much larger
-    the variance of a sum of its errors may be than if they were independent: D/ν.
+    Returns the score of each key, summed over the rows, its variance, and its information; ε is estimated by
+    score / information. `inflation` of each row is how much larger the variance of a sum of its errors may be than if
+    they were independent; 0 for rows that do not count.
     """
     rows = model.rows
     inverse = _inverse_square(expected.sigma)
@@ -58,12 +59,14 @@ def key_scores(
         - 2 * (inverse * rows.out) @ rows.value.T
         + (inverse * rows.out**2).sum(axis=1, keepdims=True)
     )
-    variance = rows.weight**2 * np.maximum(square, 0.0) * inflation[:, None]
+    information = rows.weight**2 * np.maximum(square, 0.0)
     if lse_error is not None:
         of_lse = _inverse_square(expected.lse_sigma)[:, None]
         value = value + rows.weight * lse_error[:, None] * of_lse
-        variance = variance + rows.weight**2 * of_lse * inflation[:, None]
-    return value.sum(axis=0), variance.sum(axis=0)
+        information = information + rows.weight**2 * of_lse
+    counts = inflation > 0
+    variance = inflation @ information
+    return counts @ value, variance, counts @ information
 
 
 def on_bfloat16_lattice(x: Float[np.ndarray, "..."]) -> np.ndarray:

@@ -9,13 +9,14 @@ Section numbers are those of docs/verdict.md.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.attention64 import Rows
 from cpjax.crosscheck.formats import FORMATS, Format
-from cpjax.crosscheck.groups import group_ids, grouped_sum_of_squares, sum_of_squares, tied_rows
+from cpjax.crosscheck.groups import Groups, groups_of, sum_of_squares
 from cpjax.precision import Precision
 from cpjax.tiles import KEY_TILE
 
@@ -108,20 +109,27 @@ class ErrorModel:
         return np.where(rows.seen, rows.per_key(np.nan_to_num(worth, nan=0.0)), 0.0)
 
     @cached_property
-    def _tied(self) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, "r S"]]:
-        """Rows in which errors must be added up in groups, and the groups."""
-        at = np.flatnonzero(tied_rows(self.rows))
-        return at, group_ids(self.rows, at)
+    def _groups(self) -> Groups:
+        """Keys whose errors must be added up before they are squared (§3.9)."""
+        return groups_of(self.rows)
 
-    def _variance_of(
-        self, error: Float[np.ndarray, "R S"], center: Float[np.ndarray, "R V"] | None
-    ) -> Float[np.ndarray, "R V"]:
-        """Variance of Σ_j error_j (v_j − center), where keys with equal scores have equal errors."""
-        total = sum_of_squares(error, self.rows.value, center)
-        at, ids = self._tied
-        if len(at):
-            grouped = grouped_sum_of_squares(error[at], self.rows.value, ids, None if center is None else center[at])
-            total[at] = np.maximum(total[at], grouped)
+    def _variance_of(self, error: Float[np.ndarray, "R S"], center: bool) -> Float[np.ndarray, "R V"]:
+        """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; keys with equal scores have equal errors."""
+        rows, groups = self.rows, self._groups
+        total = sum_of_squares(error, rows.value, rows.out if center else None)
+        if len(groups.at):
+            some, out = error[groups.at], rows.out[groups.at]
+            grouped = groups.sum_of_squares(some, rows.value, out)
+            if not center:  # v = (v − out) + out; the two parts are uncorrelated up to chance
+                grouped = grouped + groups.square_of_weights(some)[:, None] * out**2
+            total[groups.at] = np.maximum(total[groups.at], grouped)
+        return total
+
+    def _variance_of_sum(self, error: Float[np.ndarray, "R S"]) -> Float[np.ndarray, " R"]:
+        """Variance of Σ_j error_j; keys with equal scores have equal errors."""
+        total, groups = (error**2).sum(axis=1), self._groups
+        if len(groups.at):
+            total[groups.at] = np.maximum(total[groups.at], groups.square_of_weights(error[groups.at]))
         return total
 
     # Standard deviation (§3) -------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ class ErrorModel:
         """p rounded to its format (§3.1). p = 1 is exact; p below half of the least number becomes 0 (§3.2)."""
         p, worth = self._p_value, self._p_weight
         step = np.where(p == 1.0, 0.0, self._p.spacing(p))
-        variance = self._variance_of(worth * step / np.sqrt(12), None)
+        variance = self._variance_of(worth * step / np.sqrt(12), center=False)
         if self.precision.probability != "float16":
             return variance
         lost = np.where(p < self._p.tiny / 2, self.rows.weight, 0.0)
@@ -206,28 +214,30 @@ class ErrorModel:
     def score_variance(self) -> Float[np.ndarray, "R V"]:
         """Errors of the scores move weight between keys: Σ A_j δs_j (v_j − out) (§3.5), and the rescales (§3.6)."""
         rows = self.rows
-        variance = self._variance_of(rows.weight * self._score_sigma, rows.out)
-        for jump, before in self._rescales:
-            part = before @ rows.value - before.sum(axis=1, keepdims=True) * rows.out
-            variance = variance + (jump[:, None] * part) ** 2
+        variance = self._variance_of(rows.weight * self._score_sigma, center=True)
+        for jump, weight, part in self._rescales:
+            variance = variance + (jump[:, None] * (part - weight[:, None] * rows.out)) ** 2
         return variance
 
     @cached_property
-    def _rescales(self) -> list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, "R S"]]]:
-        """Standard deviation of each rescale's exponent, with the weights of the keys that it multiplies (§3.6)."""
+    def _rescales(self) -> list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"], Float[np.ndarray, "R V"]]]:
+        """Standard deviation of each rescale's exponent, with Σ A and Σ A v of the keys that it multiplies (§3.6)."""
         if not self._low_precision_scores:
             return []
         fmt, rows = FORMATS[self.precision.score], self.rows
         found = []
-        for start, stop in zip(rows.edges[:-1], rows.edges[1:], strict=True):
+        for start, stop in pairwise(rows.edges):
             highest = np.full(len(rows.lse), -np.inf)
+            weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
             for tile in range(start, stop, KEY_TILE):
-                new = np.maximum(highest, rows.score[:, tile : min(tile + KEY_TILE, stop)].max(axis=1))
-                jump = np.where(np.isneginf(highest), 0.0, new - np.where(np.isneginf(highest), 0.0, highest))
-                if tile > start and (jump > 0).any():
-                    before = np.zeros_like(rows.weight)
-                    before[:, start:tile] = rows.weight[:, start:tile]
-                    found.append((np.where(jump > 0, fmt.spacing(jump), 0.0) / np.sqrt(12), before))
+                keys = slice(tile, min(tile + KEY_TILE, stop))
+                new = np.maximum(highest, rows.score[:, keys].max(axis=1))
+                seen_before = ~np.isneginf(highest)
+                jump = np.where(seen_before, new - np.where(seen_before, highest, 0.0), 0.0)
+                if (jump > 0).any():
+                    found.append((np.where(jump > 0, fmt.spacing(jump), 0.0) / np.sqrt(12), weight, part))
+                weight = weight + rows.weight[:, keys].sum(axis=1)
+                part = part + rows.weight[:, keys] @ rows.value[keys]
                 highest = new
         return found
 
@@ -244,14 +254,9 @@ class ErrorModel:
     def lse_variance(self) -> Float[np.ndarray, " R"]:
         """Variance of lse (§3.8): errors of scores, of the sum, and of the logarithm and the merges."""
         rows, eps = self.rows, self._eps
-        error = rows.weight * self._score_sigma
-        variance = (error**2).sum(axis=1)
-        at, ids = self._tied
-        if len(at):
-            ones = np.ones((error.shape[1], 1))
-            variance[at] = np.maximum(variance[at], grouped_sum_of_squares(error[at], ones, ids)[:, 0])
-        for jump, before in self._rescales:
-            variance = variance + (jump * before.sum(axis=1)) ** 2
+        variance = self._variance_of_sum(rows.weight * self._score_sigma)
+        for jump, weight, _ in self._rescales:
+            variance = variance + (jump * weight) ** 2
         merges = (rows.chunk_weight > 0).sum(axis=1)
         n = self._seen_keys
         of_sum = eps * np.where(n > 1, 4 + np.sqrt(n) / 12, 0.0)
@@ -271,16 +276,17 @@ class ErrorModel:
         step = np.where(self._p_value == 1.0, 0.0, self._p.spacing(self._p_value))
         variance = np.zeros(len(per_lse))
         for error in (self._p_weight * step / np.sqrt(12) * along, rows.weight * self._score_sigma * away):
-            part = (error**2).sum(axis=1)
-            at, ids = self._tied
-            if len(at):
-                ones = np.ones((error.shape[1], 1))
-                part[at] = np.maximum(part[at], grouped_sum_of_squares(error[at], ones, ids)[:, 0])
-            variance += part
+            variance += self._variance_of_sum(error)
         independent, repeated = self.carry_variance
         stored = self.chunk_variance + independent + repeated + self.compute_variance
         variance += (per_out**2 * stored).sum(axis=1)
         return variance + per_lse**2 * self.lse_variance
+
+    @cached_property
+    def in_range(self) -> Bool[np.ndarray, " R"]:
+        """Rows none of whose q·k overflows the format that scores are kept in (§6)."""
+        largest = np.where(self.rows.seen, np.abs(self.rows.score), 0.0).max(axis=1) / abs(self.scale or 1.0)
+        return largest * (1 + 2.0**-10) < FORMATS[self.precision.score].largest
 
     # Hard bound (§5) ---------------------------------------------------------------------------------------------
 
