@@ -55,10 +55,8 @@ class ErrorModel:
 
     def expected(self) -> Expected:
         """Everything the judge needs of these rows."""
-        probability, chunk, carry = self.probability_variance, self.chunk_variance, self.carry_variance
-        score, other = self.score_variance, self.compute_variance
-        variance = probability + chunk + carry[0] + carry[1] + score + other
-        shared = probability + score + carry[1]
+        shared = self.probability_variance + self.score_variance + self.one_signed**2
+        variance = shared + self.chunk_variance + self.carry_variance + self.compute_variance
         total = variance.sum(axis=1)
         share = np.divide(shared.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
         low, high = self.interval
@@ -136,15 +134,12 @@ class ErrorModel:
 
     @cached_property
     def probability_variance(self) -> Float[np.ndarray, "R V"]:
-        """p rounded to its format (§3.1). p = 1 is exact; p below half of the least number becomes 0 (§3.2)."""
+        """p rounded to its format (§3.1). p = 1 is exact; what becomes 0 is in `one_signed`."""
         p, worth = self._p_value, self._p_weight
         step = np.where(p == 1.0, 0.0, self._p.spacing(p))
         variance = self._variance_of(worth * step / np.sqrt(12), center=False)
         if self.precision.probability != "float16":
             return variance
-        lost = np.where(p < self._p.tiny / 2, self.rows.weight, 0.0)
-        if lost.any():
-            variance = variance + (lost @ self.rows.value) ** 2 / 3
         cell = np.where(self.rows.seen, np.round(p / self._p.tiny), 0.0)
         for n in np.unique(cell[(cell >= 1) & (cell <= 16)]):  # the least numbers: all p that become one err alike
             variance = variance + (self._p.tiny / 4 * (np.where(cell == n, worth, 0.0) @ self.rows.value)) ** 2
@@ -158,15 +153,44 @@ class ErrorModel:
             out = np.where(a > 0, part / a, 0.0)
         return (a**2 * self._out.spacing(out) ** 2 / 12).sum(axis=1)
 
+    @property
+    def carry_variance(self) -> Float[np.ndarray, "R V"]:
+        """The running out rounded after each merge, where these errors are independent (§3.4)."""
+        return self._carry[0]
+
     @cached_property
-    def carry_variance(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
-        """The running out rounded after each merge (§3.4): independent errors, and errors that repeat.
+    def one_signed(self) -> Float[np.ndarray, "R V"]:
+        """Errors that all may have the same sign, at most: nothing averages them out.
+
+        Merges that move the running out by less than a few spacings, and round the same way each time (§3.4);
+        probabilities that become 0 (§3.2); terms that are too small for the sum they are added to (§3.7).
+        """
+        rows = self.rows
+        error = self._carry[1]
+        if self.precision.probability == "float16":
+            lost = np.where(self._p_value < self._p.tiny / 2, rows.weight, 0.0)
+            error = error + np.abs(lost @ rows.value) / np.sqrt(3)
+        absorbed = self._absorbed
+        if absorbed.any():
+            of_values = absorbed @ np.abs(rows.value) + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
+            error = error + of_values
+        return error
+
+    @cached_property
+    def _absorbed(self) -> Float[np.ndarray, "R S"]:
+        """What may be lost of a weight that is small beside the rounding unit of the sum of all (§3.7)."""
+        weight, eps = self.rows.weight, self._eps
+        return np.where(weight < 8 * eps, np.minimum(weight, 0.6 * eps), 0.0) * (self._seen_keys > 1)[:, None]
+
+    @cached_property
+    def _carry(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """Variance of the merges' independent roundings, and the sum of those that repeat.
 
         A merge that moves the running out by less than a few spacings rounds the same way again and again.
         """
         rows = self.rows
         if self.merging is None:
-            return self._carry_variance_of_any_order()
+            return self._carry_of_any_order()
         a = np.take_along_axis(rows.chunk_weight, self.merging, axis=1)
         part = np.take_along_axis(rows.chunk_part, self.merging[..., None], axis=1)
         done = np.cumsum(a, axis=1)[..., None]
@@ -179,15 +203,15 @@ class ErrorModel:
         free = merged & (moved >= 4 * step)
         stuck = merged & (moved < 4 * step)
         independent = np.where(free, done**2 * step**2 / 12, 0.0).sum(axis=1)
-        repeated = np.where(stuck, done * np.minimum(moved, 0.3 * step), 0.0).sum(axis=1) ** 2
+        repeated = np.where(stuck, done * np.minimum(moved, 0.3 * step), 0.0).sum(axis=1)
         return independent, repeated
 
-    def _carry_variance_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+    def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
         merges = np.maximum((self.rows.chunk_weight > 0).sum(axis=1) - 1, 0)[:, None]
         step = self._out.spacing(self._largest_running)
         a = self.rows.chunk_weight[..., None]
         moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
-        repeated = np.minimum(moved, 0.3 * step[:, None]).sum(axis=1) ** 2 * (merges > 0)
+        repeated = np.minimum(moved, 0.3 * step[:, None]).sum(axis=1) * (merges > 0)
         return merges * step**2 / 12, repeated
 
     @cached_property
@@ -243,32 +267,59 @@ class ErrorModel:
 
     @cached_property
     def compute_variance(self) -> Float[np.ndarray, "R V"]:
-        """What float32 does besides (§3.7): accumulation of p·v, and weights of the merge."""
+        """What float32 does besides (§3.7): exponentials and products, sums over the keys, weights of the merge."""
         rows, eps = self.rows, self._eps
         a = rows.chunk_weight[..., None]
         spread = ((rows.chunk_part - a * rows.out[:, None]) ** 2).sum(axis=1)
-        of_sums = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
-        return of_sums**2 + (2 * eps * (self._lse_size + 2))[:, None] ** 2 * spread
+        of_terms = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
+        of_sums = self._sum_sigma[:, None] * np.where(
+            self._is_grouped[:, None], self._weighted_magnitude, np.abs(rows.out)
+        )
+        of_merges = (2 * eps * (self._lse_size + 2))[:, None] ** 2 * spread
+        return of_terms**2 + 2 * of_sums**2 + of_merges
+
+    @cached_property
+    def _is_grouped(self) -> Bool[np.ndarray, " R"]:
+        """Rows with many equal scores."""
+        grouped = np.zeros(len(self.rows.lse), bool)
+        grouped[self._groups.at] = True
+        return grouped
+
+    @cached_property
+    def _sum_sigma(self) -> Float[np.ndarray, " R"]:
+        """Relative error of a sum of positive terms, one after the other in a tile of up to 2,048 (§3.7).
+
+        0.25 √n units if the roundings are independent; n/4 units if equal terms make them equal.
+        """
+        n = np.minimum(self._seen_keys, 2048)
+        tiles = self._seen_keys / 2048
+        units = np.where(self._is_grouped, n / 4, 0.25 * np.sqrt(n)) + 0.25 * np.sqrt(tiles)
+        return self._eps * np.where(self._seen_keys > 1, units, 0.0)
+
+    @cached_property
+    def lse_one_signed(self) -> Float[np.ndarray, " R"]:
+        """Errors of lse that may all have the same sign (§3.8)."""
+        return self._absorbed.sum(axis=1)
 
     @cached_property
     def lse_variance(self) -> Float[np.ndarray, " R"]:
         """Variance of lse (§3.8): errors of scores, of the sum, and of the logarithm and the merges."""
-        rows, eps = self.rows, self._eps
+        rows, eps, n = self.rows, self._eps, self._seen_keys
         variance = self._variance_of_sum(rows.weight * self._score_sigma)
         for jump, weight, _ in self._rescales:
             variance = variance + (jump * weight) ** 2
         merges = (rows.chunk_weight > 0).sum(axis=1)
-        n = self._seen_keys
-        of_sum = eps * np.where(n > 1, 4 + np.sqrt(n) / 12, 0.0)
+        of_sum = np.where(n > 1, 4 * eps, 0.0) + self._sum_sigma
         of_log = eps * (self._lse_size + 2) * np.sqrt(merges + 1)
-        return np.where(n > 0, variance + of_sum**2 + of_log**2, 0.0)
+        return np.where(n > 0, variance + of_sum**2 + of_log**2 + self.lse_one_signed**2, 0.0)
 
     def variance_along(
         self, per_out: Float[np.ndarray, "R V"], per_lse: Float[np.ndarray, " R"]
     ) -> Float[np.ndarray, " R"]:
         """Variance of per_out · (error of out) + per_lse · (error of lse) in each row, correlations included (§7).
 
-        The errors of probabilities and of scores are shared by all outputs of a row, so they are added up first.
+        The errors of probabilities and of scores are shared by all outputs of a row, so they are added up first. What
+        is `one_signed` is left out: it is no random error.
         """
         rows = self.rows
         along = per_out @ rows.value.T
@@ -277,8 +328,7 @@ class ErrorModel:
         variance = np.zeros(len(per_lse))
         for error in (self._p_weight * step / np.sqrt(12) * along, rows.weight * self._score_sigma * away):
             variance += self._variance_of_sum(error)
-        independent, repeated = self.carry_variance
-        stored = self.chunk_variance + independent + repeated + self.compute_variance
+        stored = self.chunk_variance + self.carry_variance + self.compute_variance
         variance += (per_out**2 * stored).sum(axis=1)
         return variance + per_lse**2 * self.lse_variance
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.attention64 import Rows, attention_rows
-from cpjax.crosscheck.directed import key_scores, on_bfloat16_lattice, scale_score
+from cpjax.crosscheck.directed import Score, key_scores, on_bfloat16_lattice, scale_score
 from cpjax.crosscheck.error_model import ErrorModel, Expected
 from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Question
@@ -60,16 +60,8 @@ class RowTable:
     lse_error: Float[np.ndarray, " R"]
     scale_value: Float[np.ndarray, " R"]
     scale_variance: Float[np.ndarray, " R"]
+    scale_bias: Float[np.ndarray, " R"]
     scale_information: Float[np.ndarray, " R"]
-
-
-@dataclass(frozen=True)
-class KeyTable:
-    """Per batch row and key/value head: the score of each key, its variance, and its information (`directed`)."""
-
-    value: Float[np.ndarray, "B K S"]
-    variance: Float[np.ndarray, "B K S"]
-    information: Float[np.ndarray, "B K S"]
 
 
 @dataclass
@@ -85,7 +77,8 @@ class Evidence:
     """All that is measured of a result."""
 
     rows: RowTable
-    keys: KeyTable
+    keys: Score
+    """Arrays `[B, K, S]`: whether a key entered with another weight than its own."""
     lattice: Lattice
 
 
@@ -107,7 +100,7 @@ class _Found:
     tile: _Tile
     table: RowTable
     keys: Int[np.ndarray, " n"]
-    key_scores: tuple[np.ndarray, np.ndarray, np.ndarray]
+    key_scores: Score
     lattice: tuple[np.ndarray, np.ndarray]
 
 
@@ -119,13 +112,13 @@ def collect(
     progress: Progress = lambda done, total: None,
 ) -> Evidence:
     """The evidence on the `chosen` rows of a result in global token order."""
-    batch, length, kv_heads = question.key.shape[:3]
-    keys = KeyTable(*(np.zeros((batch, kv_heads, length)) for _ in range(3)))
+    batch, length, kv_heads, _ = question.key.shape
+    keys = Score(*(np.zeros((batch, kv_heads, length)) for _ in Score._fields))
     lattice = Lattice(np.zeros(2**16, bool), np.zeros(2**16, bool))
     tables, done, total = [], 0, int(chosen.sum())
     for found in _each_tile(partial(_measure, question, out, lse), question, chosen):
         where = (found.tile.batch, found.tile.kv_head, found.keys)
-        for sums, part in zip((keys.value, keys.variance, keys.information), found.key_scores, strict=True):
+        for sums, part in zip(keys, found.key_scores, strict=True):
             sums[where] += part
         expected, is_bfloat16 = found.lattice
         new = ~lattice.expected[expected]
@@ -222,6 +215,7 @@ def _measure(question: Question, out: np.ndarray, lse: np.ndarray | None, tile: 
         error=np.where(unjudged | np.isfinite(given).all(axis=1), np.abs(error).max(axis=1), np.inf),
         scale_value=np.where(unjudged, 0.0, scale.value),
         scale_variance=np.where(unjudged, 0.0, scale.variance * tile.times),
+        scale_bias=np.where(unjudged, 0.0, scale.bias),
         scale_information=np.where(unjudged, 0.0, scale.information),
         **lse_columns,
     )
@@ -235,8 +229,7 @@ def _model(question: Question, tile: _Tile) -> tuple[Rows, ErrorModel]:
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
     seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]
     query, key, value = (
-        x.astype(np.float64)
-        for x in (question.query[b, at, tile.head], question.key[b, :, k], question.value[b, :, k])
+        x.astype(np.float64) for x in (question.query[b, at, tile.head], question.key[b, :, k], question.value[b, :, k])
     )
     rows = attention_rows(query, key, value, seen, question.kv_chunk, question.scale)
     merging = question.merging

@@ -141,5 +141,7 @@ def _off_format(asked: Question, out: np.ndarray) -> str | None:
         off = ~np.isnan(out) & (out.astype(fmt).astype(out.dtype) != out)
     off &= asked.is_judged[..., None, None]
     if off.any():
-        return f"out holds {int(off.sum()):,} numbers that are no {fmt} numbers, in which {asked.precision.name} stores it"
+        return (
+            f"out holds {int(off.sum()):,} numbers that are no {fmt} numbers, in which {asked.precision.name} stores it"
+        )
     return None

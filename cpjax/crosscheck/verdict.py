@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cpjax.crosscheck.directed import Score, deviate
 from cpjax.crosscheck.evidence import Evidence, RowTable
 from cpjax.crosscheck.question import Question
 from cpjax.crosscheck.statistic import (
@@ -175,7 +176,9 @@ def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -
     rows = np.flatnonzero(~(ratio <= 1.0))
     if len(rows):
         worst = rows[np.argmax(ratio[rows])]
-        size = "is not a number or infinitely off" if np.isinf(ratio[worst]) else f"is {ratio[worst]:.3g} times its bound"
+        size = (
+            "is not a number or infinitely off" if np.isinf(ratio[worst]) else f"is {ratio[worst]:.3g} times its bound"
+        )
         yield (
             "bound" if name == "out" else "lse bound",
             f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; the "
@@ -216,16 +219,17 @@ def _worst_parts(parts: list[Part]) -> Iterator[tuple[str, str]]:
         if wrong:
             names = ", ".join(part.name.rpartition(" ")[2] for part in wrong[:8]) + (", …" if len(wrong) > 8 else "")
             many = sum(part.name.rpartition(" ")[0] == kind for part in parts)
-            yield test, f"{len(wrong)} of {many} {test} {'is' if len(wrong) == 1 else 'are'} wrong on their own: {names}"
+            yield (
+                test,
+                f"{len(wrong)} of {many} {test} {'is' if len(wrong) == 1 else 'are'} wrong on their own: {names}",
+            )
 
 
 def _scale(table: RowTable) -> tuple[float, float]:
     """The score test's deviate for the scale, and the relative error of the scale that it estimates."""
-    variance, information = table.scale_variance.sum(), table.scale_information.sum()
-    if not variance > 0 or not information > 0:
-        return 0.0, float("nan")
-    value = table.scale_value.sum()
-    return float(value / np.sqrt(variance)), float(value / information)
+    columns = (table.scale_value, table.scale_variance, table.scale_bias, table.scale_information)
+    score = Score(*(np.asarray(column.sum()) for column in columns))
+    return float(deviate(score)), float(score.value / score.information) if score.information > 0 else float("nan")
 
 
 def _scale_sentence(error: float, deviate: float) -> str:
@@ -233,19 +237,16 @@ def _scale_sentence(error: float, deviate: float) -> str:
 
 
 def _keys(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """Keys that enter with another weight than theirs. Scores of correct results grow with the number of keys."""
+    """A key that was lost, halved or doubled. Scores of correct results grow with the number of keys."""
     keys = evidence.keys
-    deviates: Float[np.ndarray, "B K S"] = np.divide(
-        keys.value, np.sqrt(keys.variance), out=np.zeros_like(keys.value), where=keys.variance > 0
-    )
-    worst = np.unravel_index(np.argmax(np.abs(deviates)), deviates.shape)
-    if not abs(deviates[worst]) - expected_maximum(deviates.size) <= LIMIT:
-        weight = 1 + keys.value[worst] / keys.information[worst]
-        b, k, s = worst
+    change = np.divide(keys.value, keys.information, out=np.zeros_like(keys.value), where=keys.information > 0)
+    deviates = np.where((np.abs(change) >= 0.25) & (np.abs(change) <= 2.0), np.abs(deviate(keys)), 0.0)
+    b, k, s = np.unravel_index(np.argmax(deviates), deviates.shape)
+    if not deviates[b, k, s] - expected_maximum(deviates.size) <= LIMIT:
         yield (
             "key",
-            f"key {s} of batch {b}, key/value head {k} enters with weight {weight:.3g} instead of 1 "
-            f"({abs(deviates[worst]):.3g} deviates)",
+            f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} instead of 1 "
+            f"({deviates[b, k, s]:.3g} deviates)",
         )
 
 
