@@ -15,9 +15,13 @@ from jaxtyping import Bool, Float, Int
 class Rows:
     """Exact attention of R queries of one head over S keys (only keys that at least one of them sees), C chunks.
 
-    The keys are ordered by chunk; `edges[c]:edges[c + 1]` are the keys of chunk c.
+    The keys are ordered by chunk; `edges[c]:edges[c + 1]` are the keys of chunk `chunks[c]`.
     """
 
+    index: Int[np.ndarray, " S"]
+    """Which of all keys these are."""
+    chunks: Int[np.ndarray, " C"]
+    """The chunks that at least one row sees, ascending."""
     value: Float[np.ndarray, "S V"]
     score: Float[np.ndarray, "R S"]
     """scale · q·k, −inf where hidden."""
@@ -58,12 +62,12 @@ def attention_rows(
     chunk: Int[np.ndarray, " S"],
     scale: float,
 ) -> Rows:
-    """Exact attention of these rows; all inputs float64, `chunk` ascending. Keys that no row sees are left out."""
-    used = seen.any(axis=0)
-    if not used.any():
-        used = np.zeros_like(used)
-        used[:1] = True  # keeps every array non-empty; the row still sees nothing
-    key, value, seen, chunk = key[used], value[used], seen[:, used], chunk[used]
+    """Exact attention of these rows; all inputs float64. Keys that no row sees are left out."""
+    index = np.flatnonzero(seen.any(axis=0))
+    if len(index) == 0:
+        index = np.zeros(1, int)  # keeps every array non-empty; the row still sees nothing
+    index = index[np.argsort(chunk[index], kind="stable")]
+    key, value, seen, chunk = key[index], value[index], seen[:, index], chunk[index]
     edges = np.append(np.flatnonzero(np.diff(chunk, prepend=-1)), len(chunk))
     score = np.where(seen, scale * (query @ key.T), -np.inf)
     chunk_max = np.maximum.reduceat(score, edges[:-1], axis=1)
@@ -78,6 +82,8 @@ def attention_rows(
         lse = base + np.log(total)
     norms = scale * np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(key, axis=1)
     return Rows(
+        index=index,
+        chunks=chunk[edges[:-1]],
         value=value,
         score=score,
         weight=weight,

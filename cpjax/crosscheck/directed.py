@@ -14,17 +14,21 @@ from cpjax.crosscheck.error_model import ErrorModel, Expected
 
 
 class Score(NamedTuple):
-    """Per row: the score statistic, its variance under correct arithmetic, and its information (Σ g²/σ²)."""
+    """A score statistic, per row or per key, and what correct arithmetic makes of it."""
 
-    value: Float[np.ndarray, " R"]
-    variance: Float[np.ndarray, " R"]
-    information: Float[np.ndarray, " R"]
+    value: np.ndarray
+    variance: np.ndarray
+    """Of its random part."""
+    bias: np.ndarray
+    """The most that errors of one sign add to it."""
+    information: np.ndarray
+    """Σ g²/σ²; value / information estimates the size of the fault."""
 
 
 def scale_score(
     model: ErrorModel, expected: Expected, error: Float[np.ndarray, "R V"], lse_error: Float[np.ndarray, " R"] | None
 ) -> Score:
-    """Is the scale off? With scale·(1 + ε): d out/dε = Σ A_j s_j (v_j − out), d lse/dε = Σ A_j s_j."""
+    """Is the scale off? With scale·(1 + ε): d out/dε = Σ A_j s_j (v_j − out), d lse/dε = Σ A_j s_j. Per row."""
     rows = model.rows
     s = np.where(rows.seen, rows.score, 0.0)
     weighted = rows.weight * s
@@ -33,8 +37,9 @@ def scale_score(
     per_out = g * _inverse_square(expected.sigma)
     per_lse = np.zeros(len(g)) if lse_error is None else mean_score * _inverse_square(expected.lse_sigma)
     value = (error * per_out).sum(axis=1) + (0.0 if lse_error is None else lse_error * per_lse)
+    bias = (np.abs(per_out) * model.one_signed).sum(axis=1) + np.abs(per_lse) * model.lse_one_signed
     information = (g * per_out).sum(axis=1) + mean_score * per_lse
-    return Score(value, model.variance_along(per_out, per_lse), information)
+    return Score(value, model.variance_along(per_out, per_lse), bias, information)
 
 
 def key_scores(
@@ -43,27 +48,37 @@ def key_scores(
     error: Float[np.ndarray, "R V"],
     lse_error: Float[np.ndarray, " R"] | None,
     inflation: Float[np.ndarray, " R"],
-) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+) -> Score:
     """Did one key enter with another weight? With weight (1 + ε) for key j: d out_i/dε = A_ij (v_j − out_i).
 
-    Returns the score of each key, summed over the rows, and its variance. `inflation` of each row is how much larger
-    the variance of a sum of its errors may be than if they were independent: D/ν.
+    Per key, summed over the rows. `inflation` of each row is how much larger the variance of a sum of its errors may be
+    than if they were independent; 0 for rows that do not count.
     """
-    rows = model.rows
+    rows, counts = model.rows, inflation > 0
+    weight = rows.weight * counts[:, None]
     inverse = _inverse_square(expected.sigma)
     pull = error * inverse
-    value = rows.weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
+    value = weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
+    drag = model.one_signed * inverse
+    bias = weight * (drag @ np.abs(rows.value).T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
     square = (
         inverse @ (rows.value**2).T
         - 2 * (inverse * rows.out) @ rows.value.T
         + (inverse * rows.out**2).sum(axis=1, keepdims=True)
     )
-    variance = rows.weight**2 * np.maximum(square, 0.0) * inflation[:, None]
+    information = weight**2 * np.maximum(square, 0.0)
     if lse_error is not None:
         of_lse = _inverse_square(expected.lse_sigma)[:, None]
-        value = value + rows.weight * lse_error[:, None] * of_lse
-        variance = variance + rows.weight**2 * of_lse * inflation[:, None]
-    return value.sum(axis=0), variance.sum(axis=0)
+        value = value + weight * lse_error[:, None] * of_lse
+        bias = bias + weight * model.lse_one_signed[:, None] * of_lse
+        information = information + weight**2 * of_lse
+    return Score(value.sum(axis=0), inflation @ information, bias.sum(axis=0), information.sum(axis=0))
+
+
+def deviate(score: Score) -> np.ndarray:
+    """A score as a standard normal deviate, after what may be bias is taken off; 0 where nothing was measured."""
+    excess = np.sign(score.value) * np.maximum(np.abs(score.value) - score.bias, 0.0)
+    return np.divide(excess, np.sqrt(score.variance), out=np.zeros_like(excess), where=score.variance > 0)
 
 
 def on_bfloat16_lattice(x: Float[np.ndarray, "..."]) -> np.ndarray:

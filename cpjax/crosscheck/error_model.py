@@ -9,13 +9,14 @@ Section numbers are those of docs/verdict.md.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.attention64 import Rows
 from cpjax.crosscheck.formats import FORMATS, Format
-from cpjax.crosscheck.groups import group_ids, grouped_sum_of_squares, sum_of_squares, tied_rows
+from cpjax.crosscheck.groups import Groups, groups_of, sum_of_squares
 from cpjax.precision import Precision
 from cpjax.tiles import KEY_TILE
 
@@ -54,10 +55,8 @@ class ErrorModel:
 
     def expected(self) -> Expected:
         """Everything the judge needs of these rows."""
-        probability, chunk, carry = self.probability_variance, self.chunk_variance, self.carry_variance
-        score, other = self.score_variance, self.compute_variance
-        variance = probability + chunk + carry[0] + carry[1] + score + other
-        shared = probability + score + carry[1]
+        shared = self.probability_variance + self.score_variance + self.one_signed**2
+        variance = shared + self.chunk_variance + self.carry_variance + self.compute_variance
         total = variance.sum(axis=1)
         share = np.divide(shared.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
         low, high = self.interval
@@ -108,35 +107,39 @@ class ErrorModel:
         return np.where(rows.seen, rows.per_key(np.nan_to_num(worth, nan=0.0)), 0.0)
 
     @cached_property
-    def _tied(self) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, "r S"]]:
-        """Rows in which errors must be added up in groups, and the groups."""
-        at = np.flatnonzero(tied_rows(self.rows))
-        return at, group_ids(self.rows, at)
+    def _groups(self) -> Groups:
+        """Keys whose errors must be added up before they are squared (§3.9)."""
+        return groups_of(self.rows)
 
-    def _variance_of(
-        self, error: Float[np.ndarray, "R S"], center: Float[np.ndarray, "R V"] | None
-    ) -> Float[np.ndarray, "R V"]:
-        """Variance of Σ_j error_j (v_j − center), where keys with equal scores have equal errors."""
-        total = sum_of_squares(error, self.rows.value, center)
-        at, ids = self._tied
-        if len(at):
-            grouped = grouped_sum_of_squares(error[at], self.rows.value, ids, None if center is None else center[at])
-            total[at] = np.maximum(total[at], grouped)
+    def _variance_of(self, error: Float[np.ndarray, "R S"], center: bool) -> Float[np.ndarray, "R V"]:
+        """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; keys with equal scores have equal errors."""
+        rows, groups = self.rows, self._groups
+        total = sum_of_squares(error, rows.value, rows.out if center else None)
+        if len(groups.at):
+            some, out = error[groups.at], rows.out[groups.at]
+            grouped = groups.sum_of_squares(some, rows.value, out)
+            if not center:  # v = (v − out) + out; the two parts are uncorrelated up to chance
+                grouped = grouped + groups.square_of_weights(some)[:, None] * out**2
+            total[groups.at] = np.maximum(total[groups.at], grouped)
+        return total
+
+    def _variance_of_sum(self, error: Float[np.ndarray, "R S"]) -> Float[np.ndarray, " R"]:
+        """Variance of Σ_j error_j; keys with equal scores have equal errors."""
+        total, groups = (error**2).sum(axis=1), self._groups
+        if len(groups.at):
+            total[groups.at] = np.maximum(total[groups.at], groups.square_of_weights(error[groups.at]))
         return total
 
     # Standard deviation (§3) -------------------------------------------------------------------------------------
 
     @cached_property
     def probability_variance(self) -> Float[np.ndarray, "R V"]:
-        """p rounded to its format (§3.1). p = 1 is exact; p below half of the least number becomes 0 (§3.2)."""
+        """p rounded to its format (§3.1). p = 1 is exact; what becomes 0 is in `one_signed`."""
         p, worth = self._p_value, self._p_weight
         step = np.where(p == 1.0, 0.0, self._p.spacing(p))
-        variance = self._variance_of(worth * step / np.sqrt(12), None)
+        variance = self._variance_of(worth * step / np.sqrt(12), center=False)
         if self.precision.probability != "float16":
             return variance
-        lost = np.where(p < self._p.tiny / 2, self.rows.weight, 0.0)
-        if lost.any():
-            variance = variance + (lost @ self.rows.value) ** 2 / 3
         cell = np.where(self.rows.seen, np.round(p / self._p.tiny), 0.0)
         for n in np.unique(cell[(cell >= 1) & (cell <= 16)]):  # the least numbers: all p that become one err alike
             variance = variance + (self._p.tiny / 4 * (np.where(cell == n, worth, 0.0) @ self.rows.value)) ** 2
@@ -150,15 +153,44 @@ class ErrorModel:
             out = np.where(a > 0, part / a, 0.0)
         return (a**2 * self._out.spacing(out) ** 2 / 12).sum(axis=1)
 
+    @property
+    def carry_variance(self) -> Float[np.ndarray, "R V"]:
+        """The running out rounded after each merge, where these errors are independent (§3.4)."""
+        return self._carry[0]
+
     @cached_property
-    def carry_variance(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
-        """The running out rounded after each merge (§3.4): independent errors, and errors that repeat.
+    def one_signed(self) -> Float[np.ndarray, "R V"]:
+        """Errors that all may have the same sign, at most: nothing averages them out.
+
+        Merges that move the running out by less than a few spacings, and round the same way each time (§3.4);
+        probabilities that become 0 (§3.2); terms that are too small for the sum they are added to (§3.7).
+        """
+        rows = self.rows
+        error = self._carry[1]
+        if self.precision.probability == "float16":
+            lost = np.where(self._p_value < self._p.tiny / 2, rows.weight, 0.0)
+            error = error + np.abs(lost @ rows.value) / np.sqrt(3)
+        absorbed = self._absorbed
+        if absorbed.any():
+            of_values = absorbed @ np.abs(rows.value) + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
+            error = error + of_values
+        return error
+
+    @cached_property
+    def _absorbed(self) -> Float[np.ndarray, "R S"]:
+        """What may be lost of a weight that is small beside the rounding unit of the sum of all (§3.7)."""
+        weight, eps = self.rows.weight, self._eps
+        return np.where(weight < 8 * eps, np.minimum(weight, 0.6 * eps), 0.0) * (self._seen_keys > 1)[:, None]
+
+    @cached_property
+    def _carry(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """Variance of the merges' independent roundings, and the sum of those that repeat.
 
         A merge that moves the running out by less than a few spacings rounds the same way again and again.
         """
         rows = self.rows
         if self.merging is None:
-            return self._carry_variance_of_any_order()
+            return self._carry_of_any_order()
         a = np.take_along_axis(rows.chunk_weight, self.merging, axis=1)
         part = np.take_along_axis(rows.chunk_part, self.merging[..., None], axis=1)
         done = np.cumsum(a, axis=1)[..., None]
@@ -171,15 +203,15 @@ class ErrorModel:
         free = merged & (moved >= 4 * step)
         stuck = merged & (moved < 4 * step)
         independent = np.where(free, done**2 * step**2 / 12, 0.0).sum(axis=1)
-        repeated = np.where(stuck, done * np.minimum(moved, 0.3 * step), 0.0).sum(axis=1) ** 2
+        repeated = np.where(stuck, done * np.minimum(moved, 0.3 * step), 0.0).sum(axis=1)
         return independent, repeated
 
-    def _carry_variance_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+    def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
         merges = np.maximum((self.rows.chunk_weight > 0).sum(axis=1) - 1, 0)[:, None]
         step = self._out.spacing(self._largest_running)
         a = self.rows.chunk_weight[..., None]
         moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
-        repeated = np.minimum(moved, 0.3 * step[:, None]).sum(axis=1) ** 2 * (merges > 0)
+        repeated = np.minimum(moved, 0.3 * step[:, None]).sum(axis=1) * (merges > 0)
         return merges * step**2 / 12, repeated
 
     @cached_property
@@ -206,64 +238,88 @@ class ErrorModel:
     def score_variance(self) -> Float[np.ndarray, "R V"]:
         """Errors of the scores move weight between keys: Σ A_j δs_j (v_j − out) (§3.5), and the rescales (§3.6)."""
         rows = self.rows
-        variance = self._variance_of(rows.weight * self._score_sigma, rows.out)
-        for jump, before in self._rescales:
-            part = before @ rows.value - before.sum(axis=1, keepdims=True) * rows.out
-            variance = variance + (jump[:, None] * part) ** 2
+        variance = self._variance_of(rows.weight * self._score_sigma, center=True)
+        for jump, weight, part in self._rescales:
+            variance = variance + (jump[:, None] * (part - weight[:, None] * rows.out)) ** 2
         return variance
 
     @cached_property
-    def _rescales(self) -> list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, "R S"]]]:
-        """Standard deviation of each rescale's exponent, with the weights of the keys that it multiplies (§3.6)."""
+    def _rescales(self) -> list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"], Float[np.ndarray, "R V"]]]:
+        """Standard deviation of each rescale's exponent, with Σ A and Σ A v of the keys that it multiplies (§3.6)."""
         if not self._low_precision_scores:
             return []
         fmt, rows = FORMATS[self.precision.score], self.rows
         found = []
-        for start, stop in zip(rows.edges[:-1], rows.edges[1:], strict=True):
+        for start, stop in pairwise(rows.edges):
             highest = np.full(len(rows.lse), -np.inf)
+            weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
             for tile in range(start, stop, KEY_TILE):
-                new = np.maximum(highest, rows.score[:, tile : min(tile + KEY_TILE, stop)].max(axis=1))
-                jump = np.where(np.isneginf(highest), 0.0, new - np.where(np.isneginf(highest), 0.0, highest))
-                if tile > start and (jump > 0).any():
-                    before = np.zeros_like(rows.weight)
-                    before[:, start:tile] = rows.weight[:, start:tile]
-                    found.append((np.where(jump > 0, fmt.spacing(jump), 0.0) / np.sqrt(12), before))
+                keys = slice(tile, min(tile + KEY_TILE, stop))
+                new = np.maximum(highest, rows.score[:, keys].max(axis=1))
+                seen_before = ~np.isneginf(highest)
+                jump = np.where(seen_before, new - np.where(seen_before, highest, 0.0), 0.0)
+                if (jump > 0).any():
+                    found.append((np.where(jump > 0, fmt.spacing(jump), 0.0) / np.sqrt(12), weight, part))
+                weight = weight + rows.weight[:, keys].sum(axis=1)
+                part = part + rows.weight[:, keys] @ rows.value[keys]
                 highest = new
         return found
 
     @cached_property
     def compute_variance(self) -> Float[np.ndarray, "R V"]:
-        """What float32 does besides (§3.7): accumulation of p·v, and weights of the merge."""
+        """What float32 does besides (§3.7): exponentials and products, sums over the keys, weights of the merge."""
         rows, eps = self.rows, self._eps
         a = rows.chunk_weight[..., None]
         spread = ((rows.chunk_part - a * rows.out[:, None]) ** 2).sum(axis=1)
-        of_sums = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
-        return of_sums**2 + (2 * eps * (self._lse_size + 2))[:, None] ** 2 * spread
+        of_terms = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
+        of_sums = self._sum_sigma[:, None] * np.where(
+            self._is_grouped[:, None], self._weighted_magnitude, np.abs(rows.out)
+        )
+        of_merges = (2 * eps * (self._lse_size + 2))[:, None] ** 2 * spread
+        return of_terms**2 + 2 * of_sums**2 + of_merges
+
+    @cached_property
+    def _is_grouped(self) -> Bool[np.ndarray, " R"]:
+        """Rows with many equal scores."""
+        grouped = np.zeros(len(self.rows.lse), bool)
+        grouped[self._groups.at] = True
+        return grouped
+
+    @cached_property
+    def _sum_sigma(self) -> Float[np.ndarray, " R"]:
+        """Relative error of a sum of positive terms, one after the other in a tile of up to 2,048 (§3.7).
+
+        0.25 √n units if the roundings are independent; n/4 units if equal terms make them equal.
+        """
+        n = np.minimum(self._seen_keys, 2048)
+        tiles = self._seen_keys / 2048
+        units = np.where(self._is_grouped, n / 4, 0.25 * np.sqrt(n)) + 0.25 * np.sqrt(tiles)
+        return self._eps * np.where(self._seen_keys > 1, units, 0.0)
+
+    @cached_property
+    def lse_one_signed(self) -> Float[np.ndarray, " R"]:
+        """Errors of lse that may all have the same sign (§3.8)."""
+        return self._absorbed.sum(axis=1)
 
     @cached_property
     def lse_variance(self) -> Float[np.ndarray, " R"]:
         """Variance of lse (§3.8): errors of scores, of the sum, and of the logarithm and the merges."""
-        rows, eps = self.rows, self._eps
-        error = rows.weight * self._score_sigma
-        variance = (error**2).sum(axis=1)
-        at, ids = self._tied
-        if len(at):
-            ones = np.ones((error.shape[1], 1))
-            variance[at] = np.maximum(variance[at], grouped_sum_of_squares(error[at], ones, ids)[:, 0])
-        for jump, before in self._rescales:
-            variance = variance + (jump * before.sum(axis=1)) ** 2
+        rows, eps, n = self.rows, self._eps, self._seen_keys
+        variance = self._variance_of_sum(rows.weight * self._score_sigma)
+        for jump, weight, _ in self._rescales:
+            variance = variance + (jump * weight) ** 2
         merges = (rows.chunk_weight > 0).sum(axis=1)
-        n = self._seen_keys
-        of_sum = eps * np.where(n > 1, 4 + np.sqrt(n) / 12, 0.0)
+        of_sum = np.where(n > 1, 4 * eps, 0.0) + self._sum_sigma
         of_log = eps * (self._lse_size + 2) * np.sqrt(merges + 1)
-        return np.where(n > 0, variance + of_sum**2 + of_log**2, 0.0)
+        return np.where(n > 0, variance + of_sum**2 + of_log**2 + self.lse_one_signed**2, 0.0)
 
     def variance_along(
         self, per_out: Float[np.ndarray, "R V"], per_lse: Float[np.ndarray, " R"]
     ) -> Float[np.ndarray, " R"]:
         """Variance of per_out · (error of out) + per_lse · (error of lse) in each row, correlations included (§7).
 
-        The errors of probabilities and of scores are shared by all outputs of a row, so they are added up first.
+        The errors of probabilities and of scores are shared by all outputs of a row, so they are added up first. What
+        is `one_signed` is left out: it is no random error.
         """
         rows = self.rows
         along = per_out @ rows.value.T
@@ -271,16 +327,16 @@ class ErrorModel:
         step = np.where(self._p_value == 1.0, 0.0, self._p.spacing(self._p_value))
         variance = np.zeros(len(per_lse))
         for error in (self._p_weight * step / np.sqrt(12) * along, rows.weight * self._score_sigma * away):
-            part = (error**2).sum(axis=1)
-            at, ids = self._tied
-            if len(at):
-                ones = np.ones((error.shape[1], 1))
-                part[at] = np.maximum(part[at], grouped_sum_of_squares(error[at], ones, ids)[:, 0])
-            variance += part
-        independent, repeated = self.carry_variance
-        stored = self.chunk_variance + independent + repeated + self.compute_variance
+            variance += self._variance_of_sum(error)
+        stored = self.chunk_variance + self.carry_variance + self.compute_variance
         variance += (per_out**2 * stored).sum(axis=1)
         return variance + per_lse**2 * self.lse_variance
+
+    @cached_property
+    def in_range(self) -> Bool[np.ndarray, " R"]:
+        """Rows none of whose q·k overflows the format that scores are kept in (§6)."""
+        largest = np.where(self.rows.seen, np.abs(self.rows.score), 0.0).max(axis=1) / abs(self.scale or 1.0)
+        return largest * (1 + 2.0**-10) < FORMATS[self.precision.score].largest
 
     # Hard bound (§5) ---------------------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 Two keys with the same score are rounded alike, so their errors are one error, counted twice: (a + b)², not a² + b².
 """
 
+from dataclasses import dataclass
+
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import sparse
 
 from cpjax.crosscheck.attention64 import Rows
@@ -13,18 +15,11 @@ CELLS = 2.0**14
 """Scores that agree after multiplication with this and rounding count as equal. In FP16 the spacing of p in (1/2, 1) is
 2^-11, so p's rounding error changes by less than an eighth of a spacing inside one cell."""
 
+WORK = 2**22
+"""Above so many (key, column) pairs the columns are not all grouped: see `Groups.sum_of_squares`."""
 
-def tied_rows(rows: Rows) -> Bool[np.ndarray, " R"]:
-    """Rows in which more than one key in ten shares its cell with another: only there grouping matters."""
-    cells = np.sort(np.where(rows.seen, _cells(rows), np.iinfo(np.int64).max), axis=1)
-    repeats = ((np.diff(cells, axis=1) == 0) & (cells[:, 1:] != np.iinfo(np.int64).max)).sum(axis=1)
-    return repeats > 0.1 * rows.seen.sum(axis=1)
-
-
-def group_ids(rows: Rows, at: Int[np.ndarray, " r"]) -> Int[np.ndarray, "r S"]:
-    """A number for each (row, chunk, cell), for the rows `at`; hidden keys have weight 0 and may be anywhere."""
-    chunk = np.repeat(np.arange(len(rows.edges) - 1), rows.chunk_sizes)
-    return _cells(rows)[at] + chunk * np.int64(2**40) + np.arange(len(at))[:, None] * np.int64(2**50)
+COLUMNS = 8
+"""How many columns are grouped then."""
 
 
 def sum_of_squares(
@@ -38,29 +33,69 @@ def sum_of_squares(
     return total
 
 
-def grouped_sum_of_squares(
-    weight: Float[np.ndarray, "r S"],
-    value: Float[np.ndarray, "S V"],
-    ids: Int[np.ndarray, "r S"],
-    center: Float[np.ndarray, "r V"] | None = None,
-) -> Float[np.ndarray, "r V"]:
-    """Σ_G (Σ_{j∈G} w_j (v_j − center))²: errors equal within a group, independent between groups.
+@dataclass(frozen=True)
+class Groups:
+    """Rows in which enough keys have equal scores, and which of their keys belong together.
 
-    `ids` are such that no group spans two rows.
+    The keys of rows `at` are listed group after group; no group spans two rows or two chunks.
     """
-    total = np.zeros((len(weight), value.shape[1]))
-    at, keys = np.nonzero(weight)
-    if len(at) == 0:
-        return total
-    _, first, group = np.unique(ids[at, keys], return_index=True, return_inverse=True)
-    row_of = at[first]
-    matrix = sparse.csr_array((weight[at, keys], (group, keys)), shape=(len(first), value.shape[0]))
-    sums = matrix @ value
-    if center is not None:
-        sums = sums - matrix.sum(axis=1)[:, None] * center[row_of]
-    np.add.at(total, row_of, sums**2)
-    return total
+
+    at: Int[np.ndarray, " r"]
+    row: Int[np.ndarray, " n"]
+    key: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " g"]
+    """Where each group begins in the list."""
+
+    @property
+    def row_starts(self) -> Int[np.ndarray, " r"]:
+        """Where each row's groups begin among the groups; every row has at least one."""
+        return np.flatnonzero(np.diff(self.row[self.starts], prepend=-1))
+
+    def sums(self, weight: Float[np.ndarray, "r S"], value: Float[np.ndarray, "S V"]) -> Float[np.ndarray, "g V"]:
+        """Σ_{j∈G} w_j v_j for each group; `weight` of the rows `at`."""
+        edges = np.append(self.starts, len(self.key))
+        matrix = sparse.csr_array((weight[self.row, self.key], self.key, edges), shape=(len(self.starts), len(value)))
+        return matrix @ value
+
+    def square_of_weights(self, weight: Float[np.ndarray, "r S"]) -> Float[np.ndarray, " r"]:
+        """Σ_G (Σ_{j∈G} w_j)²."""
+        sums = np.add.reduceat(weight[self.row, self.key], self.starts)
+        return np.add.reduceat(sums**2, self.row_starts)
+
+    def sum_of_squares(
+        self, weight: Float[np.ndarray, "r S"], value: Float[np.ndarray, "S V"], mean: Float[np.ndarray, "r V"]
+    ) -> Float[np.ndarray, "r V"]:
+        """Σ_G (Σ_{j∈G} w_j (v_j − mean))²: errors equal within a group, independent between groups.
+
+        Where that would take long (`WORK`), only `COLUMNS` columns are grouped, and all others are as much larger than
+        the ungrouped sum as these are on average.
+        """
+        columns = value.shape[1]
+        some = np.arange(columns)
+        if len(self.key) * columns > WORK and columns > COLUMNS:
+            some = np.linspace(0, columns - 1, COLUMNS).astype(int)
+        sums = self.sums(weight, value[:, some])
+        of_weights = np.add.reduceat(weight[self.row, self.key], self.starts)
+        sums -= of_weights[:, None] * mean[:, some][self.row[self.starts]]
+        grouped = np.add.reduceat(sums**2, self.row_starts, axis=0)
+        if len(some) == columns:
+            return grouped
+        plain = sum_of_squares(weight, value, mean)
+        total = plain[:, some].sum(axis=1)
+        ratio = np.divide(grouped.sum(axis=1), total, out=np.ones_like(total), where=total > 0)
+        return plain * ratio[:, None]
 
 
-def _cells(rows: Rows) -> Int[np.ndarray, "R S"]:
-    return np.round(np.maximum(rows.below, -(2.0**20)) * CELLS).astype(np.int64)
+def groups_of(rows: Rows) -> Groups:
+    """The groups of those rows in which more than one key in ten shares its cell with another; only there they matter."""
+    chunk = np.repeat(np.arange(len(rows.edges) - 1), rows.chunk_sizes)
+    cell = np.round(np.maximum(rows.below, -(2.0**20)) * CELLS)  # 0 to -2^34
+    cell = np.where(rows.seen, chunk * 2.0**35 - np.where(rows.seen, cell, 0.0), 2.0**62)  # hidden keys come last
+    order = np.argsort(cell, axis=1)
+    cell = np.take_along_axis(cell, order, axis=1)
+    begins = np.diff(cell, axis=1, prepend=-1.0) != 0
+    seen = rows.seen.sum(axis=1)
+    listed = np.arange(cell.shape[1]) < seen[:, None]
+    at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * seen)
+    row, place = np.nonzero(listed[at])
+    return Groups(at, row, order[at[row], place], np.flatnonzero(begins[at[row], place]))

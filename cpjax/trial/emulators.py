@@ -163,15 +163,18 @@ def rounded(x: np.ndarray, fmt: str) -> np.ndarray:
 def variant(arithmetic: Arithmetic, rng: np.random.Generator, work: int) -> Arithmetic:
     """The same profile as another correct implementation might run it: other tiles, other sums, a wider carry.
 
+    One accumulator takes at most a tile of 512 keys, the depth of summation that the profiles state.
+
     Args:
       work: multiplications in q·k; above 2^21 sums are left to BLAS, the others would take memory and minutes.
     """
     wide = arithmetic.carry == "float16" and rng.random() < 0.1
     summation = str(rng.choice(["blas", "blas", "sequential", "pairwise"]))
+    summation = summation if work <= 2**21 else "blas"
     return replace(
         arithmetic,
-        tile=int(rng.choice([16, 64, 128, 512, 512, 2048])),
-        summation=summation if work <= 2**21 else "blas",
+        tile=min(int(rng.choice([16, 64, 128, 512, 512, 2048])), 512 if summation == "sequential" else 2048),
+        summation=summation,
         base_two=arithmetic.score == arithmetic.compute and bool(rng.random() < 0.3),
         carry="float32" if wide else arithmetic.carry,
     )

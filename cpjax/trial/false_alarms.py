@@ -1,24 +1,24 @@
 """Correct results by the ten thousand: how often does the judge say "wrong"?
 
-Result `index` of a set and a seed is always the same problem, arithmetic and order, so every alarm can be looked at
+Result `number` of a set and a seed is always the same problem, arithmetic and order, so every alarm can be looked at
 alone. Kinds take turns; profile, order of merging and the emulator's freedoms are drawn.
 """
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import beta
 
+from cpjax.crosscheck import Verdict, judge
 from cpjax.trial import activations
 from cpjax.trial.draw import Kind
 from cpjax.trial.emulators import PROFILES, Order, attend, variant
 from cpjax.trial.held_out import HELD_OUT
 from cpjax.trial.kinds import TUNING
 from cpjax.trial.problem import Problem, Result
+from cpjax.trial.workers import each
 
 SETS = {"tuning": 1, "held-out": 2}
 """The sets of kinds, and the number that keeps their random streams apart."""
@@ -47,7 +47,11 @@ class Outcome(NamedTuple):
     judgeable: bool
     hard_ratio: float
     z: float
-    reasons: tuple[str, ...]
+    lse_z: float
+    deviate: float
+    """Of the worst head, query chunk or rank; beyond 6 it fails."""
+    scale_deviate: float
+    failed_tests: tuple[str, ...]
 
 
 def kinds(name: str) -> dict[str, Kind]:
@@ -60,11 +64,11 @@ def kinds(name: str) -> dict[str, Kind]:
     return {"tuning": TUNING, "held-out": {**HELD_OUT, **trained}}[name]
 
 
-def given(name: str, seed: int, index: int) -> Given:
-    """Result number `index` of a set."""
-    rng = np.random.default_rng([SETS[name], seed, index])
+def given(name: str, seed: int, number: int) -> Given:
+    """One correct result of a set."""
+    rng = np.random.default_rng([SETS[name], seed, number])
     chosen = kinds(name)
-    kind = list(chosen)[index % len(chosen)]
+    kind = list(chosen)[number % len(chosen)]
     problem = chosen[kind](rng)
     profile = str(rng.choice(list(SHARES), p=list(SHARES.values())))
     problem = problem.cast(PROFILES[profile].compute if profile.startswith("float") else "float16")
@@ -76,49 +80,40 @@ def given(name: str, seed: int, index: int) -> Given:
     return Given(kind, profile, problem, attend(problem, arithmetic, really), order)
 
 
-def ask(given: Given, *, with_lse: bool = True) -> Any:
+def ask(given: Given, *, with_lse: bool = True) -> Verdict:
     """The judge's verdict on it."""
-    from cpjax.crosscheck import judge  # here, so that workers start without it until they need it
-
     problem, (out, lse) = given.problem, given.result
     question = {**problem.question(), "precision": given.profile, "order": given.order}
     return judge(problem.query, problem.key, problem.value, out, lse if with_lse else None, **question)
 
 
-def outcome(name: str, seed: int, index: int) -> Outcome:
-    """Make result `index` and have it judged; half of the time from `out` alone."""
-    one = given(name, seed, index)
-    verdict = ask(one, with_lse=index // 64 % 2 == 0)
+def outcome(name: str, seed: int, number: int) -> Outcome:
+    """Make one result and have it judged; half of the time from `out` alone."""
+    one = given(name, seed, number)
+    verdict = ask(one, with_lse=number // 64 % 2 == 0)
     return Outcome(
-        index, one.kind, one.profile, one.problem.key.shape[1], bool(verdict.passed), bool(verdict.judgeable),
-        float(verdict.hard_ratio), float(verdict.z), tuple(verdict.reasons),
-    )  # fmt: skip
+        number=number,
+        kind=one.kind,
+        profile=one.profile,
+        keys=one.problem.key.shape[1],
+        passed=verdict.passed,
+        judgeable=verdict.judgeable,
+        hard_ratio=verdict.hard_ratio,
+        z=verdict.z,
+        lse_z=verdict.lse_z,
+        deviate=max((part.deviate for part in verdict.parts), default=-np.inf),
+        scale_deviate=abs(verdict.scale_deviate),
+        failed_tests=verdict.failed_tests,
+    )
 
 
 def outcomes(name: str, seed: int, count: int, workers: int) -> Iterator[Outcome]:
-    """Results 0 … count−1, in any order, from `workers` processes of one BLAS thread each.
-
-    Closing the iterator ends the workers.
-    """
-    if workers == 1:
-        yield from (outcome(name, seed, index) for index in range(count))
-        return
-    before = {variable: os.environ.get(variable) for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    os.environ.update(dict.fromkeys(before, "1"))  # read by NumPy's BLAS when a worker imports it
-    try:
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            yield from pool.imap_unordered(partial(outcome, name, seed), range(count), chunksize=16)
-    finally:
-        for variable, value in before.items():
-            if value is None:
-                os.environ.pop(variable)
-            else:
-                os.environ[variable] = value
+    """Results 0 … count−1, in any order."""
+    return each(partial(outcome, name, seed), range(count), workers, chunk=16)
 
 
 class Row(NamedTuple):
-    """What is said of one kind under one profile."""
+    """What is said of one kind under one profile: counts, and the largest of each statistic."""
 
     kind: str
     profile: str
@@ -127,12 +122,17 @@ class Row(NamedTuple):
     not_judgeable: int
     hard_ratio: float
     z: float
+    lse_z: float
+    deviate: float
+    scale_deviate: float
 
 
 def table(seen: list[Outcome]) -> list[Row]:
-    """One row for each kind and profile, and a last one for everything; a non-finite statistic counts as infinite."""
+    """One row for each kind and profile, one for each profile, and a last one for everything."""
     groups = sorted({(one.kind, one.profile) for one in seen})
     rows = [_row(*group, [one for one in seen if (one.kind, one.profile) == group]) for group in groups]
+    for profile in sorted({one.profile for one in seen}):
+        rows.append(_row("all", profile, [one for one in seen if one.profile == profile]))
     return [*rows, _row("all", "all", seen)]
 
 
@@ -147,23 +147,22 @@ def rate_bound(alarms: int, results: int) -> float:
     >>> round(rate_bound(0, 100_000), 6)  # "the rule of three"
     3e-05
     """
-    from scipy.stats import beta
-
     return 1.0 if alarms >= results else float(beta.ppf(0.95, alarms + 1, results - alarms))
 
 
 def _row(kind: str, profile: str, seen: list[Outcome]) -> Row:
     judged = [one for one in seen if one.judgeable]
+    largest = ("hard_ratio", "z", "lse_z", "deviate", "scale_deviate")
     return Row(
         kind,
         profile,
-        len(seen),
-        sum(map(is_alarm, seen)),
-        len(seen) - len(judged),
-        max((_size(one.hard_ratio) for one in judged), default=0.0),
-        max((_size(one.z) for one in judged), default=0.0),
+        results=len(seen),
+        alarms=sum(map(is_alarm, seen)),
+        not_judgeable=len(seen) - len(judged),
+        **{name: max((_size(getattr(one, name)) for one in judged), default=0.0) for name in largest},
     )
 
 
 def _size(statistic: float) -> float:
-    return statistic if np.isfinite(statistic) else float("inf")
+    """NaN is "not measured": nothing was rounded, or no lse was given."""
+    return 0.0 if np.isnan(statistic) or statistic == -np.inf else float(statistic)

@@ -1,0 +1,147 @@
+"""Is this result right? The judge: question, evidence, verdict. What it rests on is derived in docs/verdict.md."""
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+from jaxtyping import Bool
+
+from cpjax.crosscheck.evidence import collect
+from cpjax.crosscheck.extremes import rows_out_of_range
+from cpjax.crosscheck.question import Array, Question, question
+from cpjax.crosscheck.verdict import Verdict, decide, malformed
+from cpjax.precision import Precision
+
+WORK = 2**28
+"""Scores (query, key, head) up to which every row is judged; above, rows are sampled."""
+
+TILE = 128
+"""Of every so many queries of a head at least one is judged."""
+
+
+def judge(
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
+    window: int | None = None,
+    cp: int = 1,
+    layout: str = "zigzag",
+    precision: str | Precision | None = None,
+    order: str = "ascending",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verdict:
+    """Does correct arithmetic in the stated precision explain this result?
+
+    Args:
+      query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]` in global token order; N a multiple of K.
+      out: `[B, T, N, V]`, the result that is judged, in the profile's out format (or a wider dtype that holds it).
+      lse: `[B, T, N]` float32 or wider, natural logarithm of Σ exp(scaled score), −inf where nothing is seen; or None.
+      scale: multiplies q·k; None is 1/√H.
+      is_causal, window, segment_ids: who may see whom (`cpjax.mask`). `segment_ids` `[B, T]`, or a pair for queries and
+        keys; −1 is a pad, which is not judged.
+      q_positions, kv_positions: global positions `[B, T]`, `[B, S]`; None is 0, 1, 2, …. Causal with T ≠ S needs both.
+      cp, layout: into which chunks the keys were cut (zigzag: 2·cp). Each chunk's result was stored and merged.
+      precision: a profile of `cpjax.precision`, or its name; None: float16 arrays are `flash_fp16`, float32 and float64
+        what they say.
+      order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`.
+      seed: chooses the rows that are judged when there are too many; at least one in 128 of each head, and every row is
+        still checked for NaN, infinity, and for being an average of the values that it may see.
+      progress: called with the number of rows done and their total.
+
+    Returns:
+      The verdict. A result of the wrong shape or dtype does not pass; it never raises.
+
+    Raises:
+      ValueError: the question itself makes no sense: inputs that do not fit together, an unknown name, causal with
+        different lengths and no positions.
+
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = (rng.standard_normal((1, 64, 2, 16)).astype(np.float16) for _ in range(3))
+    >>> judge(query, key, value, np.zeros_like(value)).passed
+    False
+    """
+    asked = question(
+        query,
+        key,
+        value,
+        scale=scale,
+        is_causal=is_causal,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        segment_ids=segment_ids,
+        window=window,
+        cp=cp,
+        layout=layout,
+        precision=precision,
+        order=order,
+    )
+    wrong = _misshapen(asked, out, lse)
+    if wrong is not None:
+        return malformed(asked, wrong)
+    out, lse = np.asarray(out), None if lse is None else np.asarray(lse)
+    chosen = chosen_rows(asked, seed)
+    judged = np.broadcast_to(asked.is_judged[..., None], chosen.shape)
+    out_of_range = rows_out_of_range(asked, out, lse) & judged & ~chosen
+    # A row that is out of range is certainly wrong, so it is looked at even if it was not drawn.
+    evidence = collect(asked, out, lse, chosen, progress)
+    return decide(
+        asked, evidence, has_lse=lse is not None, row_count=int(judged.sum()), out_of_range=int(out_of_range.sum())
+    )
+
+
+def chosen_rows(asked: Question, seed: int) -> Bool[np.ndarray, "B T N"]:
+    """All rows but pads; where that would take too long, a few of every `TILE` queries of each head, at random."""
+    batch, length, heads, _ = asked.query.shape
+    judged = np.broadcast_to(asked.is_judged[..., None], (batch, length, heads))
+    work = batch * length * heads * asked.key.shape[1]
+    if work <= WORK:
+        return judged
+    some = max(1, TILE * WORK // work)
+    rng = np.random.default_rng(seed)
+    rank = np.full((batch, -(-length // TILE) * TILE, heads), np.inf)
+    rank[:, :length] = np.where(judged, rng.random((batch, length, heads)), np.inf)
+    tiles = rank.reshape(batch, -1, TILE, heads)
+    least = np.sort(tiles, axis=2)[:, :, some - 1 : some]
+    return (tiles <= least).reshape(rank.shape)[:, :length] & judged
+
+
+def _misshapen(asked: Question, out: object, lse: object) -> str | None:
+    """Why this is no result at all, or None."""
+    batch, length, heads, _ = asked.query.shape
+    expected = {"out": (batch, length, heads, asked.value.shape[3]), "lse": (batch, length, heads)}
+    for name, given in (("out", out), ("lse", lse)):
+        if name == "lse" and given is None:
+            continue
+        try:
+            array = np.asarray(given)
+        except (ValueError, TypeError) as error:
+            return f"{name} is no array ({str(error).splitlines()[0]})"
+        if array.dtype.name not in ("float16", "float32", "float64", "bfloat16"):
+            return f"{name} has dtype {array.dtype}; it must be a floating-point format"
+        if array.shape != expected[name]:
+            return f"{name} has shape {array.shape}; it must be {expected[name]}"
+    return _off_format(asked, cast(np.ndarray, np.asarray(out)))
+
+
+def _off_format(asked: Question, out: np.ndarray) -> str | None:
+    """`out` in a wider dtype must hold numbers of the profile's format, or another precision was meant."""
+    fmt = asked.precision.out
+    if np.dtype(out.dtype).itemsize <= np.dtype(fmt).itemsize:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        off = ~np.isnan(out) & (out.astype(fmt).astype(out.dtype) != out)
+    off &= asked.is_judged[..., None, None]
+    if off.any():
+        return (
+            f"out holds {int(off.sum()):,} numbers that are no {fmt} numbers, in which {asked.precision.name} stores it"
+        )
+    return None

@@ -1,0 +1,261 @@
+"""From evidence to a verdict: which tests a result fails, in words. Thresholds follow from `statistic.LIMIT` (§4)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cpjax.crosscheck.directed import Score, deviate
+from cpjax.crosscheck.evidence import Evidence, RowTable
+from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.statistic import (
+    LIMIT,
+    RowErrors,
+    binomial_deviate,
+    expected_maximum,
+    spread_deviate,
+    worst_row_deviate,
+)
+
+LATTICE_SHARE = 0.25
+"""Of outputs that should be no BF16 numbers, rounding errors move at most this share onto one: one in eight FP16 numbers
+is a BF16 number, and an error of up to one place reaches it from both sides."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A head, a query chunk or a rank on its own. `deviate` beyond 6, less what the worst of so many has, fails."""
+
+    name: str
+    z: float
+    lse_z: float | None
+    deviate: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's answer. Floats are NaN where nothing was measured (no lse given, no row judged)."""
+
+    passed: bool
+    """Correct arithmetic in the stated precision explains the result."""
+    judgeable: bool
+    """False: nothing is wrong where it could be judged, but somewhere it could not (out of the format's range)."""
+    hard_ratio: float
+    """Largest |error| / bound of `out`; beyond 1 no rounding explains it."""
+    z: float
+    """RMS(error / σ) of `out`: about 1 for correct arithmetic, less where it is better than claimed."""
+    lse_hard_ratio: float
+    lse_z: float
+    max_error: float
+    """Largest |error| of `out`; infinite where an output lies beyond its bound or is NaN."""
+    lse_max_error: float
+    reasons: list[str]
+    """Why it did not pass, one sentence each; empty when it did."""
+    failed_tests: tuple[str, ...]
+    """Names of the failed tests, in the order of the reasons: form, range, bound, spread, worst row, heads, query chunks,
+    ranks, the same for lse, scale, key, bfloat16, unjudged."""
+    precision: str
+    order: str
+    rows: int
+    """Rows (batch, position, head) that there are, pads not counted."""
+    rows_judged: int
+    """Rows that were judged; fewer than `rows` where they were sampled or out of range."""
+    bias: float
+    """Mean of error / σ: correct results have one too, so it decides nothing."""
+    scale_error: float
+    """The scale fitted to the errors, relative to the stated one: 1e-3 is 0.1 % too large."""
+    scale_deviate: float
+    parts: list[Part] = field(repr=False, default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Refused, so that nobody takes the object itself for the answer.
+
+        Raises:
+          TypeError: always.
+        """
+        raise TypeError("a Verdict is neither true nor false; ask .passed")
+
+
+def malformed(question: Question, reason: str) -> Verdict:
+    """The verdict on something that is no result at all."""
+    nan = float("nan")
+    numbers = {name: nan for name in ("z", "lse_hard_ratio", "lse_z", "lse_max_error", "bias", "scale_error")}
+    return Verdict(
+        passed=False,
+        judgeable=True,
+        hard_ratio=float("inf"),
+        max_error=float("inf"),
+        reasons=[reason],
+        failed_tests=("form",),
+        precision=question.precision.name,
+        order=question.order,
+        rows=int(question.is_judged.sum()) * question.query.shape[2],
+        rows_judged=0,
+        scale_deviate=nan,
+        **numbers,
+    )
+
+
+def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: int, out_of_range: int) -> Verdict:
+    """The verdict that follows from the evidence.
+
+    Args:
+      row_count: rows that could have been judged.
+      out_of_range: rows with an output that no average of visible values can be (all rows are looked at for this).
+    """
+    table = evidence.rows
+    out_errors = RowErrors(table.mean_square, table.freedom, table.same)
+    lse_errors = RowErrors(table.lse_square, table.lse_freedom, table.same)
+    parts = list(_parts(question, table, has_lse))
+    scale_deviate, scale_error = _scale(table)
+    failures: list[tuple[str, str]] = []
+    if out_of_range:
+        failures.append(("range", f"out: {_count(out_of_range, row_count)} no average of the values it may see"))
+    failures += _bound(table, "out", table.ratio, table.outside)
+    failures += _errors(question, "out", out_errors, _z(table))
+    if has_lse:
+        failures += _bound(table, "lse", table.lse_ratio, ~(table.lse_ratio <= 1.0))
+        failures += _errors(question, "lse", lse_errors, _lse_z(table))
+    failures += _worst_parts(parts)
+    if not abs(scale_deviate) <= LIMIT + 1:
+        failures.append(("scale", _scale_sentence(scale_error, scale_deviate)))
+    failures += _keys(evidence)
+    failures += _bfloat16(evidence)
+    unjudged = int(table.unjudged.sum())
+    wrong = bool(failures)
+    if unjudged:
+        sentence = f"{_count(unjudged, row_count)} not judgeable: scores or outputs leave what the format can hold"
+        failures.append(("unjudged", sentence))
+    return Verdict(
+        passed=not failures,
+        judgeable=wrong or not unjudged,
+        hard_ratio=float(table.ratio.max(initial=0.0)),
+        z=_z(table),
+        lse_hard_ratio=float(table.lse_ratio.max(initial=0.0)) if has_lse else float("nan"),
+        lse_z=_lse_z(table) if has_lse else float("nan"),
+        max_error=float(table.error.max(initial=0.0)),
+        lse_max_error=float(table.lse_error.max(initial=0.0)) if has_lse else float("nan"),
+        reasons=[sentence for _, sentence in failures],
+        failed_tests=tuple(name for name, _ in failures),
+        precision=question.precision.name,
+        order=question.order,
+        rows=row_count,
+        rows_judged=len(table.position) - unjudged,
+        bias=_mean(table.bias, table.rounded),
+        scale_error=scale_error,
+        scale_deviate=scale_deviate,
+        parts=parts,
+    )
+
+
+def _count(some: int, of: int) -> str:
+    return f"{some:,} of {of:,} rows {'is' if some == 1 else 'are'}"
+
+
+def _place(table: RowTable, row: int) -> str:
+    return f"batch {table.batch[row]}, position {table.position[row]}, head {table.head[row]}"
+
+
+def _z(table: RowTable) -> float:
+    """RMS(error/σ) over all rounded outputs."""
+    return float(np.sqrt(_mean(table.mean_square, table.rounded)))
+
+
+def _lse_z(table: RowTable) -> float:
+    return float(np.sqrt(_mean(table.lse_square, table.lse_freedom)))
+
+
+def _mean(x: np.ndarray, weight: np.ndarray) -> float:
+    """Weighted mean; NaN if nothing has weight."""
+    counts = weight > 0
+    return float(np.average(x[counts], weights=weight[counts])) if counts.any() else float("nan")
+
+
+def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -> Iterator[tuple[str, str]]:
+    rows = np.flatnonzero(~(ratio <= 1.0))
+    if len(rows):
+        worst = rows[np.argmax(ratio[rows])]
+        size = (
+            "is not a number or infinitely off" if np.isinf(ratio[worst]) else f"is {ratio[worst]:.3g} times its bound"
+        )
+        yield (
+            "bound" if name == "out" else "lse bound",
+            f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; the "
+            f"worst {size}, at {_place(table, int(worst))}",
+        )
+
+
+def _errors(question: Question, name: str, errors: RowErrors, z: float) -> Iterator[tuple[str, str]]:
+    prefix = "" if name == "out" else "lse "
+    together, worst = spread_deviate(errors), worst_row_deviate(errors)
+    if not together <= LIMIT:
+        yield (
+            f"{prefix}spread",
+            f"{name}: errors are {z:.3g} times what {question.precision.name} makes them ({together:.3g} deviates)",
+        )
+    if not worst <= LIMIT:
+        yield f"{prefix}worst row", f"{name}: one row's errors are too large for roundings ({worst:.3g} deviates)"
+
+
+def _parts(question: Question, table: RowTable, has_lse: bool) -> Iterator[Part]:
+    chunk = question.q_chunk[table.position]
+    rank = chunk if question.layout != "zigzag" else np.minimum(chunk, 2 * question.cp - 1 - chunk)
+    for name, label in (("head", table.head), ("query chunk", chunk), ("rank", rank)):
+        values: Int[np.ndarray, " n"] = np.unique(label)
+        for value in values:
+            rows: Bool[np.ndarray, " R"] = label == value
+            out = RowErrors(table.mean_square[rows], table.freedom[rows], table.same[rows])
+            lse = RowErrors(table.lse_square[rows], table.lse_freedom[rows], table.same[rows])
+            deviate = max(spread_deviate(out), spread_deviate(lse)) - expected_maximum(len(values))
+            z = float(np.sqrt(_mean(table.mean_square[rows], table.rounded[rows])))
+            lse_z = float(np.sqrt(_mean(lse.mean_square, lse.freedom))) if has_lse else None
+            yield Part(f"{name} {value}", z, lse_z, deviate)
+
+
+def _worst_parts(parts: list[Part]) -> Iterator[tuple[str, str]]:
+    for kind, test in (("head", "heads"), ("query chunk", "query chunks"), ("rank", "ranks")):
+        wrong = [part for part in parts if part.name.rpartition(" ")[0] == kind and not part.deviate <= LIMIT]
+        if wrong:
+            names = ", ".join(part.name.rpartition(" ")[2] for part in wrong[:8]) + (", …" if len(wrong) > 8 else "")
+            many = sum(part.name.rpartition(" ")[0] == kind for part in parts)
+            yield (
+                test,
+                f"{len(wrong)} of {many} {test} {'is' if len(wrong) == 1 else 'are'} wrong on their own: {names}",
+            )
+
+
+def _scale(table: RowTable) -> tuple[float, float]:
+    """The score test's deviate for the scale, and the relative error of the scale that it estimates."""
+    columns = (table.scale_value, table.scale_variance, table.scale_bias, table.scale_information)
+    score = Score(*(np.asarray(column.sum()) for column in columns))
+    return float(deviate(score)), float(score.value / score.information) if score.information > 0 else float("nan")
+
+
+def _scale_sentence(error: float, deviate: float) -> str:
+    return f"the errors are those of a scale {error:+.2%} off ({abs(deviate):.3g} deviates)"
+
+
+def _keys(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """A key that was lost, halved or doubled. Scores of correct results grow with the number of keys."""
+    keys = evidence.keys
+    change = np.divide(keys.value, keys.information, out=np.zeros_like(keys.value), where=keys.information > 0)
+    deviates = np.where((np.abs(change) >= 0.25) & (np.abs(change) <= 2.0), np.abs(deviate(keys)), 0.0)
+    b, k, s = np.unravel_index(np.argmax(deviates), deviates.shape)
+    if not deviates[b, k, s] - expected_maximum(deviates.size) <= LIMIT:
+        yield (
+            "key",
+            f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} instead of 1 "
+            f"({deviates[b, k, s]:.3g} deviates)",
+        )
+
+
+def _bfloat16(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    lattice = evidence.lattice
+    found, expected = int((lattice.found & lattice.expected).sum()), int(lattice.expected.sum())
+    deviate = binomial_deviate(found, expected, LATTICE_SHARE)
+    if not deviate <= LIMIT:
+        yield (
+            "bfloat16",
+            f"out went through BF16: {found:,} of {expected:,} different outputs are BF16 numbers and should not be",
+        )
