@@ -59,6 +59,13 @@ def mask_shifted(bench: Bench, size: int) -> Result:
     return attend(replace(bench.problem, q_positions=here + np.int32(size)), bench.arithmetic, bench.order)
 
 
+def mask_shifted_late(bench: Bench, size: int) -> Result:
+    """As `mask_shifted`, but only for the last quarter of the queries: those that see most keys."""
+    wrong, right = mask_shifted(bench, size), bench.correct
+    late = np.arange(right.out.shape[1]) >= right.out.shape[1] * 3 // 4
+    return Result(np.where(late[:, None, None], wrong.out, right.out), np.where(late[:, None], wrong.lse, right.lse))
+
+
 def diagonal_unmasked(bench: Bench) -> Result:
     """The last query chunk sees all keys of its own chunk: "no mask" where a triangle was due."""
     problem = bench.problem
@@ -183,6 +190,8 @@ FAULTS: dict[str, Fault] = {
     "one key doubled": key_doubled,
     "causal mask +1": partial(mask_shifted, size=1),
     "causal mask −1": partial(mask_shifted, size=-1),
+    "causal mask +1, late": partial(mask_shifted_late, size=1),
+    "causal mask −1, late": partial(mask_shifted_late, size=-1),
     "diagonal unmasked": diagonal_unmasked,
     "scale +0.03 %": partial(scale_off, size=3e-4),
     "scale +0.1 %": partial(scale_off, size=1e-3),

@@ -1,0 +1,151 @@
+"""`python -m cpjax.trial`: the judge on trial."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from cpjax.errors import InputError
+from cpjax.trial import activations, detection, tables
+from cpjax.trial.emulators import PROFILES
+from cpjax.trial.false_alarms import SETS, is_alarm, outcomes, rate_bound, table
+
+Item = TypeVar("Item")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+error_console = Console(stderr=True)
+
+Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Seed = Annotated[int, typer.Option(min=0, help="Chooses the data; another seed, other data.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Out = Annotated[Path | None, typer.Option(help="Write the JSON to this file as well; it must not exist.")]
+
+
+@app.command(epilog="Example: python -m cpjax.trial false-alarms --set held-out --count 2000")
+def false_alarms(
+    set_: Annotated[str, typer.Option("--set", help="Kinds of data: held-out or tuning.")] = "held-out",
+    count: Annotated[int, typer.Option(min=1, help="Correct results to judge.")] = 2000,
+    seed: Seed = 0,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Judge correct results of hostile kinds of data. Exit status: 0 none called wrong, 1 some, 2 bad input."""
+    if set_ not in SETS:
+        raise InputError(f"--set is {set_!r}; it must be one of {', '.join(SETS)}")
+    _must_not_exist(out)
+    if set_ == "held-out" and (reason := activations.missing()):
+        error_console.print(f"without trained activations: {reason}", markup=False, highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    seen = list(_progress(outcomes(set_, seed, count, workers), count, "judged"))
+    seconds = time.monotonic() - started
+    alarms = sorted((one for one in seen if is_alarm(one)), key=lambda one: one.number)
+    rows, judged = table(seen), sum(one.judgeable for one in seen)
+    bound = rate_bound(len(alarms), judged)
+    report = {
+        "set": set_,
+        "seed": seed,
+        "count": count,
+        "workers": workers,
+        "seconds": round(seconds, 1),
+        "long_results": sum(one.keys >= 8192 for one in seen),
+        "rate_bound_95": bound,
+        "rows": [row._asdict() for row in rows],
+        "alarms": [one._asdict() for one in alarms],
+    }
+    _write(out, report)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        print(tables.false_alarms(rows))
+        print(
+            f"\n{len(alarms)} of {judged:,} correct results were called wrong; {count - judged:,} not judgeable.\n"
+            f"95 % upper limit of the false-alarm rate for this mix (Clopper–Pearson): {bound:.2g}. {seconds:,.0f} s."
+        )
+        for one in alarms[:20]:
+            print(f"  number {one.number}, {one.kind}, {one.profile}: {', '.join(one.failed_tests)}")
+    sys.exit(1 if alarms else 0)
+
+
+@app.command("detection", epilog="Example: python -m cpjax.trial detection --profile flash_fp16 --keys 1024")
+def detect(
+    profile: Annotated[list[str] | None, typer.Option(help="Profiles; may be repeated.")] = None,
+    keys: Annotated[list[int] | None, typer.Option(min=64, help="Numbers of keys; may be repeated.")] = None,
+    seed: Seed = 0,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Judge wrong results: the smallest fault that is caught, and what the rules of others say. Exit status 0."""
+    profiles = tuple(profile or ("flash_fp16", "ring_mla_fp16"))
+    for name in profiles:
+        if name not in PROFILES:
+            raise InputError(f"--profile is {name!r}; it must be one of {', '.join(PROFILES)}")
+    lengths = tuple(keys or detection.KEYS)
+    if any(length % 4 for length in lengths):
+        raise InputError(f"--keys {lengths}: each must be a multiple of 4, the number of chunks")
+    _must_not_exist(out)
+    started = time.monotonic()
+    parts = detection.detections(profiles, lengths, seed, workers)
+    found = [one for part in _progress(parts, len(detection.settings(profiles, lengths)), "settings") for one in part]
+    found.sort(key=lambda one: one.setting)
+    seconds = time.monotonic() - started
+    report = {"seed": seed, "seconds": round(seconds, 1), "found": [_plain(one) for one in found]}
+    _write(out, report)
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    for name, length in tables.settings_of(found):
+        print(f"\n{name}, {length:,} keys: smallest size caught from out alone / with lse too (a test that fails)\n")
+        print(tables.detection(found, name, length))
+        print("\nand what others say, lse included\n")
+        print(tables.rules(found, name, length))
+    print(f"\nFaults caught at any size\n\n{tables.summary(found)}\n\n{seconds:,.0f} s.")
+
+
+def _plain(one: detection.Caught) -> dict[str, Any]:
+    """JSON has no NaN: a rule that refuses correct results has "refuses all"."""
+    rules = {name: "refuses all" if x is not None and np.isnan(x) else x for name, x in one.rules.items()}
+    return {**one._asdict(), "setting": one.setting._asdict(), "rules": rules}
+
+
+def _progress(items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=error_console) as progress:
+        yield from progress.track(items, total=total, description=what)
+
+
+def _must_not_exist(path: Path | None) -> None:
+    if path is not None and path.exists():
+        raise InputError(f"{path} exists; nothing is overwritten: name another file with --out")
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder; make it, or name another file with --out")
+
+
+def _write(path: Path | None, report: dict[str, Any]) -> None:
+    if path is None:
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1))
+    os.replace(part, path)
+
+
+def main() -> None:
+    """Run the command; a one-line message and status 2 for bad input."""
+    try:
+        app()
+    except InputError as error:
+        error_console.print(f"cpjax.trial: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
