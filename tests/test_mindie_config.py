@@ -104,7 +104,7 @@ UNREADABLE = {
     "$.ModelDeployConfig.ModelConfig has 0 entries": b'{"ModelDeployConfig": {"ModelConfig": []}}',
     "$.ModelDeployConfig.ModelConfig has 2 entries": b'{"ModelDeployConfig": {"ModelConfig": [{}, {}]}}',
     "$.ModelDeployConfig.ModelConfig[0] is the list []": b'{"ModelDeployConfig": {"ModelConfig": [[]]}}',
-    "ModelConfig[0].modelName is missing; it must be given": b'"ModelDeployConfig": {"ModelConfig": [{"worldSize": 1}]}',
+    "ModelConfig[0].modelName is missing": b'"ModelDeployConfig": {"ModelConfig": [{"worldSize": 1}]}',
 }
 
 

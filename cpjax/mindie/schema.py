@@ -31,7 +31,7 @@ class ParallelOptions(Section):
 
     o_proj_local_tp: Int32 | None = None
     lm_head_local_tp: Int32 | None = None
-    dense_tp: Int32 | None = None
+    dense_mlp_local_tp: Int32 | None = None
 
 
 class DeepseekV2(Section):
