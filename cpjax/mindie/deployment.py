@@ -1,5 +1,6 @@
 """What a config file says of one deployment, as typed values; and the sizes that follow where it says nothing."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ class Deployment:
 
     file: ConfigFile
     model_name: str
-    model_weight_path: str
-    world_size: int
+    model_weight_path: str | None
+    nodes: int
+    world_size: int  # cards of all nodes
     dp: int | None
     cp: int | None
     sp: int | None
@@ -90,7 +92,7 @@ class Deployment:
         yield self.server, ("ServerConfig",)
 
 
-def read_deployment(path: Path) -> Deployment:
+def read_deployment(path: Path, nodes: int | None = None) -> Deployment:
     """Read the deployment that a config file describes, and refuse what nobody could compute.
 
     Whether MindIE would take it is another question (rules.py): cp 3 is read.
@@ -98,7 +100,7 @@ def read_deployment(path: Path) -> Deployment:
     Raises:
       InputError: one line that names the file, the JSON path, the value, the rule and the fix.
     """
-    deployment = parse_deployment(read_config(path))
+    deployment = parse_deployment(read_config(path), nodes)
     for field in ("worldSize", *PARALLEL, "maxSeqLen", "maxInputTokenLen"):
         value = getattr(deployment.deploy if field.startswith("max") else deployment.model, field)
         if value is not None and value < 1 and not _is_unset(field, value):
@@ -106,8 +108,8 @@ def read_deployment(path: Path) -> Deployment:
     return deployment
 
 
-def parse_deployment(file: ConfigFile) -> Deployment:
-    """The typed values of a config file, whatever they are.
+def parse_deployment(file: ConfigFile, nodes: int | None = None) -> Deployment:
+    """The typed values of a config file, whatever they are. `nodes`: servers of the rank table; None: see `_nodes`.
 
     Raises:
       InputError: a field is missing, or is not of its type.
@@ -122,12 +124,14 @@ def parse_deployment(file: ConfigFile) -> Deployment:
         more = f" ({len(problems) - 1} more: {'; '.join(problems[1:4])})" if len(problems) > 1 else ""
         raise InputError(f"{printable(file.path)}: {problems[0]}{more}")
     model = deploy.ModelConfig[0]
+    nodes = _nodes(model, backend) if nodes is None else nodes
     unknown = (*_unknown(file, deploy, backend, server), *_unknown_in(plugins, plugin_params))
     return Deployment(
         file=file,
         model_name=model.modelName,
         model_weight_path=model.modelWeightPath,
-        world_size=model.worldSize,
+        nodes=nodes,
+        world_size=model.worldSize * nodes if _is_per_node(model, backend) else model.worldSize,
         **{field: _set(field, getattr(model, field)) for field in PARALLEL},
         max_seq_len=deploy.maxSeqLen,
         max_input_token_len=deploy.maxInputTokenLen,
@@ -139,6 +143,28 @@ def parse_deployment(file: ConfigFile) -> Deployment:
         server=server,
         warnings=(*file.warnings, *unknown),
     )
+
+
+def _is_per_node(model: Model, backend: Backend) -> bool:
+    """Is worldSize the number of one node's cards?
+
+    With several nodes it is, where npuDeviceIds is as long (src/config_manager/backend_config.cpp demands that, before
+    the rank table replaces both). Where npuDeviceIds is shorter, as in the vendor's pages, worldSize counts all cards.
+    """
+    ids = backend.npuDeviceIds
+    return backend.multiNodesInferEnabled and bool(ids) and len(ids[0]) == model.worldSize
+
+
+def _nodes(model: Model, backend: Backend) -> int:
+    """The number of nodes that the file implies; the rank table, which knows, is no part of it."""
+    if not backend.multiNodesInferEnabled:
+        return 1
+    whole, ids = model.worldSize, backend.npuDeviceIds
+    if _is_per_node(model, backend):
+        part, whole = whole, math.prod(max(1, size or 1) for size in (model.dp, model.cp, model.tp))
+    else:
+        part = len(ids[0]) if ids else whole
+    return whole // part if part and whole >= part and whole % part == 0 else 1
 
 
 def _set(field: str, value: int | None) -> int | None:

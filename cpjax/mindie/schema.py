@@ -58,13 +58,13 @@ class Model(Section):
     """`ModelConfig[0]`. −1 means "not set" for tp, pp, moe_tp and moe_ep."""
 
     modelName: str = Field(description="1 to 256 characters of A-Z a-z 0-9 _ . -")
-    modelWeightPath: str = Field("", description="a folder with the weights' config.json")
+    modelWeightPath: str | None = Field(None, description="a folder with the weights' config.json")
     worldSize: UInt32 = Field(description="number of cards of the whole instance")
     modelInstanceType: str = "Standard"
-    backendType: str = "atb"
-    npuMemSize: Int32 = Field(-1, description="GB for the KV cache; -1: as much as there is")
-    cpuMemSize: UInt32 = 5
-    trustRemoteCode: bool = False
+    backendType: str | None = Field(None, description="atb, ms or torch")
+    npuMemSize: Int32 | None = Field(None, description="GB for the KV cache; -1: as much as there is")
+    cpuMemSize: UInt32 | None = Field(None, description="GB")
+    trustRemoteCode: bool | None = None
     dp: Int32 | None = Field(None, description="data parallel; default 1")
     cp: Int32 | None = Field(None, description="context parallel: 1 or 2; default 1")
     sp: Int32 | None = Field(None, description="sequence parallel: 1 or tp; default 1")
@@ -119,6 +119,7 @@ class Backend(Section):
 
     npuDeviceIds: list[list[UInt32]] | None = None
     multiNodesInferEnabled: bool = False
+    modelInstanceNumber: UInt32 | None = None
     ScheduleConfig: Schedule = Schedule()
 
 
@@ -128,6 +129,20 @@ class Server(Section):
     inferMode: str = "standard"
     layerwiseDisaggregated: bool = False
     distDPServerEnabled: bool = False
+
+
+class _BackendFile(Backend):
+    """`BackendConfig`, as it stands in a file."""
+
+    ModelDeployConfig: Deploy | None = None
+
+
+class ConfigJson(Section):
+    """A whole config.json, or an object with ModelDeployConfig."""
+
+    ServerConfig: Server = Server()
+    BackendConfig: _BackendFile | None = None
+    ModelDeployConfig: Deploy | None = None
 
 
 KNOWN = {
@@ -144,7 +159,7 @@ KNOWN = {
         HealthCheckConfig kmcKsfMaster kmcKsfStandby
     """,
     "BackendConfig": """
-        backendName modelInstanceNumber tokenizerProcessNumber multiNodesInferPort interNodeTLSEnabled
+        backendName tokenizerProcessNumber multiNodesInferPort interNodeTLSEnabled
         interNodeTlsCaPath interNodeTlsCaFiles interNodeTlsCert interNodeTlsPk interNodeTlsPkPwd
         interNodeTlsCrlPath interNodeTlsCrlFiles interNodeKmcKsfMaster interNodeKmcKsfStandby kvPoolConfig
         ModelDeployConfig
