@@ -32,11 +32,9 @@ def chunk_tokens(layout, cp, chunk, size) -> np.ndarray:
 
 
 def square(mask, size) -> np.ndarray:
-    return {
-        "none": np.ones((size, size), int),
-        "triu": np.tri(size, dtype=int),
-        "strict": np.tri(size, k=-1, dtype=int),
-    }[mask]
+    if mask == "none":
+        return np.ones((size, size), int)
+    return np.tri(size, k=0 if mask == "triu" else -1, dtype=int)
 
 
 @CASES
@@ -60,11 +58,9 @@ def test_first_marks_the_first_block_of_each_query_chunk(exchange, layout, cp, i
     chunks = cp * chunks_per_rank(layout)
     heads = {"all_to_all": cp, "all_to_all_ring": inner}.get(exchange, 1)
     for chunk in range(chunks):
-        of_chunk = sorted(
-            (b.step, rank, i, b) for rank, bs in enumerate(ranks) for i, b in enumerate(bs) if b[1] == chunk
-        )
-        assert sum(b.first for *_, b in of_chunk) == heads
-        assert of_chunk[0][-1].first
+        of_chunk = [b for blocks in ranks for b in blocks if b.query_chunk == chunk]
+        assert sum(b.first for b in of_chunk) == heads
+        assert min(of_chunk, key=lambda b: b.step).first
 
 
 @given(st.integers(1, 9), st.booleans())
@@ -113,9 +109,8 @@ def test_show():
 def run_schedule(exchange, layout, cp, inner, query, key, value, stages, size, variant):
     """Every query chunk's blocks, computed and merged by the NumPy twin in the order of the schedule."""
     outs, lses = np.empty((len(query), value.shape[1]), np.float32), np.empty(len(query), np.float32)
-    blocks = [
-        (b, rank) for rank, bs in enumerate(schedule(exchange, layout, cp, is_causal=True, inner=inner)) for b in bs
-    ]
+    ranks = schedule(exchange, layout, cp, is_causal=True, inner=inner)
+    blocks = [(block, rank) for rank, of_rank in enumerate(ranks) for block in of_rank]
     for chunk in range(cp * chunks_per_rank(layout)):
         mine = [(b, rank) for b, rank in blocks if b.query_chunk == chunk]
         if exchange.startswith("all_to_all"):  # every group of heads does the same
@@ -132,7 +127,7 @@ def run_schedule(exchange, layout, cp, inner, query, key, value, stages, size, v
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@examples(0.3)
+@examples(0.15)
 @given(
     st.sampled_from(LAYOUTS),
     st.sampled_from([1, 2, 3, 4]),
@@ -151,9 +146,7 @@ def test_an_exchange_is_its_schedule_bit_for_bit(exchange, layout, cp, name, see
     value = twin.to(rng.normal(size=(heads, length, 3)) + 1, "float16")
     held = order(layout, length, cp)
     place = Tokens(held.astype(np.int32)[None], np.zeros((1, length), np.int32))
-    arrays = [
-        x.transpose(1, 0, 2)[None, held] if False else x.transpose(1, 0, 2)[held][None] for x in (query, key, value)
-    ]
+    arrays = [x.transpose(1, 0, 2)[None, held] for x in (query, key, value)]
     program = device_program(exchange, axes, RULES[0], chunks_per_rank(layout), name)
     found = program(*arrays, place, place, np.full(heads, -np.inf, np.float32))
     back = np.argsort(held)
