@@ -1,7 +1,7 @@
 """Is this result right? The judge: question, evidence, verdict. What it rests on is derived in docs/verdict.md."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -23,8 +23,8 @@ def judge(
     query: Array,
     key: Array,
     value: Array,
-    out: Array,
-    lse: Array | None = None,
+    out: Any,
+    lse: Any = None,
     *,
     scale: float | None = None,
     is_causal: bool = True,
@@ -43,7 +43,7 @@ def judge(
 
     Args:
       query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]` in global token order; N a multiple of K.
-      out: `[B, T, N, V]`, the result that is judged, in the profile's out format (or a wider dtype that holds it).
+      out: the result that is judged, `[B, T, N, V]`, in the profile's out format (or a wider dtype that holds it).
       lse: `[B, T, N]` float32 or wider, natural logarithm of Σ exp(scaled score), −inf where nothing is seen; or None.
       scale: multiplies q·k; None is 1/√H.
       is_causal, window, segment_ids: who may see whom (`cpjax.mask`). `segment_ids` `[B, T]`, or a pair for queries and
@@ -129,7 +129,7 @@ def _misshapen(asked: Question, out: object, lse: object) -> str | None:
             return f"{name} has dtype {array.dtype}; it must be a floating-point format"
         if array.shape != expected[name]:
             return f"{name} has shape {array.shape}; it must be {expected[name]}"
-    return _off_format(asked, cast(np.ndarray, np.asarray(out)))
+    return _off_format(asked, np.asarray(out))
 
 
 def _off_format(asked: Question, out: np.ndarray) -> str | None:

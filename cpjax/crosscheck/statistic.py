@@ -29,7 +29,7 @@ class RowErrors(NamedTuple):
     """Rows with the same number are equal rows."""
 
 
-def effective_freedom(distinct: Float[np.ndarray, " R"], share: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+def effective_freedom(distinct: Int[np.ndarray, " R"], share: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
     """ν of `distinct` errors of which a `share` of the variance is common to all: D / (1 + (D − 1) share²)."""
     return distinct / (1 + np.maximum(distinct - 1, 0) * share**2)
 
@@ -58,7 +58,8 @@ def spread_deviate(errors: RowErrors) -> float:
     total = rows.freedom.sum()
     if total == 0:
         return -np.inf
-    return float(deviate((rows.freedom * rows.mean_square).sum() / total / SLACK, total))
+    mean = (rows.freedom * rows.mean_square).sum() / total
+    return float(deviate(np.asarray(mean / SLACK), np.asarray(total)))
 
 
 def worst_row_deviate(errors: RowErrors) -> float:

@@ -1,0 +1,262 @@
+"""The judge: what it must accept, what it must not, and that no form of a result fools or breaks it."""
+
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import dense
+
+from cpjax.crosscheck import Verdict, judge
+from cpjax.crosscheck.extremes import rows_out_of_range
+from cpjax.crosscheck.judge import chosen_rows
+from cpjax.crosscheck.question import question
+from cpjax.trial.emulators import PROFILES, attend
+from cpjax.trial.problem import Problem
+
+FP16 = PROFILES["flash_fp16"]
+
+
+def problem(seed, length=40, keys=None, heads=2, kv_heads=1, head_dim=16, value_dim=8, cp=2, is_causal=True):
+    rng = np.random.default_rng(seed)
+    keys = length if keys is None else keys
+    shapes = ((1, length, heads, head_dim), (1, keys, kv_heads, head_dim), (1, keys, kv_heads, value_dim))
+    arrays = (rng.standard_normal(shape) for shape in shapes)
+    return Problem(*arrays, head_dim**-0.5, is_causal=is_causal, cp=cp).cast("float16")
+
+
+def verdict(p, out, lse=None, **options) -> Verdict:
+    return judge(p.query, p.key, p.value, out, lse, is_causal=p.is_causal, cp=p.cp, **options)
+
+
+@pytest.fixture(scope="module")
+def ordinary():
+    p = problem(0, length=128)
+    return p, attend(p, FP16)
+
+
+def test_by_default_float16_is_judged_as_flash_fp16_merged_in_ascending_order(ordinary):
+    p, (out, lse) = ordinary
+    said = verdict(p, out, lse)
+    assert said.passed
+    assert said.reasons == []
+    assert (said.precision, said.order) == ("flash_fp16", "ascending")
+    assert 0.9 < said.z < 1.1
+    assert said.hard_ratio <= 1
+    assert said.rows == said.rows_judged == 128 * 2
+    with pytest.raises(TypeError, match=r"ask \.passed"):
+        bool(said)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_wider_arrays_are_judged_in_their_own_precision(dtype):
+    p = problem(1).cast(dtype)
+    out, lse = attend(p, PROFILES[dtype])
+    said = verdict(p, out, lse)
+    assert said.passed, said.reasons
+    assert said.precision == dtype
+    assert not verdict(p, out.astype(np.float16).astype(dtype)).passed  # FP16 is too coarse for it
+
+
+def test_one_key_must_come_out_exactly():
+    p = problem(2, length=1)
+    value = np.repeat(p.value, 2, axis=2)
+    assert verdict(p, value).passed
+    worse = np.nextafter(value, np.float16(np.inf))
+    assert "bound" in verdict(p, worse).failed_tests
+
+
+def test_rows_that_see_nothing_are_zero_and_minus_infinity():
+    p = problem(3, length=4, is_causal=True)
+    places = np.arange(4, dtype=np.int32)[None]
+    before = {"q_positions": places - 2, "kv_positions": places}
+    early, late = Problem(*_arrays(p), p.scale, True, **before, cp=2), before
+    out, lse = attend(early, FP16)
+    assert (out[0, :2] == 0).all()
+    assert np.isneginf(lse[0, :2]).all()
+    assert verdict(p, out, lse, **late).passed
+    for wrong in (1e-7, np.nan):
+        changed = out.copy()
+        changed[0, 0, 0, 0] = wrong
+        assert not verdict(p, changed, lse, **late).passed
+    for wrong in (-1e30, np.inf, np.nan, 0.0):
+        changed = lse.copy()
+        changed[0, 0, 0] = wrong
+        assert not verdict(p, out, changed, **late).passed
+
+
+def _arrays(p):
+    return p.query, p.key, p.value
+
+
+def test_pads_are_not_judged(ordinary):
+    p, (out, lse) = ordinary
+    segment = np.where(np.arange(128) < 100, 0, -1)[None].astype(np.int32)
+    out, lse = out.copy(), lse.copy()
+    out[:, 100:], lse[:, 100:] = np.nan, np.inf
+    said = verdict(p, out, lse, segment_ids=segment)
+    assert said.passed, said.reasons
+    assert said.rows == 200
+
+
+def test_what_leaves_the_format_is_not_judgeable_and_does_not_pass():
+    p = problem(4, length=8)
+    with np.errstate(over="ignore"):
+        huge = Problem(p.query, p.key, np.full_like(p.value, 65504), p.scale, True, cp=2)
+    out, lse = attend(huge, FP16)
+    said = verdict(huge, out, lse)
+    assert not said.passed
+    assert not said.judgeable
+    assert said.failed_tests == ("unjudged",)
+    loud = Problem(p.query * 100, p.key * 100, p.value, p.scale, True, cp=2).cast("float16")
+    out, lse = dense(*_arrays(loud), scale=p.scale, visible=np.tri(8, dtype=bool)[None])
+    assert verdict(loud, out.astype(np.float16), lse).judgeable  # scores in float32 hold it, scores in FP16 do not
+    said = verdict(loud, out.astype(np.float16), lse, precision="ring_mla_fp16")
+    assert "unjudged" in said.failed_tests
+
+
+def test_values_of_another_format_are_refused_by_name(ordinary):
+    p, (out, lse) = ordinary
+    assert verdict(p, out.astype(np.float32), lse).passed  # FP16 numbers in a wider dtype
+    exact = np.asarray(dense(*_arrays(p), scale=p.scale, visible=np.tri(128, dtype=bool)[None])[0])
+    said = verdict(p, exact.astype(np.float32), lse)
+    assert said.failed_tests == ("form",)
+    assert "no float16 numbers" in said.reasons[0]
+
+
+FORMS = st.sampled_from(
+    [
+        "nan", "inf", "-inf", "zeros", "transposed", "one row short", "one head more", "empty", "int", "bool",
+        "object", "string", "list", "none", "scalar", "bfloat16", "complex", "exchanged ranks", "reversed", "negated",
+        "lse nan", "lse +inf", "lse zeros", "lse shape", "lse float16", "lse swapped heads",
+    ]
+)  # fmt: skip
+
+
+@given(FORMS, st.integers(0, 2**16))
+@settings(max_examples=150)
+def test_no_malformed_result_passes_or_crashes(ordinary, form, seed):
+    p, (out, lse) = ordinary
+    rng = np.random.default_rng(seed)
+    at = tuple(int(rng.integers(n)) for n in out.shape)
+    out, lse = out.copy(), lse.copy()
+    changes = {
+        "zeros": lambda: (np.zeros_like(out), lse),
+        "transposed": lambda: (out.swapaxes(1, 2), lse),
+        "one row short": lambda: (out[:, 1:], lse),
+        "one head more": lambda: (np.concatenate([out, out[:, :, :1]], axis=2), lse),
+        "empty": lambda: (out[:, :0], lse),
+        "int": lambda: (out.view(np.int16), lse),
+        "bool": lambda: (out > 0, lse),
+        "object": lambda: (out.astype(object), lse),
+        "string": lambda: ("out", lse),
+        "list": lambda: ([[1.0], [1.0, 2.0]], lse),
+        "none": lambda: (None, lse),
+        "scalar": lambda: (0.0, lse),
+        "bfloat16": lambda: (out.astype(ml_dtypes.bfloat16), lse),
+        "complex": lambda: (out.astype(np.complex64), lse),
+        "exchanged ranks": lambda: (np.roll(out, 32, axis=1), np.roll(lse, 32, axis=1)),
+        "reversed": lambda: (out[:, ::-1], lse[:, ::-1]),
+        "negated": lambda: (-out, lse),
+        "lse zeros": lambda: (out, np.zeros_like(lse)),
+        "lse shape": lambda: (out, lse.swapaxes(1, 2)),
+        "lse float16": lambda: (out, lse.astype(np.float16)),
+        "lse swapped heads": lambda: (out, lse[:, :, ::-1]),
+    }
+    if form in ("nan", "inf", "-inf"):
+        out[at] = float(form)
+    elif form in ("lse nan", "lse +inf"):
+        lse[at[:3]] = float(form.split()[1])
+    else:
+        out, lse = changes[form]()
+    said = verdict(p, out, lse)
+    assert said.passed is False, form
+    assert said.judgeable, form
+    assert said.reasons
+    assert all("\n" not in reason for reason in said.reasons)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["drop", "double", "mask", "scale", "log2", "merge"]))
+@settings(max_examples=40)
+def test_a_fault_in_one_chunk_is_never_accepted(seed, fault):
+    """Normal data of 64 tokens: every one of these faults moves some row by far more than rounding does."""
+    p = problem(seed, length=64)
+    out, lse = attend(p, FP16)
+    here = np.arange(64, dtype=np.int32)[None]
+    if fault == "drop":
+        out, lse = attend(p, FP16, (1, 2, 3))
+    elif fault == "double":
+        out, lse = attend(p, FP16, (0, 0, 1, 2, 3))
+    elif fault == "mask":
+        out, lse = attend(Problem(*_arrays(p), p.scale, True, here + 1, here, cp=2), FP16)
+    elif fault == "scale":
+        out, lse = attend(Problem(*_arrays(p), p.scale * 1.01, True, cp=2), FP16)
+    elif fault == "log2":
+        lse = lse / np.float32(np.log(2))
+    else:
+        out = (out.astype(np.float32) * np.where(here[0] >= 32, 0.98, 1.0)[:, None, None]).astype(np.float16)
+    assert not verdict(p, out, lse).passed
+
+
+def test_sampled_rows_are_one_in_128_of_each_head_and_all_rows_are_checked(monkeypatch, ordinary):
+    p, (out, lse) = ordinary
+    monkeypatch.setattr(sys.modules["cpjax.crosscheck.judge"], "WORK", 1)
+    asked = _question(p)
+    chosen = chosen_rows(asked, seed=3)
+    assert chosen.sum() == 2
+    assert (chosen != chosen_rows(asked, seed=4)).any()
+    said = verdict(p, out, lse, seed=3)
+    assert said.passed, said.reasons
+    assert (said.rows, said.rows_judged) == (256, 2)
+    at = np.flatnonzero(~chosen[0, :, 0])[5]
+    for wrong in (np.nan, np.inf, 60.0):
+        changed = out.copy()
+        changed[0, at, 0, 3] = wrong
+        assert "range" in verdict(p, changed, lse, seed=3).failed_tests
+
+
+def _question(p):
+    places = {"q_positions": None, "kv_positions": None, "segment_ids": None, "window": None}
+    options = {"scale": None, "is_causal": p.is_causal, "cp": p.cp, "layout": "zigzag"}
+    return question(*_arrays(p), **places, **options, precision=None, order="ring")
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 64), st.booleans())
+@settings(max_examples=50)
+def test_correct_rows_are_never_out_of_range(seed, length, is_causal):
+    p = problem(seed, length=length, is_causal=is_causal)
+    assert not rows_out_of_range(_question(p), *attend(p, FP16)).any()
+
+
+QUESTIONS = {
+    "positions": ({"keys": 24}, {}, "give q_positions"),
+    "cp 0": ({}, {"cp": 0}, "cp is 0"),
+    "layout": ({}, {"layout": "spiral"}, "unknown layout 'spiral'"),
+    "order": ({}, {"order": "random"}, "unknown merge order 'random'"),
+    "precision": ({}, {"precision": "fp8"}, "unknown precision 'fp8'"),
+    "scale": ({}, {"scale": float("nan")}, "scale is nan"),
+    "window": ({}, {"window": 0}, "window is 0"),
+    "positions shape": ({}, {"q_positions": np.zeros((1, 3), int)}, "must be"),
+    "float positions": ({}, {"q_positions": np.zeros((1, 40))}, "whole numbers"),
+}
+
+
+@pytest.mark.parametrize(("shape", "options", "message"), QUESTIONS.values(), ids=QUESTIONS)
+def test_a_question_without_sense_is_refused(shape, options, message):
+    p = problem(0, **shape)
+    out = np.zeros((1, 40, 2, 8), np.float16)
+    options = {"cp": 2} | options
+    with pytest.raises(ValueError, match=message):
+        judge(p.query, p.key, p.value, out, **options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize(("length", "cp"), [(1, 8), (3, 2), (17, 4)])
+def test_lengths_that_no_layout_divides_are_judged(layout, length, cp):
+    p = problem(5, length=length, cp=cp)
+    out, lse = dense(*_arrays(p), scale=p.scale, visible=np.tri(length, dtype=bool)[None])
+    for order in ("ascending", "ring", "gather", "unknown"):
+        said = verdict(p, out.astype(np.float16), lse.astype(np.float32), layout=layout, order=order)
+        assert said.passed, (order, said.reasons)
