@@ -61,12 +61,10 @@ def key_scores(
     value = weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
     drag = model.one_signed * inverse
     bias = weight * (drag @ np.abs(rows.value).T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
-    square = (
-        inverse @ (rows.value**2).T
-        - 2 * (inverse * rows.out) @ rows.value.T
-        + (inverse * rows.out**2).sum(axis=1, keepdims=True)
-    )
-    information = weight**2 * np.maximum(square, 0.0)
+    size = inverse @ (rows.value**2).T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
+    square = size - 2 * (inverse * rows.out) @ rows.value.T
+    # A value that differs from the output by less than a millionth tells nothing but the oracle's own rounding.
+    information = weight**2 * np.maximum(square, 1e-12 * size)
     if lse_error is not None:
         of_lse = _inverse_square(expected.lse_sigma)[:, None]
         value = value + weight * lse_error[:, None] * of_lse

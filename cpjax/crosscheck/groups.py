@@ -3,6 +3,7 @@
 Two keys with the same score are rounded alike, so their errors are one error, counted twice: (a + b)², not a² + b².
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ def sum_of_squares(
 class Groups:
     """Rows in which enough keys have equal scores, and which of their keys belong together.
 
-    The keys of rows `at` are listed group after group; no group spans two rows or two chunks.
+    The keys of rows `at` are listed group after group; no group spans two rows.
     """
 
     at: Int[np.ndarray, " r"]
@@ -94,19 +95,32 @@ class Groups:
         return plain * ratio[:, None]
 
 
-def groups_of(rows: Rows) -> Groups:
-    """The groups of the rows in which more than one key in ten shares its cell; only there do they matter."""
+def probability_groups(rows: Rows) -> Groups:
+    """Keys of a chunk with equal p = exp(s − M_c): their probabilities are rounded alike."""
     chunk = np.repeat(np.arange(len(rows.edges) - 1), rows.chunk_sizes)
     below = -np.maximum(rows.below, -FURTHEST)
     place = np.where(rows.seen, chunk * 2 * FURTHEST + below, np.inf)  # hidden keys come last
+    return _groups(rows, place, lambda place: np.round(place * CELLS))
+
+
+def score_groups(rows: Rows) -> Groups:
+    """Keys of any chunk with equal scores: q·k and its scaling are rounded alike, wherever the key is."""
+    place = np.where(rows.seen, rows.score, np.inf)
+    return _groups(rows, place, lambda place: np.round(place / 2.0 ** (np.frexp(place)[1] - 14)) * np.sign(place))
+
+
+def _groups(rows: Rows, place: Float[np.ndarray, "R S"], cell_of: Callable[[np.ndarray], np.ndarray]) -> Groups:
+    """The groups of the rows in which more than one key in ten shares its cell; only there do they matter."""
     order = np.argsort(place, axis=1)
     place = np.take_along_axis(place, order, axis=1)
     seen = rows.seen.sum(axis=1)
     listed = np.arange(place.shape[1]) < seen[:, None]
     place = np.where(listed, place, 0.0)
-    begins = np.diff(np.round(place * CELLS), axis=1, prepend=-1.0) != 0
-    equal = np.diff(place, axis=1, prepend=-1.0) < EXACT
+    first = np.arange(place.shape[1]) == 0
+    begins = (np.diff(cell_of(place), axis=1, prepend=0.0) != 0) | first
+    equal = (np.diff(place, axis=1, prepend=0.0) < EXACT) & ~first
     at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * seen)
     is_repeated = (equal & listed).sum(axis=1) > 0.1 * seen
-    row, place = np.nonzero(listed[at])
-    return Groups(at, row, order[at[row], place], np.flatnonzero(begins[at[row], place]), is_repeated)
+    row, place_in_row = np.nonzero(listed[at])
+    starts = np.flatnonzero(begins[at[row], place_in_row])
+    return Groups(at, row, order[at[row], place_in_row], starts, is_repeated)
