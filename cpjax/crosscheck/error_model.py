@@ -140,18 +140,42 @@ class ErrorModel:
         variance = self._variance_of(worth * step / np.sqrt(12), center=False)
         if self.precision.probability != "float16":
             return variance
-        cell = np.where(self.rows.seen, np.round(p / self._p.tiny), 0.0)
-        for n in np.unique(cell[(cell >= 1) & (cell <= 16)]):  # the least numbers: all p that become one err alike
-            variance = variance + (self._p.tiny / 4 * (np.where(cell == n, worth, 0.0) @ self.rows.value)) ** 2
+        for cell in self._least_cells:
+            variance = variance + (self._p.tiny / 4 * (cell @ self.rows.value)) ** 2
         return variance
 
     @cached_property
+    def _least_cells(self) -> list[Float[np.ndarray, "R S"]]:
+        """Worth of the keys whose p becomes n times the least number, for each n up to 16: they err alike (§3.2)."""
+        if self.precision.probability != "float16":
+            return []
+        n = np.where(self.rows.seen, np.round(self._p_value / self._p.tiny), 0.0)
+        return [np.where(n == k, self._p_weight, 0.0) for k in np.unique(n[(n >= 1) & (n <= 16)])]
+
+    @property
     def chunk_variance(self) -> Float[np.ndarray, "R V"]:
-        """Each chunk's out rounded to the out format (§3.3)."""
-        a, part = self.rows.chunk_weight[..., None], self.rows.chunk_part
+        """Each chunk's out rounded to the out format, where these errors are random (§3.3)."""
+        return self._chunk[0]
+
+    @cached_property
+    def _chunk(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """Variance of the chunks' random roundings, and the sum of those that are not.
+
+        The value of the chunk's first key is itself a number of the format. Where the chunk's out is closer to it than
+        a few spacings, it is rounded back to it, always against what the other keys added.
+        """
+        rows = self.rows
+        a = rows.chunk_weight[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            out = np.where(a > 0, part / a, 0.0)
-        return (a**2 * self._out.spacing(out) ** 2 / 12).sum(axis=1)
+            out = np.where(a > 0, rows.chunk_part / a, 0.0)
+        top = np.stack(
+            [start + rows.score[:, start:stop].argmax(axis=1) for start, stop in pairwise(rows.edges)], axis=1
+        )
+        moved = np.abs(out - rows.value[top])
+        step = self._out.spacing(out)
+        free = moved >= 4 * step
+        independent = np.where(free, a**2 * step**2 / 12, 0.0).sum(axis=1)
+        return independent, np.where(free, 0.0, a * np.minimum(moved, 0.5 * step)).sum(axis=1)
 
     @property
     def carry_variance(self) -> Float[np.ndarray, "R V"]:
@@ -166,7 +190,7 @@ class ErrorModel:
         probabilities that become 0 (§3.2); terms that are too small for the sum they are added to (§3.7).
         """
         rows = self.rows
-        error = self._carry[1]
+        error = self._carry[1] + self._chunk[1]
         if self.precision.probability == "float16":
             lost = np.where(self._p_value < self._p.tiny / 2, rows.weight, 0.0)
             error = error + np.abs(lost @ rows.value) / np.sqrt(3)
@@ -178,9 +202,17 @@ class ErrorModel:
 
     @cached_property
     def _absorbed(self) -> Float[np.ndarray, "R S"]:
-        """What may be lost of a weight that is small beside the rounding unit of the sum of all (§3.7)."""
-        weight, eps = self.rows.weight, self._eps
-        return np.where(weight < 8 * eps, np.minimum(weight, 0.6 * eps), 0.0) * (self._seen_keys > 1)[:, None]
+        """What may be lost of a weight that is small beside its tile's sum, or with its tile beside the whole (§3.7)."""
+        rows, eps = self.rows, self._eps
+        starts = np.concatenate([np.arange(start, stop, KEY_TILE) for start, stop in pairwise(rows.edges)])
+        tile = np.add.reduceat(rows.weight, starts, axis=1)
+        sizes = np.diff(np.append(starts, rows.weight.shape[1]))
+        of_tile = np.where(tile < 8 * eps, np.minimum(tile, 0.6 * eps), 0.0)
+        share = np.divide(of_tile, tile, out=np.zeros_like(tile), where=tile > 0)
+        whole = np.repeat(tile, sizes, axis=1)
+        lost = np.where(rows.weight < 8 * eps * whole, np.minimum(rows.weight, 0.6 * eps * whole), 0.0)
+        lost = np.maximum(lost, rows.weight * np.repeat(share, sizes, axis=1))
+        return lost * (self._seen_keys > 1)[:, None]
 
     @cached_property
     def _carry(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
@@ -203,7 +235,7 @@ class ErrorModel:
         free = merged & (moved >= 4 * step)
         stuck = merged & (moved < 4 * step)
         independent = np.where(free, done**2 * step**2 / 12, 0.0).sum(axis=1)
-        repeated = np.where(stuck, done * np.minimum(moved, 0.3 * step), 0.0).sum(axis=1)
+        repeated = np.where(stuck, done * np.minimum(moved, 0.5 * step), 0.0).sum(axis=1)
         return independent, repeated
 
     def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
@@ -211,7 +243,7 @@ class ErrorModel:
         step = self._out.spacing(self._largest_running)
         a = self.rows.chunk_weight[..., None]
         moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
-        repeated = np.minimum(moved, 0.3 * step[:, None]).sum(axis=1) * (merges > 0)
+        repeated = np.minimum(moved, 0.5 * step[:, None]).sum(axis=1) * (merges > 0)
         return merges * step**2 / 12, repeated
 
     @cached_property
@@ -272,18 +304,10 @@ class ErrorModel:
         a = rows.chunk_weight[..., None]
         spread = ((rows.chunk_part - a * rows.out[:, None]) ** 2).sum(axis=1)
         of_terms = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
-        of_sums = self._sum_sigma[:, None] * np.where(
-            self._is_grouped[:, None], self._weighted_magnitude, np.abs(rows.out)
-        )
+        size = np.where(self._groups.is_repeated[:, None], self._weighted_magnitude, np.abs(rows.out))
+        of_sums = self._sum_sigma[:, None] * size
         of_merges = (2 * eps * (self._lse_size + 2))[:, None] ** 2 * spread
         return of_terms**2 + 2 * of_sums**2 + of_merges
-
-    @cached_property
-    def _is_grouped(self) -> Bool[np.ndarray, " R"]:
-        """Rows with many equal scores."""
-        grouped = np.zeros(len(self.rows.lse), bool)
-        grouped[self._groups.at] = True
-        return grouped
 
     @cached_property
     def _sum_sigma(self) -> Float[np.ndarray, " R"]:
@@ -293,7 +317,7 @@ class ErrorModel:
         """
         n = np.minimum(self._seen_keys, 2048)
         tiles = self._seen_keys / 2048
-        units = np.where(self._is_grouped, n / 4, 0.25 * np.sqrt(n)) + 0.25 * np.sqrt(tiles)
+        units = np.where(self._groups.is_repeated, n / 4, 0.25 * np.sqrt(n)) + 0.25 * np.sqrt(tiles)
         return self._eps * np.where(self._seen_keys > 1, units, 0.0)
 
     @cached_property
@@ -328,6 +352,13 @@ class ErrorModel:
         variance = np.zeros(len(per_lse))
         for error in (self._p_weight * step / np.sqrt(12) * along, rows.weight * self._score_sigma * away):
             variance += self._variance_of_sum(error)
+        for cell in self._least_cells:
+            variance += (self._p.tiny / 4 * (cell * along).sum(axis=1)) ** 2
+        # Errors of a merge's weights and of the row sum move all outputs of a row together.
+        beside = rows.chunk_part - rows.chunk_weight[..., None] * rows.out[:, None]
+        away_of_chunks = np.einsum("rv,rcv->rc", per_out, beside)
+        variance += ((2 * self._eps * (self._lse_size + 2))[:, None] ** 2 * away_of_chunks**2).sum(axis=1)
+        variance += (self._sum_sigma * (per_out * rows.out).sum(axis=1)) ** 2
         stored = self.chunk_variance + self.carry_variance + self.compute_variance
         variance += (per_out**2 * stored).sum(axis=1)
         return variance + per_lse**2 * self.lse_variance

@@ -32,7 +32,7 @@ ROWS = 256
 
 @dataclass(frozen=True)
 class RowTable:
-    """One entry per judged row. A row that cannot be judged counts in `unjudged` only; its other entries are neutral."""
+    """One entry per judged row. A row that cannot be judged counts in `unjudged` only; all else is neutral."""
 
     batch: Int[np.ndarray, " R"]
     position: Int[np.ndarray, " R"]
@@ -161,7 +161,7 @@ def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[_T
 def _same_rows(
     question: Question, batch: np.ndarray, position: np.ndarray, head: np.ndarray
 ) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
-    """Equal numbers for rows that have the same query and keys, to the last bit; and that have the same place as well."""
+    """Equal numbers for rows that have the same query and keys, to the last bit; and for those in the same place."""
     kv = {
         (b, k): hash((question.key[b, :, k].tobytes(), question.value[b, :, k].tobytes()))
         for b, k in np.ndindex(question.key.shape[0], question.key.shape[2])

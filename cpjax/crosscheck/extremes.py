@@ -12,7 +12,7 @@ def rows_out_of_range(asked: Question, out: np.ndarray, lse: np.ndarray | None) 
     """Rows with a NaN, an infinity, or an output that is no average of visible values, rounding allowed for.
 
     Under a causal mask these are the values up to the query's position, otherwise all of its segment; a window is not
-    taken into account, which only makes the range wider. Rows that see nothing are (0, −inf); with a window any row may.
+    taken into account, which only makes the range wider. Rows that see nothing are (0, −inf); with a window any may be.
     """
     result = np.zeros(out.shape[:3], bool)
     for b, n in np.ndindex(out.shape[0], out.shape[2]):

@@ -6,7 +6,7 @@ Two keys with the same score are rounded alike, so their errors are one error, c
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from cpjax.crosscheck.attention64 import Rows
@@ -14,6 +14,12 @@ from cpjax.crosscheck.attention64 import Rows
 CELLS = 2.0**14
 """Scores that agree after multiplication with this and rounding count as equal. In FP16 the spacing of p in (1/2, 1) is
 2^-11, so p's rounding error changes by less than an eighth of a spacing inside one cell."""
+
+EXACT = 2.0**-30
+"""Scores closer than this are equal for float32, whose sums then repeat the same rounding."""
+
+FURTHEST = 2.0**16
+"""Keys farther than this below the maximum have probability 0 in every format."""
 
 WORK = 2**22
 """Above so many (key, column) pairs the columns are not all grouped: see `Groups.sum_of_squares`."""
@@ -45,6 +51,8 @@ class Groups:
     key: Int[np.ndarray, " n"]
     starts: Int[np.ndarray, " g"]
     """Where each group begins in the list."""
+    is_repeated: Bool[np.ndarray, " R"]
+    """Of all rows, those in which more than one key in ten has exactly the score of another."""
 
     @property
     def row_starts(self) -> Int[np.ndarray, " r"]:
@@ -87,15 +95,18 @@ class Groups:
 
 
 def groups_of(rows: Rows) -> Groups:
-    """The groups of those rows in which more than one key in ten shares its cell with another; only there they matter."""
+    """The groups of the rows in which more than one key in ten shares its cell; only there do they matter."""
     chunk = np.repeat(np.arange(len(rows.edges) - 1), rows.chunk_sizes)
-    cell = np.round(np.maximum(rows.below, -(2.0**20)) * CELLS)  # 0 to -2^34
-    cell = np.where(rows.seen, chunk * 2.0**35 - np.where(rows.seen, cell, 0.0), 2.0**62)  # hidden keys come last
-    order = np.argsort(cell, axis=1)
-    cell = np.take_along_axis(cell, order, axis=1)
-    begins = np.diff(cell, axis=1, prepend=-1.0) != 0
+    below = -np.maximum(rows.below, -FURTHEST)
+    place = np.where(rows.seen, chunk * 2 * FURTHEST + below, np.inf)  # hidden keys come last
+    order = np.argsort(place, axis=1)
+    place = np.take_along_axis(place, order, axis=1)
     seen = rows.seen.sum(axis=1)
-    listed = np.arange(cell.shape[1]) < seen[:, None]
+    listed = np.arange(place.shape[1]) < seen[:, None]
+    place = np.where(listed, place, 0.0)
+    begins = np.diff(np.round(place * CELLS), axis=1, prepend=-1.0) != 0
+    equal = np.diff(place, axis=1, prepend=-1.0) < EXACT
     at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * seen)
+    is_repeated = (equal & listed).sum(axis=1) > 0.1 * seen
     row, place = np.nonzero(listed[at])
-    return Groups(at, row, order[at[row], place], np.flatnonzero(begins[at[row], place]))
+    return Groups(at, row, order[at[row], place], np.flatnonzero(begins[at[row], place]), is_repeated)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from cpjax.crosscheck.directed import Score, deviate
 from cpjax.crosscheck.evidence import Evidence, RowTable
@@ -19,8 +19,8 @@ from cpjax.crosscheck.statistic import (
 )
 
 LATTICE_SHARE = 0.25
-"""Of outputs that should be no BF16 numbers, rounding errors move at most this share onto one: one in eight FP16 numbers
-is a BF16 number, and an error of up to one place reaches it from both sides."""
+"""Of outputs that should be no BF16 numbers, rounding errors move at most this share onto one: one in eight FP16
+numbers is a BF16 number, and an error of up to one place reaches it from both sides."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Verdict:
     reasons: list[str]
     """Why it did not pass, one sentence each; empty when it did."""
     failed_tests: tuple[str, ...]
-    """Names of the failed tests, in the order of the reasons: form, range, bound, spread, worst row, heads, query chunks,
-    ranks, the same for lse, scale, key, bfloat16, unjudged."""
+    """Names of the failed tests, in the order of the reasons: form, range, bound, spread, worst row, lse bound,
+    lse spread, lse worst row, heads, query chunks, ranks, scale, key, bfloat16, unjudged."""
     precision: str
     order: str
     rows: int
@@ -80,20 +80,24 @@ class Verdict:
 def malformed(question: Question, reason: str) -> Verdict:
     """The verdict on something that is no result at all."""
     nan = float("nan")
-    numbers = {name: nan for name in ("z", "lse_hard_ratio", "lse_z", "lse_max_error", "bias", "scale_error")}
     return Verdict(
         passed=False,
         judgeable=True,
         hard_ratio=float("inf"),
+        z=nan,
+        lse_hard_ratio=nan,
+        lse_z=nan,
         max_error=float("inf"),
+        lse_max_error=nan,
         reasons=[reason],
         failed_tests=("form",),
         precision=question.precision.name,
         order=question.order,
         rows=int(question.is_judged.sum()) * question.query.shape[2],
         rows_judged=0,
+        bias=nan,
+        scale_error=nan,
         scale_deviate=nan,
-        **numbers,
     )
 
 
@@ -176,13 +180,11 @@ def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -
     rows = np.flatnonzero(~(ratio <= 1.0))
     if len(rows):
         worst = rows[np.argmax(ratio[rows])]
-        size = (
-            "is not a number or infinitely off" if np.isinf(ratio[worst]) else f"is {ratio[worst]:.3g} times its bound"
-        )
+        size = "may have no error at all" if np.isinf(ratio[worst]) else f"is off by {ratio[worst]:.3g} times its bound"
         yield (
             "bound" if name == "out" else "lse bound",
-            f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; the "
-            f"worst {size}, at {_place(table, int(worst))}",
+            f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; "
+            f"the worst, at {_place(table, int(worst))}, {size}",
         )
 
 
@@ -221,7 +223,7 @@ def _worst_parts(parts: list[Part]) -> Iterator[tuple[str, str]]:
             many = sum(part.name.rpartition(" ")[0] == kind for part in parts)
             yield (
                 test,
-                f"{len(wrong)} of {many} {test} {'is' if len(wrong) == 1 else 'are'} wrong on their own: {names}",
+                f"{len(wrong)} of {many} {test} {'is' if len(wrong) == 1 else 'are'} wrong on their own ({names})",
             )
 
 
@@ -245,8 +247,8 @@ def _keys(evidence: Evidence) -> Iterator[tuple[str, str]]:
     if not deviates[b, k, s] - expected_maximum(deviates.size) <= LIMIT:
         yield (
             "key",
-            f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} instead of 1 "
-            f"({deviates[b, k, s]:.3g} deviates)",
+            f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} "
+            f"instead of 1 ({deviates[b, k, s]:.3g} deviates)",
         )
 
 

@@ -1,0 +1,93 @@
+"""What a model's name says: the geometry of its attention, and how its weights are quantised."""
+
+import re
+from typing import NamedTuple
+
+from cpjax.errors import InputError
+from cpjax.mindie.json_text import shown
+
+
+class Geometry(NamedTuple):
+    """Attention of one layer: query heads, head dims of query and key (nope + rope) and of value."""
+
+    heads: int
+    nope: int
+    rope: int
+    value_dim: int
+
+
+_DEEPSEEK = Geometry(heads=128, nope=128, rope=64, value_dim=128)
+
+GEOMETRIES = {"DeepSeek-R1": _DEEPSEEK, "DeepSeek-V3": _DEEPSEEK, "DeepSeek-V3.1": _DEEPSEEK}
+"""From the models' own config.json: num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim."""
+
+# What may follow the family: a release date, a quantisation, a dtype, a variant with the same attention. Anything else
+# is another model (DeepSeek-R1-Distill-Llama-70B, DeepSeek-V3.2-Exp).
+_NAME = re.compile(
+    r"(?:deepseek|ds)[-_.]?(?P<family>r1|v3(?:[-_.]?1)?)"
+    r"(?:[-_.]?(?:\d{4}|w\d{1,2}a\d{1,2}(?:c8)?|bf16|fp16|fp8|int8|float16|bfloat16|base|chat|terminus|mtp|quant|dynamic|mix))*",
+    re.IGNORECASE,
+)
+_FAMILIES = {"r1": "DeepSeek-R1", "v3": "DeepSeek-V3", "v31": "DeepSeek-V3.1"}
+
+
+def family(model_name: str) -> str | None:
+    """The model that a deployment's name means, or None.
+
+    >>> family("ds_r1_w8a8"), family("DeepSeek-V3.1-W4A8"), family("DeepSeek-R1-Distill-Llama-70B")
+    ('DeepSeek-R1', 'DeepSeek-V3.1', None)
+    """
+    match = _NAME.fullmatch(model_name)
+    return _FAMILIES[re.sub(r"[-_.]", "", match["family"].lower())] if match else None
+
+
+def quantisation(model_name: str) -> str | None:
+    """W8A8, W4A8 or whatever of this form the name has; None if it has none, or more than one.
+
+    >>> quantisation("ds_v31_w4a8")
+    'W4A8'
+    """
+    found = {word.upper() for word in re.findall(r"(?<![A-Za-z0-9])w\d{1,2}a\d{1,2}", model_name, re.IGNORECASE)}
+    return found.pop() if len(found) == 1 else None
+
+
+def geometry(model_name: str) -> Geometry:
+    """The attention geometry of a model.
+
+    Raises:
+      InputError: the name is none that we know; it says how to give the geometry.
+    """
+    known = family(model_name)
+    if known is None:
+        raise InputError(
+            f"modelName {shown(model_name)} is none of {', '.join(GEOMETRIES)} (a quantisation or date may follow, as "
+            "in DeepSeek-R1_w8a8); for another model give --geometry HEADS,NOPE,ROPE,VALUE, such as 128,128,64,128"
+        )
+    return GEOMETRIES[known]
+
+
+def parse_geometry(text: str) -> Geometry:
+    """`HEADS,NOPE,ROPE,VALUE` from a command line.
+
+    Raises:
+      InputError: it is not four whole numbers, of which only ROPE may be 0.
+    """
+    if not re.fullmatch(r"\d{1,6}(,\d{1,6}){3}", text, re.ASCII):
+        raise InputError(
+            f"geometry {shown(text)} is not HEADS,NOPE,ROPE,VALUE; give four numbers, such as 128,128,64,128"
+        )
+    found = Geometry(*map(int, text.split(",")))
+    if min(found.heads, found.nope, found.value_dim) < 1:
+        raise InputError(f"geometry {text} has a 0; heads, nope and value must be at least 1")
+    return found
+
+
+def local_heads(heads: int, tp: int) -> int:
+    """The query heads of one card.
+
+    Raises:
+      InputError: tp does not divide them.
+    """
+    if tp < 1 or heads % tp:
+        raise InputError(f"tp is {tp}, which does not divide the model's {heads} heads; make tp a divisor of {heads}")
+    return heads // tp

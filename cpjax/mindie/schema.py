@@ -1,0 +1,173 @@
+"""The fields of a config that mean something here, with the types that the server reads them into.
+
+Types are the machine's (int32, uint32): what does not fit one cannot be read. Whether a *value* is allowed is for the
+rules (rules.py). Strict: true is no number, "2" is none, and neither is 2.0. Fields that are not here are kept, and
+named. Source: docs/zh/user_guide/user_manual/service_parameter_configuration.md, src/server/conf/config.json and
+src/config_manager/model_deploy_config.cpp of Ascend/MindIE-LLM.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+UInt32 = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+Int32 = Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)]
+
+
+class Section(BaseModel):
+    """An object of the config: strict types, unknown fields kept."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+
+class KvCacheOptions(Section):
+    """`models.deepseekv2.kv_cache_options`."""
+
+    enable_nz: bool | None = None
+
+
+class ParallelOptions(Section):
+    """`models.deepseekv2.parallel_options`."""
+
+    o_proj_local_tp: Int32 | None = None
+    lm_head_local_tp: Int32 | None = None
+    dense_mlp_local_tp: Int32 | None = None
+
+
+class DeepseekV2(Section):
+    """`models.deepseekv2`."""
+
+    kv_cache_options: KvCacheOptions = KvCacheOptions()
+    parallel_options: ParallelOptions = ParallelOptions()
+
+
+class Models(Section):
+    """`ModelConfig[0].models`."""
+
+    deepseekv2: DeepseekV2 = DeepseekV2()
+
+
+class PluginParams(Section):
+    """What `plugin_params` holds, as a JSON string or as an object."""
+
+    plugin_type: str = ""
+    num_speculative_tokens: Int32 | None = None
+
+
+class Model(Section):
+    """`ModelConfig[0]`. −1 means "not set" for tp, pp, moe_tp and moe_ep."""
+
+    modelName: str = Field(description="1 to 256 characters of A-Z a-z 0-9 _ . -")
+    modelWeightPath: str | None = Field(None, description="a folder with the weights' config.json")
+    worldSize: UInt32 = Field(description="number of cards of the whole instance")
+    modelInstanceType: str = "Standard"
+    backendType: str | None = Field(None, description="atb, ms or torch")
+    npuMemSize: Int32 | None = Field(None, description="GB for the KV cache; -1: as much as there is")
+    cpuMemSize: UInt32 | None = Field(None, description="GB")
+    trustRemoteCode: bool | None = None
+    dp: Int32 | None = Field(None, description="data parallel; default 1")
+    cp: Int32 | None = Field(None, description="context parallel: 1 or 2; default 1")
+    sp: Int32 | None = Field(None, description="sequence parallel: 1 or tp; default 1")
+    tp: Int32 | None = Field(None, description="tensor parallel; default worldSize")
+    pp: Int32 | None = Field(None, description="pipeline parallel; default 1")
+    moe_ep: Int32 | None = Field(None, description="expert parallel of the MoE layers")
+    moe_tp: Int32 | None = Field(None, description="tensor parallel of the MoE layers; default tp, or worldSize")
+    plugin_params: Any = Field(
+        None, description='such as {"plugin_type":"mtp,prefix_cache","num_speculative_tokens":1}'
+    )
+    models: Models = Models()
+    async_scheduler_wait_time: Int32 | None = None
+    kv_trans_timeout: Int32 | None = None
+    kv_link_timeout: Int32 | None = None
+
+
+class Deploy(Section):
+    """`ModelDeployConfig`."""
+
+    maxSeqLen: UInt32 = Field(2560, description="tokens of prompt and answer")
+    maxInputTokenLen: UInt32 = Field(2048, description="tokens of a prompt")
+    truncation: bool | Int32 = Field(0, description="older versions: true or false")
+    maxLoras: UInt32 | None = None
+    maxLoraRank: UInt32 | None = None
+    speculationGamma: UInt32 | None = None
+    LoraModules: list[Any] | None = None
+    ModelConfig: Annotated[list[Model], Field(min_length=1, max_length=1)]
+
+
+class Schedule(Section):
+    """`BackendConfig.ScheduleConfig`."""
+
+    templateType: str = "Standard"
+    templateName: str = "Standard_LLM"
+    cacheBlockSize: UInt32 = 128
+    maxPrefillBatchSize: UInt32 = 50
+    maxPrefillTokens: UInt32 = 8192
+    prefillTimeMsPerReq: UInt32 = 150
+    prefillPolicyType: UInt32 = 0
+    decodeTimeMsPerReq: UInt32 = 50
+    decodePolicyType: UInt32 = 0
+    maxBatchSize: UInt32 = 200
+    maxIterTimes: UInt32 = 512
+    maxPreemptCount: UInt32 = 0
+    supportSelectBatch: bool = False
+    maxQueueDelayMicroseconds: UInt32 = 5000
+    maxFirstTokenWaitTime: UInt32 = 2500
+
+
+class Backend(Section):
+    """`BackendConfig`, without ModelDeployConfig, which may stand elsewhere."""
+
+    npuDeviceIds: list[list[UInt32]] | None = None
+    multiNodesInferEnabled: bool = False
+    modelInstanceNumber: UInt32 | None = None
+    ScheduleConfig: Schedule = Schedule()
+
+
+class Server(Section):
+    """`ServerConfig`: only what decides how attention is deployed."""
+
+    inferMode: str = "standard"
+    layerwiseDisaggregated: bool = False
+    distDPServerEnabled: bool = False
+
+
+class _BackendFile(Backend):
+    """`BackendConfig`, as it stands in a file."""
+
+    ModelDeployConfig: Deploy | None = None
+
+
+class ConfigJson(Section):
+    """A whole config.json, or an object with ModelDeployConfig."""
+
+    ServerConfig: Server = Server()
+    BackendConfig: _BackendFile | None = None
+    ModelDeployConfig: Deploy | None = None
+
+
+KNOWN = {
+    "": "Version ServerConfig BackendConfig ModelDeployConfig LogConfig EnableDynamicAdjustTimeoutConfig",
+    "ServerConfig": """
+        ipAddress managementIpAddress port managementPort metricsPort allowAllZeroIpListening maxLinkNum
+        httpsEnabled fullTextEnabled tlsCaPath tlsCaFile tlsCert tlsPk tlsPkPwd tlsCrlPath tlsCrlFiles
+        managementTlsCaFile managementTlsCert managementTlsPk managementTlsPkPwd managementTlsCrlPath
+        managementTlsCrlFiles metricsTlsCaFile metricsTlsCert metricsTlsPk metricsTlsPkPwd metricsTlsCrlPath
+        metricsTlsCrlFiles interCommTLSEnabled interCommPort interCommTlsCaPath interCommTlsCaFiles
+        interCommTlsCert interCommPk interCommPkPwd interCommTlsCrlPath interCommTlsCrlFiles openAiSupport
+        tokenTimeout e2eTimeout layerwiseDisaggregatedRoleType layerwiseDisaggregatedMasterIpAddress
+        layerwiseDisaggregatedSlaveIpAddress layerwiseDisaggregatedDataPort layerwiseDisaggregatedCrtlPort
+        HealthCheckConfig kmcKsfMaster kmcKsfStandby
+    """,
+    "BackendConfig": """
+        backendName tokenizerProcessNumber multiNodesInferPort interNodeTLSEnabled
+        interNodeTlsCaPath interNodeTlsCaFiles interNodeTlsCert interNodeTlsPk interNodeTlsPkPwd
+        interNodeTlsCrlPath interNodeTlsCrlFiles interNodeKmcKsfMaster interNodeKmcKsfStandby kvPoolConfig
+        ModelDeployConfig
+    """,
+    "deepseekv2": """
+        ep_level enable_init_routing_cutoff topk_scaling_factor alltoall_ep_buffer_scale_factors eplb h3p
+        communication_backend mix_shared_routing
+    """,
+    "models": "layerwiseDisaggregatedMasterDeviceNum layerwiseDisaggregatedSlaveDeviceNum",
+}
+"""Fields of the vendor's own configs and pages that are fine and say nothing about how attention is deployed."""
