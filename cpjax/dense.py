@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.mask import Mask, Tokens, visible
+from cpjax.mask import PAD, Mask, Tokens, visible
 from cpjax.partial import Partial
 
 QUERY_TILE = 256  # bounds memory; each query's row of scores is still whole
@@ -18,13 +18,24 @@ def dense_attention(
     *,
     mask: Mask,
     scale: float,
+    softcap: float | None = None,
+    sink: Float[np.ndarray, " N"] | None = None,
 ) -> Partial:
     """Exact attention: `out` `[B, T, N, V]` and `lse` `[B, T, N]` in float64; (0, −inf) where a query sees no key.
 
     Args:
-      query, key, value: any float dtype, converted exactly to float64; N is a multiple of K.
+      query, key, value: any float dtype, converted exactly to float64; N is a multiple of K. A pad's key and value may
+        hold anything, NaN included.
+      softcap: logits become softcap · tanh(logit / softcap).
+      sink: the logit per head of one more key, of value 0, that every query sees.
+
+    >>> from cpjax.mask import tokens
+    >>> place, x = tokens(1, 2), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> dense_attention(0 * x, x, x, place, place, mask=Mask(), scale=1.0).out.ravel()  # logits 0: the mean so far
+    array([1., 2.])
     """
     group = query.shape[2] // key.shape[2]
+    filling = kv_tokens.segment == PAD
     out = np.empty((*query.shape[:3], value.shape[3]))
     lse = np.empty(query.shape[:3])
     for start in range(0, query.shape[1], QUERY_TILE):
@@ -32,11 +43,17 @@ def dense_attention(
         seen = visible(mask, Tokens(q_tokens.position[:, rows], q_tokens.segment[:, rows]), kv_tokens)
         for b, n in np.ndindex(query.shape[0], query.shape[2]):
             k, v = key[b, :, n // group].astype(np.float64), value[b, :, n // group].astype(np.float64)
-            s = np.where(seen[b], scale * (query[b, rows, n].astype(np.float64) @ k.T), -np.inf)
-            m = np.where(seen[b].any(axis=1), s.max(axis=1, initial=-np.inf), 0.0)
-            p = np.exp(s - m[:, None])
+            k, v = (np.where(filling[b, :, None], 0.0, x) for x in (k, v))
+            s = scale * (query[b, rows, n].astype(np.float64) @ k.T)
+            s = s if softcap is None else softcap * np.tanh(s / softcap)
+            s = np.where(seen[b], s, -np.inf)
+            if sink is not None:
+                s = np.append(s, np.full((len(s), 1), np.float64(sink[n])), axis=1)
+                v = np.append(v, np.zeros((1, v.shape[1])), axis=0)
+            m = s.max(axis=1, initial=-np.inf)
+            p = np.exp(s - np.where(np.isneginf(m), 0.0, m)[:, None])
             total = p.sum(axis=1)
             with np.errstate(divide="ignore"):  # log 0 = −inf is the lse of a query that sees no key
-                lse[b, rows, n] = m + np.log(total)
+                lse[b, rows, n] = np.where(np.isneginf(m), 0.0, m) + np.log(total)
             out[b, rows, n] = (p @ v) / np.where(total == 0, 1.0, total)[:, None]
     return Partial(out, lse)

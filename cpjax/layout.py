@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
+from cpjax.errors import InputError
+
 Layout = Literal["contiguous", "zigzag", "striped"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
@@ -23,13 +25,13 @@ def order(layout: str, length: int, cp: int) -> Int[np.ndarray, " T"]:
     array([0, 1, 6, 7, 2, 3, 4, 5])
 
     Raises:
-      ValueError: unknown layout, cp < 1, or a length that the layout cannot cut into equal parts.
+      InputError: unknown layout, cp < 1, or a length that the layout cannot cut into equal parts.
     """
-    parts = cp * chunks_per_rank(layout)
     if cp < 1:
-        raise ValueError(f"cp is {cp}; it is a number of ranks, at least 1")
+        raise InputError(f"cp is {cp}; it is a number of ranks, at least 1")
+    parts = cp * chunks_per_rank(layout)
     if length % parts:
-        raise ValueError(
+        raise InputError(
             f"{length} tokens cannot be cut into {parts} equal parts (layout {layout!r}, cp {cp}); "
             f"pad to {-(-length // parts) * parts} with pad tokens (segment -1)"
         )
@@ -49,10 +51,10 @@ def chunks_per_rank(layout: str) -> int:
     """Pieces of a shard that are runs of the sequence of their own, and are computed and merged one after the other.
 
     Raises:
-      ValueError: for an unknown layout; it lists the known ones.
+      InputError: for an unknown layout; it lists the known ones.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+        raise InputError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
     return 2 if layout == "zigzag" else 1
 
 

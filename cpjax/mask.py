@@ -4,7 +4,8 @@
                       and q_position[b, t] >= kv_position[b, s]                   if is_causal
                       and |q_position[b, t] − kv_position[b, s]| < window         if window is given
 
-Because a token carries its place with it, the same function is right for any layout, any ring step and any tile.
+Because a token carries its place with it, the same function is right for any layout, any ring step and any tile. A
+cached prefix of P tokens needs no rule of its own: the new queries have positions P, P + 1, …
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Bool, Int
+
+from cpjax.errors import InputError
 
 type_of_array = jax.Array | np.ndarray
 
@@ -29,21 +32,33 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Mask:
-    """The rule of visibility, besides segments, which always apply. `window` counts keys, the query's own included."""
+    """The rule of visibility, besides segments, which always apply. `window` counts keys, the query's own included.
+
+    >>> Mask(is_causal=True) & Mask(is_causal=False, window=3) & Mask(is_causal=False, window=8)
+    Mask(is_causal=True, window=3)
+
+    Raises:
+      InputError: for a window below 1.
+    """
 
     is_causal: bool = True
     window: int | None = None
 
     def __post_init__(self):
-        """Raise ValueError for a window below 1."""
+        """Refuse a window that would hide the query's own key."""
         if self.window is not None and self.window < 1:
-            raise ValueError(
+            raise InputError(
                 f"window is {self.window}; it must be at least 1, the query's own key (or None for no window)"
             )
 
+    def __and__(self, other: "Mask") -> "Mask":
+        """What both allow."""
+        windows = [mask.window for mask in (self, other) if mask.window is not None]
+        return Mask(self.is_causal or other.is_causal, min(windows, default=None))
+
 
 def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[type_of_array, "B T S"]:
-    """Which key each query may see, as booleans `[B, T, S]`.
+    """Which key each query may see, as booleans `[B, T, S]`; NumPy in, NumPy out.
 
     >>> t = tokens(1, 3)
     >>> visible(Mask(is_causal=True), t, t)[0].astype(int)
@@ -60,11 +75,12 @@ def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[type_of_array, "B T S"]:
     return seen
 
 
-def tokens(batch: int, length: int, *, pads: int = 0) -> Tokens:
-    """Tokens 0 … length−1 of one request per batch row, followed by `pads` pads; int32 arrays `[B, length + pads]`.
+def tokens(batch: int, length: int, *, start: int = 0, pads: int = 0) -> Tokens:
+    """Tokens start … start+length−1 of one request per batch row, then `pads` pads; int32 arrays `[B, length + pads]`.
 
-    >>> tokens(1, 2, pads=1).segment
-    array([[ 0,  0, -1]], dtype=int32)
+    >>> new = tokens(1, 2, start=5, pads=1)
+    >>> new.position, new.segment
+    (array([[5, 6, 7]], dtype=int32), array([[ 0,  0, -1]], dtype=int32))
     """
-    position = np.broadcast_to(np.arange(length + pads, dtype=np.int32), (batch, length + pads))
-    return Tokens(position.copy(), np.where(position < length, 0, PAD).astype(np.int32))
+    index = np.broadcast_to(np.arange(length + pads, dtype=np.int32), (batch, length + pads))
+    return Tokens(index + np.int32(start), np.where(index < length, 0, PAD).astype(np.int32))

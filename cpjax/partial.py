@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Float
 
 from cpjax.precision import Precision, rounded
@@ -46,7 +47,7 @@ def merge(a: Partial, b: Partial, precision: Precision) -> Partial:
         out  =  (exp(a.lse − m) a.out + exp(b.lse − m) b.out) / (exp(a.lse − m) + exp(b.lse − m))
 
     (FlashAttention-2, arXiv 2307.08691, eq. of §2.3.1; Ring Attention, arXiv 2310.01889.) `out` is rounded to
-    `precision.out`, because that is the tensor which is carried from one ring step to the next.
+    `precision.carry`, because that is the tensor which is carried from one merge to the next.
 
     >>> from cpjax.precision import profile
     >>> one = Partial(jnp.full((1, 1, 1, 1), 4.0), jnp.zeros((1, 1, 1)))
@@ -54,12 +55,24 @@ def merge(a: Partial, b: Partial, precision: Precision) -> Partial:
     >>> merge(one, two, profile("float32")).out.item()
     6.0
     """
-    m = finite(jnp.maximum(a.lse, b.lse))
+    # The result does not depend on m, so neither do its derivatives; told so, they are finite where nothing was seen.
+    m = lax.stop_gradient(finite(jnp.maximum(a.lse, b.lse)))
     weight_a, weight_b = jnp.exp(a.lse - m), jnp.exp(b.lse - m)
     total = weight_a + weight_b
-    lse = m + jnp.log(total)
     out = weight_a[..., None] * a.out + weight_b[..., None] * b.out
-    return Partial(rounded(out / divisor(total)[..., None], precision.out), lse)
+    return Partial(rounded(out / divisor(total)[..., None], precision.carry), log_sum(m, total))
+
+
+def sink_partial(sink: Float[jax.Array, " N"], like: Partial) -> Partial:
+    """An attention sink: a key that every query sees, with logit `sink[n]` in head n and value 0.
+
+    A learned logit in the denominator (gpt-oss; arXiv 2309.17453). Being one more key, it is merged like one: once.
+
+    >>> nothing = empty(jnp.ones((1, 1, 1, 2)))
+    >>> sink_partial(jnp.array([0.5]), nothing).lse.item()
+    0.5
+    """
+    return Partial(jnp.zeros_like(like.out), jnp.broadcast_to(sink.astype(like.lse.dtype), like.lse.shape))
 
 
 def finite(m: jax.Array) -> jax.Array:
@@ -70,3 +83,8 @@ def finite(m: jax.Array) -> jax.Array:
 def divisor(total: jax.Array) -> jax.Array:
     """A sum of weights that may be divided by: where nothing was seen the numerator is 0 and the answer is 0."""
     return jnp.where(total == 0, jnp.ones_like(total), total)
+
+
+def log_sum(m: jax.Array, total: jax.Array) -> jax.Array:
+    """m + ln total, and −inf where total is 0; written so that the derivative there is 0 and not NaN."""
+    return jnp.where(total == 0, -jnp.inf, m + jnp.log(divisor(total)))

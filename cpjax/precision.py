@@ -1,71 +1,103 @@
 """Which quantity is rounded to which format. A value that is passed in, not an accident of dtypes.
 
-Attention in tiles has few places where a low-precision kernel rounds. With m the running row maximum,
+Attention in tiles, and the merge of its results, have few places where a low-precision kernel rounds. With m the
+running row maximum,
 
     raw = q·k           → score          p = exp(s − m)          → probability (only as the factor of v; the row
     s   = raw · scale   → score                                    sum is taken of the unrounded p)
-    m, s − m            → score          out = Σ p v / Σ p       → out, after each block and after each merge
+    m, s − m            → score          out = Σ p v / Σ p       → out, lse = m + ln Σ p → lse, once per block
+                                         merged out              → carry, after each merge; the last result → out
 
 Everything else is done in `compute`, the accumulation of matrix products included. Rounding is to nearest even.
 
 Rounding is written as a cast to the format and back after the operation, because XLA on a CPU keeps float32 inside a
-fused loop whatever the dtype says, while it never removes a cast that loses bits.
+fused loop whatever the dtype says, while it never removes a cast that loses bits (tests/test_precision.py).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import jax
 import numpy as np
+
+from cpjax.errors import InputError
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Formats by dtype name (see the module's table). `scale` is itself rounded to the format of the scores."""
+    """Formats by dtype name (see the module's table). `scale` is itself rounded to the format of the scores.
+
+    `carry` is `out` unless given, `lse` is `compute` unless given.
+    """
 
     name: str
     compute: str
     score: str
     probability: str
     out: str
+    carry: str = ""
+    lse: str = ""
+
+    def __post_init__(self):
+        """Fill in what follows from the rest."""
+        object.__setattr__(self, "carry", self.carry or self.out)
+        object.__setattr__(self, "lse", self.lse or self.compute)
 
 
-def _profile(name: str, compute: str, score: str, probability: str, out: str) -> tuple[str, Precision]:
-    return name, Precision(name, compute, score, probability, out)
-
-
-PROFILES: dict[str, Precision] = dict(
-    [
-        _profile("float64", "float64", "float64", "float64", "float64"),
-        _profile("float32", "float32", "float32", "float32", "float32"),
-        # FlashAttention-2 (arXiv 2307.08691) as GPUs and NPUs run it in FP16.
-        _profile("flash_fp16", "float32", "float32", "float16", "float16"),
+PROFILES: dict[str, Precision] = {
+    p.name: p
+    for p in (
+        Precision("float64", "float64", "float64", "float64", "float64"),
+        Precision("float32", "float32", "float32", "float32", "float32"),
+        # FlashAttention-2 (arXiv 2307.08691) as GPUs and NPUs run it in FP16, and in BF16.
+        Precision("flash_fp16", "float32", "float32", "float16", "float16"),
+        Precision("flash_bf16", "float32", "float32", "bfloat16", "bfloat16"),
         # The vendor's npu_ring_mla, "high precision": scores and row maximum live in FP16 too (docs/precision.md).
-        _profile("ring_mla_fp16", "float32", "float16", "float16", "float16"),
-    ]
-)
+        Precision("ring_mla_fp16", "float32", "float16", "float16", "float16"),
+        # MindIE's decode: every rank's out and lse travel in FP16, the sum of all of them is float32, rounded once.
+        Precision("decode_fp16_lse", "float32", "float32", "float16", "float16", carry="float32", lse="float16"),
+    )
+}
 
 
 def profile(name: str) -> Precision:
     """The named profile.
 
+    >>> profile("flash_fp16").carry
+    'float16'
+
     Raises:
-      ValueError: for an unknown name; it lists the known ones.
+      InputError: for an unknown name; it lists the known ones.
     """
     if name not in PROFILES:
-        raise ValueError(f"unknown precision {name!r}; known are {', '.join(PROFILES)}")
+        raise InputError(f"unknown precision {name!r}; known are {', '.join(PROFILES)}")
     return PROFILES[name]
 
 
 def rounded(x: Array, fmt: str) -> Array:
-    """`x` rounded to the format `fmt`, in the dtype it came in.
+    """`x` rounded to the format `fmt`, in the dtype it came in. Derivatives pass through it as if it were not there.
 
     >>> float(rounded(np.float32([1 + 2**-12])[0:1], "float16")[0])
     1.0
     """
-    return x if x.dtype == fmt else x.astype(fmt).astype(x.dtype)
+    if x.dtype == fmt:
+        return x
+    if isinstance(x, np.ndarray):
+        return x.astype(fmt).astype(x.dtype)
+    return _there_and_back(x, fmt)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _there_and_back(x, fmt):
+    return x.astype(fmt).astype(x.dtype)
+
+
+@_there_and_back.defjvp
+def _unchanged(fmt, primals, tangents):
+    return _there_and_back(*primals, fmt), tangents[0]
 
 
 def scale_in(precision: Precision, scale: float) -> float:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from cpjax.mask import Mask, Tokens, visible
-from cpjax.partial import Partial, divisor, finite
+from cpjax.attention import Attention
+from cpjax.mask import PAD, Tokens, visible
+from cpjax.partial import Partial, divisor, finite, log_sum
 from cpjax.precision import Precision, rounded, scale_in
 
 KEY_TILE = 512
@@ -35,54 +36,57 @@ def attend(
     value: Float[Array, "B S K V"],
     q_tokens: Tokens,
     kv_tokens: Tokens,
-    *,
-    mask: Mask,
-    scale: float,
-    precision: Precision,
+    attention: Attention,
 ) -> Partial:
     """Attention of every query over the keys of this block that it may see.
 
     Args:
-      query, key, value: any float dtype; converted exactly to `precision.compute`. N is a multiple of K, and query
-        heads n·G … n·G+G−1 share key/value head n.
+      query, key, value: any float dtype; converted exactly to the profile's compute dtype. N is a multiple of K, and
+        query heads n·G … n·G+G−1 share key/value head n. Pads may hold anything, NaN included.
       q_tokens, kv_tokens: places of the queries `[B, T]` and keys `[B, S]`.
 
     Returns:
-      Partial with `out` `[B, T, N, V]`, rounded to `precision.out`, and `lse` `[B, T, N]`, both stored in
-      `precision.compute`. A query that sees no key gets (0, −inf).
+      Partial with `out` `[B, T, N, V]` and `lse` `[B, T, N]`, rounded to the profile's out and lse formats, both
+      stored in its compute dtype. A query that sees no key gets (0, −inf).
+
+    >>> from cpjax.mask import Mask, tokens
+    >>> from cpjax.precision import profile
+    >>> place, x = tokens(1, 2), jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> attend(0 * x, x, x, place, place, Attention(Mask(), 1.0, profile("float32"))).out.ravel().tolist()
+    [1.0, 2.0]
     """
+    precision = attention.precision
     batch, length, heads, _ = query.shape
     kv_heads = key.shape[2]
-    query, key, value = (x.astype(precision.compute) for x in (query, key, value))
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, -1)
+    query = without_pads(query, q_tokens).astype(precision.compute)
+    key, value = (without_pads(x, kv_tokens).astype(precision.compute) for x in (key, value))
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, query.shape[-1])
 
     def step(state: Running, key: Array, value: Array, kv_tokens: Tokens) -> Running:
-        seen = visible(mask, q_tokens, kv_tokens)[:, None, None]
-        return accumulate(state, scores(grouped, key, seen, scale, precision), value, precision)
+        seen = jnp.asarray(visible(attention.mask, q_tokens, kv_tokens))[:, None, None]
+        return accumulate(state, scores(grouped, key, seen, attention), value, precision)
 
     # The first tile is a step of its own: inside shard_map a scan's carry must vary over the mesh from the start.
-    first, *others = _tiles((key, value, kv_tokens))
+    first, *others = tiles((key, value, kv_tokens))
     state = step(_nothing_yet(grouped, value), *first)
-    for tiles in others:
-        state, _ = lax.scan(lambda state, tile: (step(state, *tile), None), state, tiles)
+    for stack in others:
+        state, _ = lax.scan(lambda state, tile: (step(state, *tile), None), state, stack)
     out, lse = finish(state, precision)
     return Partial(
-        out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1),
+        out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, value.shape[-1]),
         lse.transpose(0, 3, 1, 2).reshape(batch, length, heads),
     )
 
 
 def scores(
-    query: Float[Array, "B T K G H"],
-    key: Float[Array, "B S K H"],
-    seen: Bool[Array, "B 1 1 T S"],
-    scale: float,
-    precision: Precision,
+    query: Float[Array, "B T K G H"], key: Float[Array, "B S K H"], seen: Bool[Array, "B 1 1 T S"], attention: Attention
 ) -> Float[Array, "B K G T S"]:
-    """`scale · q·k`, rounded where the profile says, −inf where the key is not seen."""
-    raw = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, precision="highest")
-    raw = rounded(raw, precision.score)
-    scaled = rounded(raw * jnp.asarray(scale_in(precision, scale), raw.dtype), precision.score)
+    """`scale · q·k` (through the softcap), rounded where the profile says, −inf where the key is not seen."""
+    fmt = attention.precision.score
+    raw = rounded(jnp.einsum("BTKGH,BSKH->BKGTS", query, key, precision="highest"), fmt)
+    scaled = rounded(raw * jnp.asarray(scale_in(attention.precision, attention.scale), raw.dtype), fmt)
+    if attention.softcap is not None:
+        scaled = rounded(attention.softcap * jnp.tanh(scaled / attention.softcap), fmt)
     return jnp.where(seen, scaled, -jnp.inf)
 
 
@@ -90,35 +94,32 @@ def accumulate(
     state: Running, score: Float[Array, "B K G T S"], value: Float[Array, "B S K V"], precision: Precision
 ) -> Running:
     """The state after one more tile: m' = max(m, max s), l' = l e^(m − m') + Σ e^(s − m'), acc' alike."""
-    maximum = jnp.maximum(state.maximum, score.max(axis=-1))
+    # No result depends on the maximum (it cancels), so no derivative goes through it.
+    maximum = lax.stop_gradient(jnp.maximum(state.maximum, score.max(axis=-1, initial=-jnp.inf)))
     base = finite(maximum)
     p = jnp.exp(rounded(score - base[..., None], precision.score))
     rescale = jnp.exp(rounded(state.maximum - base, precision.score))
-    mean_part = jnp.einsum("BKGTS,BSKV->BKGTV", rounded(p, precision.probability), value, precision="highest")
+    weighted = jnp.einsum("BKGTS,BSKV->BKGTV", rounded(p, precision.probability), value, precision="highest")
     return Running(
         maximum,
         state.total * rescale + p.sum(axis=-1),
-        state.weighted * rescale[..., None] + mean_part,
+        state.weighted * rescale[..., None] + weighted,
     )
 
 
 def finish(state: Running, precision: Precision) -> tuple[Float[Array, "B K G T V"], Float[Array, "B K G T"]]:
-    """out = acc / l, rounded to the profile's out format, and lse = m + ln l."""
+    """out = acc / l and lse = m + ln l, rounded to the profile's out and lse formats."""
     out = rounded(state.weighted / divisor(state.total)[..., None], precision.out)
-    return out, finite(state.maximum) + jnp.log(state.total)
+    return out, rounded(log_sum(finite(state.maximum), state.total), precision.lse)
 
 
-def _nothing_yet(query: Array, value: Array) -> Running:
-    batch, length, kv_heads, group, _ = query.shape
-    rows = (batch, kv_heads, group, length)
-    return Running(
-        jnp.full(rows, -jnp.inf, query.dtype),
-        jnp.zeros(rows, query.dtype),
-        jnp.zeros((*rows, value.shape[-1]), query.dtype),
-    )
+def without_pads(x: Float[Array, "B T *rest"], tokens: Tokens) -> Float[Array, "B T *rest"]:
+    """`x` with zeros in the rows of pads: a weight of 0 does not keep out a NaN, for 0 · NaN is NaN."""
+    pad = (tokens.segment == PAD).reshape(x.shape[:2] + (1,) * (x.ndim - 2))
+    return jnp.where(pad, jnp.zeros_like(x), x)
 
 
-def _tiles(block: tuple[Array, Array, Tokens]) -> list:
+def tiles(block: tuple[Array, Array, Tokens]) -> list:
     """The first tile of the keys, then stacks of tiles `[n, B, tile, …]`: the whole ones, and the rest if any."""
     length = block[0].shape[1]
     whole = (length - KEY_TILE) // KEY_TILE * KEY_TILE if length > KEY_TILE else 0
@@ -132,3 +133,13 @@ def _tiles(block: tuple[Array, Array, Tokens]) -> list:
     first = jax.tree.map(lambda x: x[:, : cuts[0]], block)
     stacks = [part(cuts[0], cuts[1], KEY_TILE)] if whole else []
     return [first, *stacks, *([part(cuts[1], length, length - cuts[1])] if cuts[1] < length else [])]
+
+
+def _nothing_yet(query: Array, value: Array) -> Running:
+    batch, length, kv_heads, group, _ = query.shape
+    rows = (batch, kv_heads, group, length)
+    return Running(
+        jnp.full(rows, -jnp.inf, query.dtype),
+        jnp.zeros(rows, query.dtype),
+        jnp.zeros((*rows, value.shape[-1]), query.dtype),
+    )

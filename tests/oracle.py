@@ -11,7 +11,7 @@ def dense(
     key, value = (np.repeat(x.astype(np.float64), group, axis=2) for x in (key, value))
     score = scale * np.einsum("btnh,bsnh->btns", query.astype(np.float64), key)
     score = np.where(visible[:, :, None, :], score, -np.inf)
-    top = score.max(axis=-1, keepdims=True)
+    top = score.max(axis=-1, keepdims=True, initial=-np.inf)
     top = np.where(np.isneginf(top), 0.0, top)
     weight = np.exp(score - top)
     total = weight.sum(axis=-1, keepdims=True)

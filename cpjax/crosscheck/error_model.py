@@ -35,6 +35,8 @@ class Expected:
     low: Float[np.ndarray, "R V"]
     high: Float[np.ndarray, "R V"]
     """The least and the largest `out` that rounding explains."""
+    room: Float[np.ndarray, "R V"]
+    """How far the last rounding and everything before it may move `out` together: what errors are measured by."""
     lse_sigma: Float[np.ndarray, " R"]
     lse_bound: Float[np.ndarray, " R"]
     distortion: Float[np.ndarray, " R"]
@@ -59,11 +61,11 @@ class ErrorModel:
         variance = shared + self.chunk_variance + self.carry_variance + self.compute_variance
         total = variance.sum(axis=1)
         share = np.divide(shared.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
-        low, high = self.interval
+        low, high, room = self.interval
         sees_nothing = ~self.rows.seen.any(axis=1)
         lse_bound = np.where(sees_nothing, 0.0, self.lse_bound)
         return Expected(
-            np.sqrt(variance), share, low, high, np.sqrt(self.lse_variance), lse_bound, self.weight_distortion
+            np.sqrt(variance), share, low, high, room, np.sqrt(self.lse_variance), lse_bound, self.weight_distortion
         )
 
     # Formats -----------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ class ErrorModel:
 
     @cached_property
     def _absorbed(self) -> Float[np.ndarray, "R S"]:
-        """What may be lost of a weight that is small beside its tile's sum, or with its tile beside the whole (§3.7)."""
+        """What may be lost of a weight that is small beside its tile's sum, or whose tile is (§3.7)."""
         rows, eps = self.rows, self._eps
         starts = np.concatenate([np.arange(start, stop, KEY_TILE) for start, stop in pairwise(rows.edges)])
         tile = np.add.reduceat(rows.weight, starts, axis=1)
@@ -406,8 +408,11 @@ class ErrorModel:
         return (self.rows.weight * np.expm1(np.minimum(self.score_bound, 50.0))).sum(axis=1)
 
     @cached_property
-    def interval(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
-        """The least and the largest output. The last rounding is done, not bounded: so what must be exact is exact."""
+    def interval(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """The least and the largest output, and the room on either side.
+
+        The last rounding is done, not bounded: so what must be exact is exact.
+        """
         rows, fmt = self.rows, self._out
         magnitude = np.abs(rows.value)
         growth = np.exp(np.minimum(self.score_bound, 50.0))
@@ -430,7 +435,7 @@ class ErrorModel:
         # One chunk: its own rounding is the last one. Several: the last merge's is.
         stored = np.where(chunks > 1, of_chunks + of_merges + of_weights, 0.0)
         b = (1 + fmt.u) ** (chunks + 2) * (b + stored)
-        return fmt.round(rows.out - b), fmt.round(rows.out + b)
+        return fmt.round(rows.out - b), fmt.round(rows.out + b), b + fmt.spacing(rows.out) / 2
 
     @cached_property
     def lse_bound(self) -> Float[np.ndarray, " R"]:

@@ -259,12 +259,10 @@ def _distinct(x: Float[np.ndarray, "R V"]) -> Int[np.ndarray, " R"]:
 def _ratio(given: np.ndarray, exact: np.ndarray, expected: Expected) -> Float[np.ndarray, "R V"]:
     """|error| / bound; infinite for NaN, and for any error where there is no room for one."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        room = np.where(given > exact, expected.high - exact, exact - expected.low)
-        ratio = np.abs(given - exact) / room
+        ratio = np.abs(given - exact) / expected.room
         inside = (given >= expected.low) & (given <= expected.high)
-        # Where the exact value lies between two neighbours, the rounded one may be farther than the bound's own end.
-        ratio = np.where(inside, np.minimum(np.where(np.isfinite(ratio), ratio, 0.0), 1.0), np.maximum(ratio, 1.0))
-    return np.where(inside | (ratio > 1.0), ratio, np.inf)
+    # An output beyond the interval is wrong, however little it is off; so is a NaN.
+    return np.where(inside, np.minimum(ratio, 1.0), np.where(ratio > 1.0, ratio, np.inf))
 
 
 def _lse(

@@ -1,0 +1,119 @@
+"""What is refused before anything is traced. Every message names the value, the rule and the fix."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from cpjax.errors import InputError
+from cpjax.exchange.device import EXCHANGES
+from cpjax.layout import order
+from cpjax.mask import Tokens, tokens
+from cpjax.precision import Precision
+
+
+def check_inputs(
+    query: Any, key: Any, value: Any, q_tokens: Tokens | None, kv_tokens: Tokens | None
+) -> tuple[Tokens, Tokens]:
+    """The places of the tokens, made up where they are None, after checking that everything fits together.
+
+    Raises:
+      InputError: shapes, dtypes, head counts or places that disagree.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4:
+            raise InputError(f"{name} has shape {x.shape}; it must be [batch, seq, heads, head_dim]")
+        if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+            raise InputError(f"{name} is of dtype {x.dtype}; it must be a floating dtype, like float16 or float32")
+    if not query.dtype == key.dtype == value.dtype:
+        raise InputError(
+            f"dtypes differ: query {query.dtype}, key {key.dtype}, value {value.dtype}; cast them to one dtype"
+        )
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise InputError(
+            f"batch sizes differ, query {query.shape[0]}, key {key.shape[0]}, value {value.shape[0]}: make them equal"
+        )
+    if key.shape[:3] != value.shape[:3]:
+        raise InputError(f"key {key.shape} and value {value.shape} must agree in batch, length and heads")
+    if query.shape[3] != key.shape[3]:
+        raise InputError(f"query head_dim {query.shape[3]} and key head_dim {key.shape[3]} must be equal")
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise InputError(
+            f"{query.shape[2]} query heads cannot share {key.shape[2]} key/value heads evenly; "
+            f"query heads must be a multiple of key/value heads"
+        )
+    if (q_tokens is None or kv_tokens is None) and query.shape[1] != key.shape[1]:
+        raise InputError(
+            f"query length {query.shape[1]} and key length {key.shape[1]} differ, so it is unknown where they are; "
+            f"give q_tokens and kv_tokens (after a prefix of P tokens: cpjax.mask.tokens(batch, length, start=P))"
+        )
+    q_tokens = tokens(*query.shape[:2]) if q_tokens is None else q_tokens
+    kv_tokens = tokens(*key.shape[:2]) if kv_tokens is None else kv_tokens
+    for name, places, x in (("query", q_tokens, query), ("key", kv_tokens, key)):
+        for field, array in zip(Tokens._fields, places, strict=True):
+            if array.shape != x.shape[:2]:
+                raise InputError(f"{field}s of the {name} have shape {array.shape}; they must be {x.shape[:2]}")
+            if not jax.numpy.issubdtype(array.dtype, jax.numpy.integer):
+                raise InputError(f"{field}s of the {name} are of dtype {array.dtype}; they must be integers")
+    return q_tokens, kv_tokens
+
+
+def check_mesh(
+    query: Any,
+    key: Any,
+    mesh: Mesh,
+    axis_name: str | tuple[str, str],
+    head_axis: str | None,
+    batch_axis: str | None,
+    layout: str,
+    exchange: str,
+) -> None:
+    """Refuse a mesh, a layout or an exchange that cannot share out these arrays.
+
+    Raises:
+      InputError: unknown names, axes the mesh has not, and numbers that do not divide.
+    """
+    if exchange not in EXCHANGES:
+        raise InputError(f"unknown exchange {exchange!r}; known are {', '.join(EXCHANGES)}")
+    cp_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    wanted = 2 if exchange == "all_to_all_ring" else 1
+    if len(cp_axes) != wanted:
+        raise InputError(
+            f"axis_name is {axis_name!r}; exchange {exchange!r} takes "
+            + ("two axes, (ring, all-to-all)" if wanted == 2 else "one axis; for two see exchange 'all_to_all_ring'")
+        )
+    axes = [axis for axis in (*cp_axes, head_axis, batch_axis) if axis is not None]
+    for axis in axes:
+        if axis not in mesh.shape:
+            raise InputError(f"the mesh has axes {tuple(mesh.shape)}, none is {axis!r}; name axes that it has")
+    if len(set(axes)) != len(axes):
+        raise InputError(f"axes {axes} are not all different; tokens, heads and batch each need an axis of their own")
+    cp = 1
+    for axis in cp_axes:
+        cp *= mesh.shape[axis]
+    order(layout, query.shape[1], cp)
+    order(layout, key.shape[1], cp)
+    tp = 1 if head_axis is None else mesh.shape[head_axis]
+    dealt = {"all_to_all": cp, "all_to_all_ring": mesh.shape[cp_axes[-1]]}.get(exchange, 1)
+    for name, heads in (("query", query.shape[2]), ("key/value", key.shape[2])):
+        if heads % (tp * dealt):
+            parts = f"{tp * dealt} parts (axis {head_axis!r}: {tp}, all-to-all: {dealt})"
+            raise InputError(
+                f"{heads} {name} heads cannot be cut into {parts}; they must be a multiple "
+                f"(repeat the key/value heads, or use fewer devices for heads)"
+            )
+    dp = 1 if batch_axis is None else mesh.shape[batch_axis]
+    if query.shape[0] % dp:
+        raise InputError(f"a batch of {query.shape[0]} cannot be cut into {dp} equal parts (axis {batch_axis!r})")
+
+
+def check_precision(precision: Precision) -> None:
+    """Refuse float64 where JAX would silently compute in float32."""
+    if precision.compute == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise InputError("precision float64 needs float64 in JAX; call jax.config.update('jax_enable_x64', True) first")
+
+
+def check_sink(sink: Any, heads: int) -> None:
+    """Refuse a sink that is not one logit a head."""
+    if sink is not None and sink.shape != (heads,):
+        raise InputError(f"sink has shape {sink.shape}; it must be ({heads},), one logit for each query head")

@@ -1,0 +1,162 @@
+"""The command `cpjax`. Errors of users exit 2 with one line, a failed verdict exits 1, success 0."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from cpjax.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="The executable specification of context-parallel attention, and the judge of its backends.",
+)
+
+
+def _mindie() -> typer.Typer:
+    from cpjax.mindie.commands import app as mindie
+
+    return mindie
+
+
+app.add_typer(_mindie(), name="mindie")
+
+CROSSCHECK_HELP = """Compute attention of a MindIE deployment three ways, and judge the outcome.
+
+The specification (JAX ring attention on simulated devices) and the NPU backend (one process per rank) are each held
+against dense attention in float64, each in the precision that it really computes in.
+
+Example: cpjax crosscheck --config examples/deepseek-r1-cp2.json --tokens 512 --keep out
+"""
+
+JUDGE_HELP = """Judge results: is each what correct arithmetic in its precision gives?
+
+CASES is a folder of cases (or one file), RESULTS the folder with the results, or with one subfolder a backend.
+
+Example: cpjax judge out/cases out/results/npu
+"""
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+@app.command(help=CROSSCHECK_HELP)
+def crosscheck(
+    config: Annotated[
+        Path | None, typer.Option(help="a MindIE config.json; by default the vendor's example, DeepSeek-R1 on 16 NPUs")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="length of the prompt; by default the smaller of maxInputTokenLen and 2048")
+    ] = None,
+    geometry: Annotated[
+        str | None, typer.Option(help="HEADS,NOPE,ROPE,VALUE of a model that is not known by name")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the inputs, which are normally distributed")] = 0,
+    keep: Annotated[Path | None, typer.Option(help="keep the case and the results in this folder")] = None,
+    as_json: Json = False,
+) -> None:
+    """See CROSSCHECK_HELP."""
+    from cpjax.crosscheck.backends import run_npu, run_spec
+    from cpjax.crosscheck.case import write_case
+    from cpjax.crosscheck.session import judge_folder
+    from cpjax.mindie.crosscheck import case_of
+
+    with _errors():
+        case, remarks = case_of(config, tokens=tokens, geometry=geometry, seed=seed)
+        for remark in remarks:
+            print(f"cpjax: {remark}", file=sys.stderr)
+        with TemporaryDirectory(prefix="cpjax-") as temporary:
+            folder = Path(temporary) if keep is None else keep
+            case = write_case(folder / "cases", case)
+            with _progress() as advance:
+                advance("specification", 0, 1)
+                run_spec(case, folder / "results" / "spec")
+                advance("specification", 1, 1)
+            run_npu(folder / "cases", folder / "results" / "npu")
+            with _progress() as advance:
+                judged = list(judge_folder([case], folder / "results", advance))
+        _show(judged, as_json)
+
+
+@app.command(help=JUDGE_HELP)
+def judge(
+    cases: Annotated[Path, typer.Argument(metavar="CASES", help="a folder of case files, or one")],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="the folder with the results")],
+    as_json: Json = False,
+) -> None:
+    """See JUDGE_HELP."""
+    from cpjax.crosscheck.session import judge_folder, read_cases
+
+    with _errors():
+        found = read_cases(cases)
+        with _progress() as advance:
+            judged = list(judge_folder(found, results, advance))
+        _show(judged, as_json)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    from cpjax.crosscheck.backends import BackendError
+
+    try:
+        yield
+    except (InputError, BackendError) as error:
+        print(f"cpjax: {error}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    except KeyboardInterrupt:
+        print("cpjax: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress() -> Iterator:
+    """A bar on stderr; `advance(what, done, total)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield advance
+
+
+def _show(judged: list, as_json: bool) -> None:
+    """Print everything and exit 1 unless everything passed."""
+    from rich.console import Console
+
+    from cpjax.crosscheck.session import sentence, table_of
+
+    passed = bool(judged) and all(one.passed for one in judged)
+    if as_json:
+        report = {"passed": passed, "summary": sentence(judged), "results": [one.as_json() for one in judged]}
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(table_of(judged))
+        for one in judged:
+            for reason in one.reasons if not one.passed else []:
+                console.print(f"{one.case}, {one.backend}: {reason}", highlight=False, markup=False)
+        console.print(sentence(judged), highlight=False, markup=False)
+    raise typer.Exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""A case: the inputs of attention and all that is needed to judge an answer, in one file (docs/formats.md)."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from cpjax.errors import InputError
+from cpjax.mask import Tokens
+from cpjax.precision import PROFILES
+
+VERSION = "1"
+NAME = r"[A-Za-z0-9._-]+"
+TENSORS = {
+    "query": ("F16", "BTNH"),
+    "key": ("F16", "BSKH"),
+    "value": ("F16", "BSKV"),
+    "q_position": ("I32", "BT"),
+    "q_segment": ("I32", "BT"),
+    "kv_position": ("I32", "BS"),
+    "kv_segment": ("I32", "BS"),
+}
+"""Name → (dtype as safetensors writes it, shape letters); the same letter is the same number."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, in global token order."""
+
+    name: str
+    query: Float[np.ndarray, "B T N H"]
+    key: Float[np.ndarray, "B S K H"]
+    value: Float[np.ndarray, "B S K V"]
+    q_tokens: Tokens
+    kv_tokens: Tokens
+    scale: float
+    is_causal: bool
+    cp: int
+    precision: dict[str, str]
+    """Backend → profile in which it is to compute."""
+    about: dict[str, Any]
+    """Where the case comes from; free."""
+    digest: str = ""
+    """SHA-256 of the content; set by `write_case` and `read_case`."""
+
+
+class _Description(BaseModel):
+    """The metadata `case` of a case file."""
+
+    model_config = ConfigDict(extra="forbid")
+    scale: StrictFloat | StrictInt = Field(allow_inf_nan=False)
+    is_causal: StrictBool
+    cp: StrictInt = Field(ge=1, le=2**16)
+    layout: str = Field(pattern="^zigzag$")
+    precision: dict[str, str]
+    about: dict[str, Any]
+
+
+def gaussian_case(
+    name: str, shape: tuple[int, int, int, int, int], *, cp: int, precision: dict[str, str], seed: int, about: dict
+) -> Case:
+    """A causal case of normally distributed inputs, scale 1/√H, padded at its right end to a multiple of 2·cp.
+
+    Args:
+      shape: tokens, query heads, key/value heads, query and key head dim, value head dim.
+    """
+    tokens, heads, kv_heads, head_dim, value_dim = shape
+    length = math.ceil(tokens / (2 * cp)) * 2 * cp
+    rng = np.random.default_rng(seed)
+    query, key, value = (
+        rng.standard_normal((1, length, *tail), dtype=np.float32).astype(np.float16)
+        for tail in ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
+    )
+    position = np.arange(length, dtype=np.int32)[None]
+    places = Tokens(position, np.where(position < tokens, 0, -1).astype(np.int32))
+    return Case(name, query, key, value, places, places, head_dim**-0.5, True, cp, precision, about | {"seed": seed})
+
+
+def write_case(folder: Path, case: Case) -> Case:
+    """Write `folder/name.safetensors`, whole or not at all; the case with its digest.
+
+    Raises:
+      InputError: a file is there already, or the folder cannot be written.
+    """
+    description = {"scale": case.scale, "is_causal": case.is_causal, "cp": case.cp, "layout": "zigzag"}
+    text = json.dumps(description | {"precision": case.precision, "about": case.about})
+    arrays = {
+        "query": case.query,
+        "key": case.key,
+        "value": case.value,
+        "q_position": case.q_tokens.position,
+        "q_segment": case.q_tokens.segment,
+        "kv_position": case.kv_tokens.position,
+        "kv_segment": case.kv_tokens.segment,
+    }
+    dtypes = {name: dtype for name, (dtype, _) in TENSORS.items()}
+    case = replace(case, digest=content_digest(text, arrays, dtypes))
+    metadata = {"format": "cpjax.case", "version": VERSION, "name": case.name, "case": text, "digest": case.digest}
+    write_whole(folder / f"{case.name}.safetensors", arrays, metadata)
+    return case
+
+
+def read_case(path: Path) -> Case:
+    """Read and check one case; its digest is computed again.
+
+    Raises:
+      InputError: one line that names the file, what is wrong with it and what would be right.
+    """
+    try:
+        tensors, dtypes, metadata = read_whole(path)
+        return _case(path.stem, tensors, dtypes, metadata)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], metadata: dict[str, str]) -> Case:
+    expect_metadata(metadata, {"format": "cpjax.case", "version": VERSION, "name": name})
+    if not re.fullmatch(NAME, name):
+        raise InputError(f"the name {name!r} may have only letters, digits, '.', '_' and '-'; rename the case")
+    _check_tensors(tensors, dtypes)
+    text = metadata.get("case", "")
+    if metadata.get("digest") != content_digest(text, tensors, dtypes):
+        raise InputError("the content does not have the digest that the file states; the file was altered")
+    try:
+        said = _Description.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"metadata 'case', {'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg']}"
+        ) from None
+    unknown = [word for word in said.precision.values() if word not in PROFILES]
+    if unknown:
+        raise InputError(f"precision {unknown[0][:40]!r} is unknown; known are {', '.join(PROFILES)}")
+    return Case(
+        name,
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        Tokens(tensors["q_position"], tensors["q_segment"]),
+        Tokens(tensors["kv_position"], tensors["kv_segment"]),
+        float(said.scale),
+        said.is_causal,
+        said.cp,
+        said.precision,
+        said.about,
+        metadata["digest"],
+    )
+
+
+def _check_tensors(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> None:
+    if tensors.keys() != TENSORS.keys():
+        missing, extra = sorted(TENSORS.keys() - tensors.keys()), sorted(tensors.keys() - TENSORS.keys())
+        raise InputError(f"missing tensors {missing}, unknown tensors {extra}; a case has exactly {sorted(TENSORS)}")
+    sizes: dict[str, int] = {}
+    for name, (dtype, letters) in TENSORS.items():
+        shape = tensors[name].shape
+        if dtypes[name] != dtype or len(shape) != len(letters) or 0 in shape:
+            wanted = f"{dtype} [{', '.join(letters)}], nothing empty"
+            raise InputError(f"tensor {name!r} is {dtypes[name]} {list(shape)}; it must be {wanted}")
+        for letter, size in zip(letters, shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise InputError(f"{letter} is {size} in {name!r} but {sizes[letter]} elsewhere; they must be equal")
+    if sizes["N"] % sizes["K"]:
+        raise InputError(f"{sizes['N']} query heads cannot share {sizes['K']} key/value heads evenly")
+
+
+def content_digest(text: str, arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> str:
+    """SHA-256, hex, of the description, then of each tensor's name, dtype, shape and bytes (docs/formats.md)."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        for word in (name, dtypes[name], ",".join(map(str, arrays[name].shape))):
+            sha.update(word.encode() + b"\0")
+        sha.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return sha.hexdigest()
+
+
+def expect_metadata(metadata: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise InputError for the first metadata key that is not as wanted."""
+    for key, value in wanted.items():
+        if metadata.get(key) != value:
+            raise InputError(f"metadata {key!r} is {str(metadata.get(key))[:60]!r}; it must be {value!r}")
+
+
+def read_whole(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, str]]:
+    """Tensors, their dtypes as safetensors writes them, and metadata of a file.
+
+    Raises:
+      InputError: no file, or no whole safetensors file.
+    """
+    if not path.is_file():
+        raise InputError("is no file" if path.exists() else "does not exist")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+            return {name: file.get_tensor(name) for name in names}, dtypes, file.metadata() or {}
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"is no whole safetensors file ({next(iter(str(error).splitlines()), '')})") from None
+
+
+def write_whole(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file under another name and rename it, so that it is whole or not there.
+
+    Raises:
+      InputError: something is there already, or it cannot be written.
+    """
+    if path.exists():
+        raise InputError(f"{path} is there already; nothing is overwritten, move it away")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, unfinished, metadata)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({next(iter(str(error).splitlines()), '')})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""A result: what a backend computed of a case, rank by rank, and its ranks joined again (docs/formats.md)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpjax.crosscheck.case import VERSION, Case, expect_metadata, read_whole, write_whole
+from cpjax.crosscheck.order import ORDERS
+from cpjax.errors import InputError
+from cpjax.layout import order as layout_order
+from cpjax.mask import PAD
+from cpjax.precision import PROFILES
+
+FIELDS = {"out": "F16", "lse": "F32", "positions": "I32", "segments": "I32"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A backend's answer in global token order."""
+
+    backend: str
+    precision: str
+    order: str
+    out: np.ndarray
+    """`[B, T, N, V]` float16."""
+    lse: np.ndarray
+    """`[B, T, N]` float32."""
+    about: dict[str, Any]
+
+
+def write_result(folder: Path, case: Case, result: Result) -> Path:
+    """Write `folder/name.safetensors` in per-device order, whole or not at all.
+
+    Raises:
+      InputError: a file is there already, or the folder cannot be written.
+    """
+    rows = layout_order("zigzag", case.query.shape[1], case.cp).reshape(case.cp, -1)
+    arrays = {}
+    for rank, held in enumerate(rows):
+        arrays[f"out.{rank}"], arrays[f"lse.{rank}"] = result.out[:, held], result.lse[:, held]
+        arrays[f"positions.{rank}"] = case.q_tokens.position[:, held]
+        arrays[f"segments.{rank}"] = case.q_tokens.segment[:, held]
+    metadata = {"format": "cpjax.result", "version": VERSION, "name": case.name, "digest": case.digest}
+    metadata |= {"backend": result.backend, "precision": result.precision, "order": result.order}
+    path = folder / f"{case.name}.safetensors"
+    write_whole(path, arrays, metadata | {"about": json.dumps(result.about)})
+    return path
+
+
+def read_result(path: Path, case: Case) -> Result:
+    """Read a result of this case, check it, and join its ranks.
+
+    Raises:
+      InputError: one line: missing, truncated, of another case, of the wrong form, ranks that hold the wrong tokens.
+    """
+    tensors, dtypes, metadata = read_whole(path)
+    expect_metadata(metadata, {"format": "cpjax.result", "version": VERSION, "name": case.name})
+    if metadata.get("digest") != case.digest:
+        raise InputError(
+            f"is a result of another case (digest {str(metadata.get('digest'))[:8]}…, not {case.digest[:8]}…)"
+        )
+    backend, precision, order = (metadata.get(key, "") for key in ("backend", "precision", "order"))
+    if precision not in PROFILES or order not in ORDERS:
+        raise InputError(f"precision {precision[:40]!r} or order {order[:40]!r} is unknown; see docs/formats.md")
+    wanted = case.precision.get(backend)
+    if wanted is not None and wanted != precision:
+        raise InputError(f"was computed as {precision}, but the case wants {wanted} of backend {backend}")
+    joined = _join(tensors, dtypes, case)
+    try:
+        about = json.loads(metadata.get("about", "{}"))
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise InputError("metadata 'about' is no JSON object")
+    return Result(backend, precision, order, joined["out"], joined["lse"], about)
+
+
+def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) -> dict[str, np.ndarray]:
+    expected = {f"{field}.{rank}" for field in FIELDS for rank in range(case.cp)}
+    if tensors.keys() != expected:
+        missing, extra = sorted(expected - tensors.keys())[:4], sorted(tensors.keys() - expected)[:4]
+        raise InputError(f"missing tensors {missing}, unknown tensors {extra}; cp is {case.cp}")
+    batch, length, heads, _ = case.query.shape
+    share = length // case.cp
+    shapes = {
+        "out": (batch, share, heads, case.value.shape[3]),
+        "lse": (batch, share, heads),
+        "positions": (batch, share),
+        "segments": (batch, share),
+    }
+    for name, array in tensors.items():
+        field = name.partition(".")[0]
+        if dtypes[name] != FIELDS[field] or array.shape != shapes[field]:
+            wanted = f"{FIELDS[field]} {list(shapes[field])}"
+            raise InputError(f"tensor {name!r} is {dtypes[name]} {list(array.shape)}; it must be {wanted}")
+    rows = layout_order("zigzag", length, case.cp).reshape(case.cp, -1)
+    joined = {
+        "out": np.empty((batch, length, heads, case.value.shape[3]), np.float16),
+        "lse": np.empty((batch, length, heads), np.float32),
+    }
+    for rank, held in enumerate(rows):
+        _check_places(tensors, case, rank, held)
+        for field, whole in joined.items():
+            whole[:, held] = tensors[f"{field}.{rank}"]
+    return joined
+
+
+def _check_places(tensors: dict[str, np.ndarray], case: Case, rank: int, held: np.ndarray) -> None:
+    """A rank holds the tokens that the layout gives it. Positions of pads are free."""
+    position, segment = case.q_tokens.position[:, held], case.q_tokens.segment[:, held]
+    wrong = (tensors[f"segments.{rank}"] != segment) | ((tensors[f"positions.{rank}"] != position) & (segment != PAD))
+    if wrong.any():
+        b, i = np.argwhere(wrong)[0]
+        found = tensors[f"positions.{rank}"][b, i], tensors[f"segments.{rank}"][b, i]
+        raise InputError(
+            f"rank {rank} says that its row {i} is at position {found[0]} of segment {found[1]}; zigzag puts position "
+            f"{position[b, i]} of segment {segment[b, i]} there"
+        )

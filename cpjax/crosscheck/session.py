@@ -1,0 +1,178 @@
+"""Cases and results judged: one line for every result that should be there, and what it says to a person."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from cpjax.crosscheck.case import Case, read_case
+from cpjax.crosscheck.judge import judge
+from cpjax.crosscheck.result import read_result
+from cpjax.crosscheck.verdict import Verdict
+from cpjax.errors import InputError
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is judged, rows done, and their total."""
+
+BACKENDS = {"spec": "specification", "npu": "NPU backend"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One result and the verdict on it; `problem` where there is no result that could be judged."""
+
+    case: str
+    backend: str
+    precision: str | None
+    order: str | None
+    seconds_per_step: list[list[float]] | None
+    verdict: Verdict | None
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Only a verdict passes."""
+        return self.verdict is not None and self.verdict.passed
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why not."""
+        return self.verdict.reasons if self.verdict is not None else [self.problem or "there is no result"]
+
+    def as_json(self) -> dict[str, Any]:
+        """An object for machines; numbers that are not finite are null or "inf"."""
+        numbers = {} if self.verdict is None else asdict(self.verdict)
+        return {
+            "case": self.case,
+            "backend": self.backend,
+            "compared_with": "dense (float64)",
+            "precision": self.precision,
+            "order": self.order,
+            "passed": self.passed,
+            "reasons": self.reasons,
+            "seconds_per_step": self.seconds_per_step,
+            "verdict": _plain(numbers) if numbers else None,
+        }
+
+
+def judge_result(case: Case, path: Path, progress: Progress = lambda what, done, total: None) -> Judged:
+    """Judge the result of a case at `path`; whatever is wrong with the file is a failure, never an exception."""
+    backend = path.parent.name
+    try:
+        result = read_result(path, case)
+    except InputError as error:
+        return Judged(case.name, backend, None, None, None, None, f"{path.name} {error}")
+    verdict = judge(
+        case.query,
+        case.key,
+        case.value,
+        result.out,
+        result.lse,
+        scale=case.scale,
+        is_causal=case.is_causal,
+        q_positions=case.q_tokens.position,
+        kv_positions=case.kv_tokens.position,
+        segment_ids=(case.q_tokens.segment, case.kv_tokens.segment),
+        cp=case.cp,
+        precision=result.precision,
+        order=result.order,
+        progress=lambda done, total: progress(result.backend, done, total),
+    )
+    seconds = result.about.get("seconds_per_step")
+    return Judged(case.name, result.backend, result.precision, result.order, seconds, verdict)
+
+
+def read_cases(folder: Path) -> list[Case]:
+    """All cases of a folder, or one case file.
+
+    Raises:
+      InputError: there is none, or one of them is wrong.
+    """
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist; give a folder of cases or one case file")
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if not paths:
+        raise InputError(f"{folder} holds no case (*.safetensors)")
+    return [read_case(path) for path in paths]
+
+
+def result_folders(results: Path) -> list[Path]:
+    """The folders with results: `results` itself, or its subfolders, one a backend.
+
+    Raises:
+      InputError: it is no folder.
+    """
+    if not results.is_dir():
+        raise InputError(f"{results} is no folder; give the folder that the results were written to")
+    folders = [folder for folder in sorted(results.iterdir()) if folder.is_dir() and any(folder.glob("*.safetensors"))]
+    return folders if folders and not any(results.glob("*.safetensors")) else [results]
+
+
+def judge_folder(cases: list[Case], results: Path, progress: Progress) -> Iterator[Judged]:
+    """Judge every case's result in every folder of results; a missing one is a failure."""
+    for folder in result_folders(results):
+        for case in cases:
+            yield judge_result(case, folder / f"{case.name}.safetensors", progress)
+
+
+def table_of(judged: list[Judged]) -> Table:
+    """One row a result."""
+    names = sorted({one.case for one in judged})
+    title = f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, held against dense attention in float64"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("case", "computed by", "precision")[len(names) == 1 :]:
+        table.add_column(heading, overflow="fold")
+    for heading in ("max error", "of bound", "z", "lse error", "of bound", "z"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for one in judged:
+        cells = [one.case, BACKENDS.get(one.backend, one.backend), one.precision or "–"][len(names) == 1 :]
+        table.add_row(*cells, *_numbers(one.verdict), _word(one))
+    return table
+
+
+def _numbers(verdict: Verdict | None) -> list[str]:
+    if verdict is None:
+        return ["–"] * 6
+    of_out = [f"{verdict.max_error:.2g}", _share(verdict.hard_ratio), f"{verdict.z:.2f}"]
+    return [*of_out, f"{verdict.lse_max_error:.2g}", _share(verdict.lse_hard_ratio), f"{verdict.lse_z:.2f}"]
+
+
+def _word(one: Judged) -> str:
+    if one.verdict is not None and not one.verdict.judgeable:
+        return "[yellow]not judgeable[/]"
+    return "[green]agrees[/]" if one.passed else "[red]WRONG[/]"
+
+
+def sentence(judged: list[Judged]) -> str:
+    """The last line: what all this means."""
+    failed = [one for one in judged if not one.passed]
+    if not judged:
+        return "Nothing was judged."
+    if failed:
+        names = ", ".join(sorted({one.case for one in failed}))
+        return (
+            f"{len(failed)} of {len(judged)} results are NOT what correct arithmetic in their precision gives: {names}."
+        )
+    names = sorted({BACKENDS.get(one.backend, one.backend) for one in judged}, reverse=True)
+    agree = {1: "agrees", 2: "both agree"}.get(len(names), "all agree")
+    return (
+        f"The {' and the '.join(names)} {agree} with dense attention, within what their rounding explains and no more."
+    )
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.0%}" if math.isfinite(ratio) and ratio < 100 else f"{ratio:.2g}×"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null, and "inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf"
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,103 @@
+"""What one device does, with the exchange chosen by name: for use inside one's own `jax.shard_map`.
+
+This is the function to differentiate. Its derivative is the ring backwards, whatever the exchange forwards. Only
+reverse mode is there: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise JAX's TypeError about custom_vjp.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from cpjax.attention import Attention
+from cpjax.errors import InputError
+from cpjax.exchange.all_to_all import all_to_all_attention
+from cpjax.exchange.all_to_all_ring import all_to_all_ring_attention
+from cpjax.exchange.blocks import finished
+from cpjax.exchange.gather import gather_attention
+from cpjax.exchange.pass_query import pass_query_attention
+from cpjax.exchange.ring import ring_attention
+from cpjax.exchange.ring_backward import ring_backward
+from cpjax.exchange.ring_both_ways import ring_both_ways_attention
+from cpjax.mask import Tokens
+from cpjax.partial import Partial, merge, sink_partial
+
+EXCHANGES = {
+    "ring": ring_attention,
+    "ring_both_ways": ring_both_ways_attention,
+    "gather": gather_attention,
+    "pass_query": pass_query_attention,
+    "all_to_all": all_to_all_attention,
+    "all_to_all_ring": all_to_all_ring_attention,
+}
+
+
+def attention_on_device(
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B s K H"],
+    value: Float[Array, "B s K V"],
+    q_tokens: Tokens,
+    kv_tokens: Tokens,
+    attention: Attention,
+    *,
+    axis_name: str | tuple[str, str],
+    exchange: str = "ring",
+    chunks: int = 1,
+    sink: Float[Array, " N"] | None = None,
+) -> Partial:
+    """This device's `out` `[B, t, N, V]` and `lse` `[B, t, N]`, stored in the profile's compute dtype.
+
+    Args:
+      query, key, value, q_tokens, kv_tokens: this device's shards, and the places of their tokens.
+      axis_name: the mesh axis over which tokens are sharded; (outer, inner) for "all_to_all_ring".
+      exchange: a name of `EXCHANGES`.
+      chunks: pieces of a shard that are computed and merged one after the other; 2 for zigzag.
+      sink: per head of this device, the logit of one more key with value 0 that every query sees.
+
+    Raises:
+      InputError: for an unknown exchange; it lists the known ones.
+
+    >>> import jax.numpy as jnp
+    >>> from cpjax.mask import Mask, tokens
+    >>> from cpjax.parallel import cp_mesh
+    >>> from cpjax.precision import profile
+    >>> attention = Attention(Mask(), scale=1.0, precision=profile("float32"))
+    >>> device = partial(attention_on_device, attention=attention, axis_name="cp")
+    >>> shards, place = jax.P(None, "cp"), tokens(1, 4)
+    >>> program = jax.jit(jax.shard_map(device, mesh=cp_mesh(2), in_specs=shards, out_specs=shards))
+    >>> x = jnp.arange(4.0).reshape(1, 4, 1, 1)
+    >>> program(0 * x, x, x, place, place).out.ravel()
+    Array([0. , 0.5, 1. , 1.5], dtype=float32)
+    """
+    if exchange not in EXCHANGES:
+        raise InputError(f"unknown exchange {exchange!r}; known are {', '.join(EXCHANGES)}")
+    how = (exchange, attention, axis_name, chunks)
+    result: Any = _exchanged(how, query, key, value, q_tokens, kv_tokens)
+    if sink is None:
+        return result
+    return finished(merge(result, sink_partial(sink, result), attention.precision), attention)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exchanged(how, query, key, value, q_tokens, kv_tokens) -> Partial:
+    exchange, attention, axis_name, chunks = how
+    run = EXCHANGES[exchange]
+    return run(query, key, value, q_tokens, kv_tokens, attention, axis_name=axis_name, chunks=chunks)
+
+
+def _forwards(how, *inputs):
+    result = _exchanged(how, *inputs)
+    return result, (inputs, result)
+
+
+def _backwards(how, kept, cotangent):
+    (query, key, value, q_tokens, kv_tokens), result = kept
+    _, attention, axis_name, _ = how
+    derivatives = ring_backward(
+        query, key, value, q_tokens, kv_tokens, attention, result, cotangent, axis_name=axis_name
+    )
+    return (*derivatives, None, None)
+
+
+_exchanged.defvjp(_forwards, _backwards)

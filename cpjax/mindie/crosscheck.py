@@ -1,0 +1,55 @@
+"""From a deployment to the case that each of its cards computes: attention of one layer, of one card's heads."""
+
+from pathlib import Path
+
+from cpjax.crosscheck.case import Case, gaussian_case
+from cpjax.errors import InputError
+from cpjax.mindie.deployment import read_deployment
+from cpjax.mindie.models import geometry as geometry_of
+from cpjax.mindie.models import local_heads, parse_geometry
+
+EXAMPLE = Path(__file__).with_name("deepseek-r1-cp2.json")
+"""The vendor's example; examples/deepseek-r1-cp2.json is a link to it."""
+
+MOST_TOKENS = 2048
+MOST_CP = 64
+DOCUMENTED_CP = (1, 2)
+PRECISION = {"spec": "flash_fp16", "npu": "ring_mla_fp16"}
+
+
+def case_of(
+    config: Path | None, *, tokens: int | None = None, geometry: str | None = None, seed: int = 0
+) -> tuple[Case, list[str]]:
+    """The case of a config file (None: the vendor's example), and remarks for the user.
+
+    Args:
+      tokens: length of the prompt; None: the smaller of maxInputTokenLen and 2,048.
+      geometry: HEADS,NOPE,ROPE,VALUE; None: by the model's name.
+
+    Raises:
+      InputError: what cannot be read or computed.
+    """
+    deployment = read_deployment(EXAMPLE if config is None else config)
+    shape = geometry_of(deployment.model_name) if geometry is None else parse_geometry(geometry)
+    sizes = deployment.sizes
+    heads = local_heads(shape.heads, sizes.tp)
+    remarks = list(deployment.warnings)
+    if sizes.cp > MOST_CP:
+        raise InputError(f"{deployment.path}: cp is {sizes.cp}; at most {MOST_CP} ranks are computed here")
+    if sizes.cp not in DOCUMENTED_CP:
+        remarks.append(f"cp is {sizes.cp}; the vendor documents {' and '.join(map(str, DOCUMENTED_CP))}")
+    if tokens is not None and not 1 <= tokens <= deployment.max_seq_len:
+        raise InputError(f"--tokens is {tokens}; it must be from 1 to the config's maxSeqLen, {deployment.max_seq_len}")
+    tokens = min(deployment.max_input_token_len, MOST_TOKENS) if tokens is None else tokens
+    head_dim = shape.nope + shape.rope
+    about = {"config": deployment.path.name, "model": deployment.model_name, "tp": sizes.tp, "tokens": tokens}
+    name = f"{deployment.path.stem}-{tokens}"
+    case = gaussian_case(
+        "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name),
+        (tokens, heads, heads, head_dim, shape.value_dim),
+        cp=sizes.cp,
+        precision=PRECISION,
+        seed=seed,
+        about=about,
+    )
+    return case, remarks
