@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.attention64 import Rows
 from cpjax.crosscheck.formats import FORMATS, Format
-from cpjax.crosscheck.groups import Groups, groups_of, sum_of_squares
+from cpjax.crosscheck.groups import Groups, groups_of, score_groups_of, sum_of_squares
 from cpjax.precision import Precision
 from cpjax.tiles import KEY_TILE
 
@@ -113,9 +113,18 @@ class ErrorModel:
         """Keys whose errors must be added up before they are squared (§3.9)."""
         return groups_of(self.rows)
 
-    def _variance_of(self, error: Float[np.ndarray, "R S"], center: bool) -> Float[np.ndarray, "R V"]:
-        """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; keys with equal scores have equal errors."""
-        rows, groups = self.rows, self._groups
+    @cached_property
+    def _score_groups(self) -> Groups:
+        """The same for errors of the scores; they differ only where scores are rounded themselves."""
+        if not self._low_precision_scores:
+            return self._groups
+        return score_groups_of(self.rows, FORMATS[self.precision.score].digits)
+
+    def _variance_of(
+        self, error: Float[np.ndarray, "R S"], groups: Groups, *, center: bool
+    ) -> Float[np.ndarray, "R V"]:
+        """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; the keys of a group have equal errors."""
+        rows = self.rows
         total = sum_of_squares(error, rows.value, rows.out if center else None)
         if len(groups.at):
             some, out = error[groups.at], rows.out[groups.at]
@@ -125,9 +134,9 @@ class ErrorModel:
             total[groups.at] = np.maximum(total[groups.at], grouped)
         return total
 
-    def _variance_of_sum(self, error: Float[np.ndarray, "R S"]) -> Float[np.ndarray, " R"]:
-        """Variance of Σ_j error_j; keys with equal scores have equal errors."""
-        total, groups = (error**2).sum(axis=1), self._groups
+    def _variance_of_sum(self, error: Float[np.ndarray, "R S"], groups: Groups) -> Float[np.ndarray, " R"]:
+        """Variance of Σ_j error_j; the keys of a group have equal errors."""
+        total = (error**2).sum(axis=1)
         if len(groups.at):
             total[groups.at] = np.maximum(total[groups.at], groups.square_of_weights(error[groups.at]))
         return total
@@ -139,7 +148,7 @@ class ErrorModel:
         """p rounded to its format (§3.1). p = 1 is exact; what becomes 0 is in `one_signed`."""
         p, worth = self._p_value, self._p_weight
         step = np.where(p == 1.0, 0.0, self._p.spacing(p))
-        variance = self._variance_of(worth * step / np.sqrt(12), center=False)
+        variance = self._variance_of(worth * step / np.sqrt(12), self._groups, center=False)
         if self.precision.probability != "float16":
             return variance
         for cell in self._least_cells:
@@ -272,7 +281,7 @@ class ErrorModel:
     def score_variance(self) -> Float[np.ndarray, "R V"]:
         """Errors of the scores move weight between keys: Σ A_j δs_j (v_j − out) (§3.5), and the rescales (§3.6)."""
         rows = self.rows
-        variance = self._variance_of(rows.weight * self._score_sigma, center=True)
+        variance = self._variance_of(rows.weight * self._score_sigma, self._score_groups, center=True)
         for jump, weight, part in self._rescales:
             variance = variance + (jump[:, None] * (part - weight[:, None] * rows.out)) ** 2
         return variance
@@ -331,7 +340,7 @@ class ErrorModel:
     def lse_variance(self) -> Float[np.ndarray, " R"]:
         """Variance of lse (§3.8): errors of scores, of the sum, and of the logarithm and the merges."""
         rows, eps, n = self.rows, self._eps, self._seen_keys
-        variance = self._variance_of_sum(rows.weight * self._score_sigma)
+        variance = self._variance_of_sum(rows.weight * self._score_sigma, self._score_groups)
         for jump, weight, _ in self._rescales:
             variance = variance + (jump * weight) ** 2
         merges = (rows.chunk_weight > 0).sum(axis=1)
@@ -351,9 +360,8 @@ class ErrorModel:
         along = per_out @ rows.value.T
         away = along - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
         step = np.where(self._p_value == 1.0, 0.0, self._p.spacing(self._p_value))
-        variance = np.zeros(len(per_lse))
-        for error in (self._p_weight * step / np.sqrt(12) * along, rows.weight * self._score_sigma * away):
-            variance += self._variance_of_sum(error)
+        variance = self._variance_of_sum(self._p_weight * step / np.sqrt(12) * along, self._groups)
+        variance += self._variance_of_sum(rows.weight * self._score_sigma * away, self._score_groups)
         for cell in self._least_cells:
             variance += (self._p.tiny / 4 * (cell * along).sum(axis=1)) ** 2
         # Errors of a merge's weights and of the row sum move all outputs of a row together.

@@ -3,6 +3,7 @@
 Two keys with the same score are rounded alike, so their errors are one error, counted twice: (a + b)², not a² + b².
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ def sum_of_squares(
 class Groups:
     """Rows in which enough keys have equal scores, and which of their keys belong together.
 
-    The keys of rows `at` are listed group after group; no group spans two rows or two chunks.
+    The keys of rows `at` are listed group after group; no group spans two rows.
     """
 
     at: Int[np.ndarray, " r"]
@@ -95,18 +96,34 @@ class Groups:
 
 
 def groups_of(rows: Rows) -> Groups:
-    """The groups of the rows in which more than one key in ten shares its cell; only there do they matter."""
-    chunk = np.repeat(np.arange(len(rows.edges) - 1), rows.chunk_sizes)
-    below = -np.maximum(rows.below, -FURTHEST)
-    place = np.where(rows.seen, chunk * 2 * FURTHEST + below, np.inf)  # hidden keys come last
+    """Keys with equal p = exp(s − M_c): p is rounded alike in every chunk. Only rows with many of them are grouped."""
+    return _groups(-np.maximum(rows.below, -FURTHEST), rows.seen, lambda below: np.round(below * CELLS))
+
+
+def score_groups_of(rows: Rows, digits: int) -> Groups:
+    """Keys with equal scores: q·k and s are rounded before a chunk's maximum is known, so alike in every chunk.
+
+    `digits` are those of the format of the scores; scores within an eighth of its spacing count as equal.
+    """
+
+    def cell(score: np.ndarray) -> np.ndarray:
+        fraction, exponent = np.frexp(score)
+        return np.ldexp(np.round(np.ldexp(fraction, digits + 3)), exponent)
+
+    return _groups(rows.score, rows.seen, cell)
+
+
+def _groups(place: Float[np.ndarray, "R S"], seen: Bool[np.ndarray, "R S"], cell: Callable) -> Groups:
+    """Groups of equal `cell(place)`, in the rows in which more than one key in ten shares its cell with another."""
+    place = np.where(seen, place, np.inf)  # hidden keys come last
     order = np.argsort(place, axis=1)
     place = np.take_along_axis(place, order, axis=1)
-    seen = rows.seen.sum(axis=1)
-    listed = np.arange(place.shape[1]) < seen[:, None]
+    count = seen.sum(axis=1)
+    listed = np.arange(place.shape[1]) < count[:, None]
     place = np.where(listed, place, 0.0)
-    begins = np.diff(np.round(place * CELLS), axis=1, prepend=-1.0) != 0
-    equal = np.diff(place, axis=1, prepend=-1.0) < EXACT
-    at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * seen)
-    is_repeated = (equal & listed).sum(axis=1) > 0.1 * seen
-    row, place = np.nonzero(listed[at])
-    return Groups(at, row, order[at[row], place], np.flatnonzero(begins[at[row], place]), is_repeated)
+    begins = ~(np.diff(cell(place), axis=1, prepend=np.nan) == 0)
+    equal = np.diff(place, axis=1, prepend=np.nan) < EXACT
+    at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * count)
+    is_repeated = (equal & listed).sum(axis=1) > 0.1 * count
+    row, rank = np.nonzero(listed[at])
+    return Groups(at, row, order[at[row], rank], np.flatnonzero(begins[at[row], rank]), is_repeated)
