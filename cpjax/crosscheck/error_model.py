@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.attention64 import Rows
 from cpjax.crosscheck.formats import FORMATS, Format
-from cpjax.crosscheck.groups import Groups, probability_groups, score_groups, sum_of_squares
+from cpjax.crosscheck.groups import Groups, groups_of, score_groups_of, sum_of_squares
 from cpjax.precision import Precision
 from cpjax.tiles import KEY_TILE
 
@@ -110,16 +110,20 @@ class ErrorModel:
 
     @cached_property
     def _groups(self) -> Groups:
-        """Keys whose probabilities' errors must be added up before they are squared (§3.9)."""
-        return probability_groups(self.rows)
+        """Keys whose errors must be added up before they are squared (§3.9)."""
+        return groups_of(self.rows)
 
     @cached_property
     def _score_groups(self) -> Groups:
-        """The same for the errors of scores. Those of float32 scores are too small for the difference to matter."""
-        return score_groups(self.rows) if self._low_precision_scores else self._groups
+        """The same for errors of the scores; they differ only where scores are rounded themselves."""
+        if not self._low_precision_scores:
+            return self._groups
+        return score_groups_of(self.rows, FORMATS[self.precision.score].digits)
 
-    def _variance_of(self, error: Float[np.ndarray, "R S"], groups: Groups, center: bool) -> Float[np.ndarray, "R V"]:
-        """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; keys of a group have equal errors."""
+    def _variance_of(
+        self, error: Float[np.ndarray, "R S"], groups: Groups, *, center: bool
+    ) -> Float[np.ndarray, "R V"]:
+        """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; the keys of a group have equal errors."""
         rows = self.rows
         total = sum_of_squares(error, rows.value, rows.out if center else None)
         if len(groups.at):
@@ -131,7 +135,7 @@ class ErrorModel:
         return total
 
     def _variance_of_sum(self, error: Float[np.ndarray, "R S"], groups: Groups) -> Float[np.ndarray, " R"]:
-        """Variance of Σ_j error_j; keys of a group have equal errors."""
+        """Variance of Σ_j error_j; the keys of a group have equal errors."""
         total = (error**2).sum(axis=1)
         if len(groups.at):
             total[groups.at] = np.maximum(total[groups.at], groups.square_of_weights(error[groups.at]))
@@ -356,8 +360,7 @@ class ErrorModel:
         along = per_out @ rows.value.T
         away = along - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
         step = np.where(self._p_value == 1.0, 0.0, self._p.spacing(self._p_value))
-        variance = np.zeros(len(per_lse))
-        variance += self._variance_of_sum(self._p_weight * step / np.sqrt(12) * along, self._groups)
+        variance = self._variance_of_sum(self._p_weight * step / np.sqrt(12) * along, self._groups)
         variance += self._variance_of_sum(rows.weight * self._score_sigma * away, self._score_groups)
         for cell in self._least_cells:
             variance += (self._p.tiny / 4 * (cell * along).sum(axis=1)) ** 2

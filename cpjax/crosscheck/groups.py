@@ -95,32 +95,35 @@ class Groups:
         return plain * ratio[:, None]
 
 
-def probability_groups(rows: Rows) -> Groups:
-    """Keys of a chunk with equal p = exp(s − M_c): their probabilities are rounded alike."""
-    chunk = np.repeat(np.arange(len(rows.edges) - 1), rows.chunk_sizes)
-    below = -np.maximum(rows.below, -FURTHEST)
-    place = np.where(rows.seen, chunk * 2 * FURTHEST + below, np.inf)  # hidden keys come last
-    return _groups(rows, place, lambda place: np.round(place * CELLS))
+def groups_of(rows: Rows) -> Groups:
+    """Keys with equal p = exp(s − M_c): p is rounded alike in every chunk. Only rows with many of them are grouped."""
+    return _groups(-np.maximum(rows.below, -FURTHEST), rows.seen, lambda below: np.round(below * CELLS))
 
 
-def score_groups(rows: Rows) -> Groups:
-    """Keys of any chunk with equal scores: q·k and its scaling are rounded alike, wherever the key is."""
-    place = np.where(rows.seen, rows.score, np.inf)
-    return _groups(rows, place, lambda place: np.round(place / 2.0 ** (np.frexp(place)[1] - 14)) * np.sign(place))
+def score_groups_of(rows: Rows, digits: int) -> Groups:
+    """Keys with equal scores: q·k and s are rounded before a chunk's maximum is known, so alike in every chunk.
+
+    `digits` are those of the format of the scores; scores within an eighth of its spacing count as equal.
+    """
+
+    def cell(score: np.ndarray) -> np.ndarray:
+        fraction, exponent = np.frexp(score)
+        return np.ldexp(np.round(np.ldexp(fraction, digits + 3)), exponent)
+
+    return _groups(rows.score, rows.seen, cell)
 
 
-def _groups(rows: Rows, place: Float[np.ndarray, "R S"], cell_of: Callable[[np.ndarray], np.ndarray]) -> Groups:
-    """The groups of the rows in which more than one key in ten shares its cell; only there do they matter."""
+def _groups(place: Float[np.ndarray, "R S"], seen: Bool[np.ndarray, "R S"], cell: Callable) -> Groups:
+    """Groups of equal `cell(place)`, in the rows in which more than one key in ten shares its cell with another."""
+    place = np.where(seen, place, np.inf)  # hidden keys come last
     order = np.argsort(place, axis=1)
     place = np.take_along_axis(place, order, axis=1)
-    seen = rows.seen.sum(axis=1)
-    listed = np.arange(place.shape[1]) < seen[:, None]
+    count = seen.sum(axis=1)
+    listed = np.arange(place.shape[1]) < count[:, None]
     place = np.where(listed, place, 0.0)
-    first = np.arange(place.shape[1]) == 0
-    begins = (np.diff(cell_of(place), axis=1, prepend=0.0) != 0) | first
-    equal = (np.diff(place, axis=1, prepend=0.0) < EXACT) & ~first
-    at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * seen)
-    is_repeated = (equal & listed).sum(axis=1) > 0.1 * seen
-    row, place_in_row = np.nonzero(listed[at])
-    starts = np.flatnonzero(begins[at[row], place_in_row])
-    return Groups(at, row, order[at[row], place_in_row], starts, is_repeated)
+    begins = ~(np.diff(cell(place), axis=1, prepend=np.nan) == 0)
+    equal = np.diff(place, axis=1, prepend=np.nan) < EXACT
+    at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * count)
+    is_repeated = (equal & listed).sum(axis=1) > 0.1 * count
+    row, rank = np.nonzero(listed[at])
+    return Groups(at, row, order[at[row], rank], np.flatnonzero(begins[at[row], rank]), is_repeated)

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from cpjax.errors import InputError
 from cpjax.trial import activations, detection, tables
 from cpjax.trial.emulators import PROFILES
-from cpjax.trial.false_alarms import SETS, is_alarm, outcomes, rate_bound, table
+from cpjax.trial.false_alarms import SETS, Outcome, is_alarm, outcomes, rate_bound, table
 
 Item = TypeVar("Item")
 
@@ -38,14 +38,21 @@ def false_alarms(
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Judge correct results of hostile kinds of data. Exit status: 0 none called wrong, 1 some, 2 bad input."""
+    """Judge correct results of hostile kinds of data. Exit status: 0 none called wrong, 1 some, 2 bad input.
+
+    Ctrl-C ends it early, with a report about the results that were judged.
+    """
     if set_ not in SETS:
         raise InputError(f"--set is {set_!r}; it must be one of {', '.join(SETS)}")
     _must_not_exist(out)
     if set_ == "held-out" and (reason := activations.missing()):
         error_console.print(f"without trained activations: {reason}", markup=False, highlight=False, soft_wrap=True)
     started = time.monotonic()
-    seen = list(_progress(outcomes(set_, seed, count, workers), count, "judged"))
+    seen: list[Outcome] = []
+    try:
+        seen.extend(_progress(outcomes(set_, seed, count, workers), count, "judged"))
+    except KeyboardInterrupt:
+        error_console.print(f"interrupted after {len(seen):,} of {count:,} results; the report is about these")
     seconds = time.monotonic() - started
     alarms = sorted((one for one in seen if is_alarm(one)), key=lambda one: one.number)
     rows, judged = table(seen), sum(one.judgeable for one in seen)
@@ -53,7 +60,8 @@ def false_alarms(
     report = {
         "set": set_,
         "seed": seed,
-        "count": count,
+        "count": len(seen),
+        "asked_for": count,
         "workers": workers,
         "seconds": round(seconds, 1),
         "long_results": sum(one.keys >= 8192 for one in seen),
@@ -67,7 +75,7 @@ def false_alarms(
     else:
         print(tables.false_alarms(rows))
         print(
-            f"\n{len(alarms)} of {judged:,} correct results were called wrong; {count - judged:,} not judgeable.\n"
+            f"\n{len(alarms)} of {judged:,} correct results were called wrong; {len(seen) - judged:,} not judgeable.\n"
             f"95 % upper limit of the false-alarm rate for this mix (Clopper–Pearson): {bound:.2g}. {seconds:,.0f} s."
         )
         for one in alarms[:20]:
