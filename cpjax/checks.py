@@ -1,5 +1,6 @@
 """What is refused before anything is traced. Every message names the value, the rule and the fix."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from cpjax.errors import InputError
 from cpjax.exchange.device import EXCHANGES
 from cpjax.layout import order
 from cpjax.mask import Tokens, tokens
+from cpjax.packing import packed_tokens
 from cpjax.precision import Precision
 
 
@@ -88,9 +90,7 @@ def check_mesh(
             raise InputError(f"the mesh has axes {tuple(mesh.shape)}, none is {axis!r}; name axes that it has")
     if len(set(axes)) != len(axes):
         raise InputError(f"axes {axes} are not all different; tokens, heads and batch each need an axis of their own")
-    cp = 1
-    for axis in cp_axes:
-        cp *= mesh.shape[axis]
+    cp = ranks(mesh, axis_name)
     order(layout, query.shape[1], cp)
     order(layout, key.shape[1], cp)
     tp = 1 if head_axis is None else mesh.shape[head_axis]
@@ -105,6 +105,40 @@ def check_mesh(
     dp = 1 if batch_axis is None else mesh.shape[batch_axis]
     if query.shape[0] % dp:
         raise InputError(f"a batch of {query.shape[0]} cannot be cut into {dp} equal parts (axis {batch_axis!r})")
+
+
+def ranks(mesh: Mesh, axis_name: str | tuple[str, str]) -> int:
+    """Over how many ranks tokens are sharded."""
+    return math.prod(mesh.shape[axis] for axis in ((axis_name,) if isinstance(axis_name, str) else axis_name))
+
+
+def check_packed(
+    query: Any,
+    key: Any,
+    mesh: Mesh,
+    axis_name: str | tuple[str, str],
+    lengths: tuple[int, ...],
+    q_tokens: Tokens | None,
+    kv_tokens: Tokens | None,
+) -> Tokens:
+    """The places of the tokens of a packed batch.
+
+    Raises:
+      InputError: places given twice, or arrays of another length than the padded requests together.
+    """
+    if q_tokens is not None or kv_tokens is not None:
+        raise InputError("lengths and tokens are both given; lengths say where the tokens are, leave tokens out")
+    for axis in (axis_name,) if isinstance(axis_name, str) else axis_name:
+        if axis not in mesh.shape:
+            raise InputError(f"the mesh has axes {tuple(mesh.shape)}, none is {axis!r}; name axes that it has")
+    places = packed_tokens(lengths, ranks(mesh, axis_name))
+    for name, x in (("query", query), ("key", key)):
+        if x.shape[:2] != places.position.shape:
+            raise InputError(
+                f"{name} has batch and length {x.shape[:2]}; requests of lengths {lengths}, padded, make "
+                f"{places.position.shape}: use cpjax.packing.pack"
+            )
+    return places
 
 
 def check_precision(precision: Precision) -> None:

@@ -11,22 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from cpjax.attention import Attention
-from cpjax.checks import check_inputs, check_mesh, check_precision, check_sink
+from cpjax.checks import check_inputs, check_mesh, check_packed, check_precision, check_sink, ranks
 from cpjax.errors import InputError
 from cpjax.exchange.device import attention_on_device
 from cpjax.layout import chunks_per_rank, inverse, order
 from cpjax.mask import Mask, Tokens
+from cpjax.packing import packed_order
 from cpjax.partial import Partial
 from cpjax.precision import Precision, profile
 
 
 def context_parallel_attention(
-    query: Float[Array | np.ndarray, "B T N H"],
-    key: Float[Array | np.ndarray, "B S K H"],
-    value: Float[Array | np.ndarray, "B S K V"],
+    query: Array | np.ndarray,
+    key: Array | np.ndarray,
+    value: Array | np.ndarray,
     q_tokens: Tokens | None = None,
     kv_tokens: Tokens | None = None,
     *,
@@ -35,23 +36,28 @@ def context_parallel_attention(
     head_axis: str | None = None,
     batch_axis: str | None = None,
     layout: str = "zigzag",
+    lengths: tuple[int, ...] | None = None,
     exchange: str = "ring",
     mask: Mask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sink: Float[Array | np.ndarray, " N"] | None = None,
+    sink: Array | np.ndarray | None = None,
     precision: Precision | str = "flash_fp16",
 ) -> Partial:
     """Attention of a whole sequence, computed together by the devices of `mesh`.
 
     Args:
-      query, key, value: in natural (global) token order. T and S must be multiples of 2·cp for zigzag, of cp
+      query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`, of one float dtype, N a multiple of K, in
+        natural (global) token order. T and S must be multiples of 2·cp for zigzag, of cp
         otherwise; fill up with pads (segment −1, see `cpjax.mask.tokens`).
       q_tokens, kv_tokens: places of the tokens; None: one request, positions 0, 1, 2, … (queries and keys then have
         equal lengths).
       mesh: a mesh with axis `axis_name` of type Auto; see `cp_mesh`.
       axis_name: the axis over which tokens are sharded; (ring, all-to-all) for exchange "all_to_all_ring".
       head_axis, batch_axis: further axes of the mesh over which heads and batch are sharded ("tp", "dp").
+      layout: who holds which tokens; it changes no result but in the last bits.
+      lengths: a packed batch: real lengths of the requests, each padded on its own to a multiple of 2·cp
+        (`cpjax.packing.pack`) and laid out on its own. Places of the tokens follow from them.
       exchange: how keys meet queries, a name of `cpjax.exchange.device.EXCHANGES`.
       mask: None is causal.
       scale: None is 1/√H.
@@ -67,18 +73,20 @@ def context_parallel_attention(
       InputError: whatever does not fit, named with the rule and the fix, before anything is traced.
 
     >>> x = jnp.arange(4.0).reshape(1, 4, 1, 1)
-    >>> result = context_parallel_attention(0 * x, x, x, mesh=cp_mesh(2), precision="float32")
+    >>> result = context_parallel_attention(0 * x, x, x, mesh=cp_mesh(2))
     >>> result.out.ravel()  # all logits are 0: the mean of the values so far
     Array([0. , 0.5, 1. , 1.5], dtype=float32)
     """
     precision = profile(precision) if isinstance(precision, str) else precision
+    if lengths is not None:
+        q_tokens = kv_tokens = check_packed(query, key, mesh, axis_name, lengths, q_tokens, kv_tokens)
     q_tokens, kv_tokens = check_inputs(query, key, value, q_tokens, kv_tokens)
     check_mesh(query, key, mesh, axis_name, head_axis, batch_axis, layout, exchange)
     check_precision(precision)
     check_sink(sink, query.shape[2])
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     attention = Attention(Mask() if mask is None else mask, scale, precision, softcap)
-    how = _How(mesh, axis_name, head_axis, batch_axis, layout, exchange, attention)
+    how = _How(mesh, axis_name, head_axis, batch_axis, layout, lengths, exchange, attention)
     return _run(how, *jax.tree.map(jnp.asarray, (query, key, value, q_tokens, kv_tokens, sink)))
 
 
@@ -108,15 +116,18 @@ class _How(NamedTuple):
     head_axis: str | None
     batch_axis: str | None
     layout: str
+    lengths: tuple[int, ...] | None
     exchange: str
     attention: Attention
 
 
 @partial(jax.jit, static_argnums=0)
 def _run(how: _How, query, key, value, q_tokens, kv_tokens, sink):
-    names = (how.axis_name,) if isinstance(how.axis_name, str) else how.axis_name
-    cp = int(np.prod([how.mesh.shape[name] for name in names]))
-    q_order, kv_order = order(how.layout, query.shape[1], cp), order(how.layout, key.shape[1], cp)
+    cp = ranks(how.mesh, how.axis_name)
+    if how.lengths is None:
+        q_order, kv_order = order(how.layout, query.shape[1], cp), order(how.layout, key.shape[1], cp)
+    else:
+        q_order = kv_order = packed_order(how.layout, how.lengths, cp)
     query, q_tokens = jax.tree.map(lambda x: x[:, q_order], (query, q_tokens))
     key, value, kv_tokens = jax.tree.map(lambda x: x[:, kv_order], (key, value, kv_tokens))
 

@@ -62,7 +62,7 @@ def attention_on_device(
     >>> from cpjax.mask import Mask, tokens
     >>> from cpjax.parallel import cp_mesh
     >>> from cpjax.precision import profile
-    >>> attention = Attention(Mask(), scale=1.0, precision=profile("float32"))
+    >>> attention = Attention(Mask(), scale=1.0, precision=profile("flash_fp16"))
     >>> device = partial(attention_on_device, attention=attention, axis_name="cp")
     >>> shards, place = jax.P(None, "cp"), tokens(1, 4)
     >>> program = jax.jit(jax.shard_map(device, mesh=cp_mesh(2), in_specs=shards, out_specs=shards))

@@ -1,0 +1,188 @@
+"""Mutation testing of the algorithm: `python tools/mutation.py --sample 150 --seed 0 [--json FILE]`.
+
+A mutant is one small change of one of the algorithm's files, made in a copy of the project; the tests of that file run
+on it in a fresh process, so nothing compiled before is used. It is killed if a test fails. A timeout is not a kill, and
+is listed apart. `--control` runs the unchanged project and a mutant that is known to be equivalent: both must survive.
+"""
+
+import argparse
+import ast
+import copy
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+# The tests that speak about a file, the quickest first; pytest stops at the first failure.
+EXCHANGE = ["test_schedule.py", "test_exchange.py"]
+TESTS = {
+    "mask.py": ["test_mask.py", "test_tiles.py"],
+    "partial.py": ["test_partial.py", "test_precision.py", "test_backward.py"],
+    "layout.py": ["test_layout.py", "test_schedule.py"],
+    "precision.py": ["test_precision.py"],
+    "tiles.py": ["test_precision.py", "test_tiles.py"],
+    "tiles_backward.py": ["test_backward.py"],
+    "schedule.py": ["test_schedule.py"],
+    "packing.py": ["test_packing.py"],
+    "exchange/blocks.py": EXCHANGE,
+    "exchange/ring.py": EXCHANGE,
+    "exchange/ring_both_ways.py": EXCHANGE,
+    "exchange/gather.py": EXCHANGE,
+    "exchange/pass_query.py": EXCHANGE,
+    "exchange/all_to_all.py": EXCHANGE,
+    "exchange/all_to_all_ring.py": EXCHANGE,
+    "exchange/ring_backward.py": ["test_backward.py"],
+    "exchange/device.py": ["test_backward.py", "test_exchange.py"],
+}
+SWAPS: dict[type, type] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.BitAnd: ast.BitOr,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+CALLS = {"maximum": "minimum", "max": "min", "exp": "exp2", "log": "log2", "min": "max"}
+
+
+class Mutant(NamedTuple):
+    """One change: the file, its line, what was done, and the whole changed source."""
+
+    file: str
+    line: int
+    change: str
+    source: str
+
+
+def mutants(file: str) -> list[Mutant]:
+    """Every mutant of a file; docstrings, annotations, messages and imports are left alone."""
+    tree = ast.parse((ROOT / "cpjax" / file).read_text())
+    nodes = [n for n in ast.walk(tree) if hasattr(n, "lineno") and id(n) not in _left_alone(tree)]
+    found = []
+    for node in nodes:
+        for change, apply, undo in _changes(node):
+            apply()
+            found.append(Mutant(file, node.lineno, change, ast.unparse(copy.deepcopy(tree))))
+            undo()
+    return found
+
+
+def _left_alone(tree: ast.AST) -> set[int]:
+    skip: set[int] = set()
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if text or isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom):
+            parts = [node]
+        elif isinstance(node, ast.arg | ast.AnnAssign) and node.annotation:
+            parts = [node.annotation]
+        elif isinstance(node, ast.FunctionDef) and node.returns:
+            parts = [node.returns]
+        skip |= {id(part) for root in parts for part in ast.walk(root)}
+    return skip
+
+
+def _changes(node: ast.AST) -> list:
+    """(description, apply, undo) for each way to change this node."""
+    out = []
+
+    def replace(what: str, owner, field: str, new) -> None:
+        old = getattr(owner, field)
+        out.append((what, lambda: setattr(owner, field, new), lambda: setattr(owner, field, old)))
+
+    if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in SWAPS:
+        new = SWAPS[type(node.op)]
+        replace(f"{type(node.op).__name__} -> {new.__name__}", node, "op", new())
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        new = SWAPS[type(node.ops[0])]
+        replace(f"{type(node.ops[0]).__name__} -> {new.__name__}", node, "ops", [new()])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        replace("USub -> UAdd", node, "op", ast.UAdd())
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        replace(f"{node.value} -> {node.value + 1}", node, "value", node.value + 1)
+    if isinstance(node, ast.Constant) and type(node.value) is bool:
+        replace(f"{node.value} -> {not node.value}", node, "value", not node.value)
+    if isinstance(node, ast.Attribute) and node.attr in CALLS:
+        replace(f"{node.attr} -> {CALLS[node.attr]}", node, "attr", CALLS[node.attr])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("rounded", "merge"):
+        kept = 0 if node.func.id == "rounded" else 1  # no rounding; only the newer partial
+        out.append(_as_its_argument(node, kept))
+    return out
+
+
+def _as_its_argument(node: ast.Call, index: int):
+    """`f(a, b)` becomes `(lambda *x: x[i])(a, b)`, so that the arguments are still evaluated."""
+    name = ast.unparse(node.func)
+    pick = ast.parse(f"(lambda *x: x[{index}])", mode="eval").body
+    old = node.func
+    return f"{name}(…) -> its argument {index}", lambda: setattr(node, "func", pick), lambda: setattr(node, "func", old)
+
+
+def run(mutant: Mutant, timeout: float) -> str:
+    """killed, survived or timeout."""
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(folder)
+        for name in ("cpjax", "npu_backend", "tests"):
+            shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copied)
+        (copied / "cpjax" / mutant.file).write_text(mutant.source)
+        tests = [f"tests/{name}" for name in TESTS[mutant.file]]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": folder, "HYPOTHESIS_PROFILE": "mutants"}
+        try:
+            done = subprocess.run(command, cwd=copied, env=environment, capture_output=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return "timeout"
+    return "survived" if done.returncode == 0 else "killed"
+
+
+def main() -> None:
+    """Sample, run, print each verdict and the score."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=150, help="mutants to run (default 150)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds a mutant (default 600)")
+    parser.add_argument("--file", help="only this file, as in exchange/ring.py")
+    parser.add_argument("--control", action="store_true", help="only the mutants that must survive")
+    parser.add_argument("--json", type=Path, help="write the verdicts to this file")
+    options = parser.parse_args()
+    everything = [m for file in ([options.file] if options.file else TESTS) for m in mutants(file)]
+    chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
+    if options.control:
+        source = (ROOT / "cpjax" / "partial.py").read_text()
+        equivalent = source.replace("total = weight_a + weight_b", "total = weight_b + weight_a")
+        assert equivalent != source
+        chosen = [Mutant("partial.py", 0, "unchanged", source), Mutant("partial.py", 0, "a + b -> b + a", equivalent)]
+    print(f"{len(chosen)} of {len(everything)} mutants, seed {options.seed}")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = []
+        for mutant, verdict in zip(chosen, pool.map(lambda m: run(m, options.timeout), chosen), strict=True):
+            verdicts.append({"file": mutant.file, "line": mutant.line, "change": mutant.change, "verdict": verdict})
+            print(f"{verdict:9} {mutant.file}:{mutant.line}  {mutant.change}", flush=True)
+    counts = {name: sum(v["verdict"] == name for v in verdicts) for name in ("killed", "survived", "timeout")}
+    print(f"killed {counts['killed']}, survived {counts['survived']}, timeout {counts['timeout']}")
+    if options.json:
+        options.json.write_text(json.dumps({"seed": options.seed, "counts": counts, "mutants": verdicts}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
