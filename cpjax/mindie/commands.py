@@ -119,10 +119,14 @@ def ranks(
     Example: cpjax mindie ranks examples/deepseek-r1-cp2.json --draw cards.svg
     """
     from cpjax.mindie.deployment import read_deployment
+    from cpjax.mindie.layout import MOST_CARDS, lay_out
     from cpjax.mindie.layout import as_json as layout_json
-    from cpjax.mindie.layout import lay_out
 
     deployment = read_deployment(config, nodes)
+    if deployment.world_size > MOST_CARDS:
+        raise InputError(
+            f"{deployment.where('worldSize')} is {deployment.world_size}; at most {MOST_CARDS} are printed"
+        )
     name = deployment.model_name
     known = parse_geometry(geometry_option) if geometry_option else geometry(name) if family(name) else None
     layout = lay_out(
@@ -134,7 +138,7 @@ def ranks(
     if picture is not None:
         from cpjax.mindie.draw import draw
 
-        draw(layout, f"{printable(config)}: {layout.tokens} tokens, cache blocks of 128", picture)
+        draw(layout, f"{printable(config)}: {layout.tokens} tokens, cache blocks of {layout.block}", picture)
     if as_json:
         typer.echo(json.dumps(layout_json(layout)))
         return

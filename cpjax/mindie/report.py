@@ -55,7 +55,7 @@ def cards_table(layout: Layout) -> Table:
     )
     for column in ("card", "dp", "cp", "tp", "ep", "etp", "heads", "tokens", "cached", "blocks"):
         table.add_column(column, justify="right" if column in ("card", "heads", "cached") else "left", no_wrap=True)
-    held = tokens_per_rank(layout.tokens, layout.sizes.cp * layout.sizes.sp)
+    held = tokens_per_rank(layout.tokens, layout.sizes.cp * layout.sizes.sp, layout.block)
     for card in layout.cards:
         heads = "?" if card.heads is None else f"{card.heads[0]}–{card.heads[1] - 1}"
         tokens = ", ".join(f"{start}–{end - 1}" for start, end in card.tokens)
