@@ -135,9 +135,11 @@ CASES: dict[str, Case] = {
         {"Server.inferMode": "dmi", "--roles": ["prefill"]},
     ),
     "decode-without-cp": Case(
-        "role sizes", {"--roles": ["decode"]}, {"--roles": ["decode"], **NO_SP}, with_=("decode-without-sp",)
+        "role sizes plugins", {"--roles": ["decode"]}, {"--roles": ["decode"], **NO_SP}, with_=("decode-without-sp",)
     ),
-    "decode-without-sp": Case("role sizes", {"--roles": ["decode"], **DP2}, {"--roles": ["decode"], **DP2, "sp": 1}),
+    "decode-without-sp": Case(
+        "role sizes plugins", {"--roles": ["decode"], **DP2}, {"--roles": ["decode"], **DP2, "sp": 1}
+    ),
     "decode-without-prefix-cache": Case(
         "role sizes plugins models",
         {"--roles": ["decode"], **NO_SP, **plugins("prefix_cache"), **NZ},
@@ -160,15 +162,15 @@ CASES: dict[str, Case] = {
     ),
     "mtp-alone": Case("plugins version", plugins("mtp,la", 1), plugins("la")),
     "mtp-without-lora": Case("plugins lora", plugins("mtp", 1) | {"Deploy.maxLoras": 1}, {"Deploy.maxLoras": 1}),
-    "prefix-cache-needs-nz": Case("plugins models model", plugins("prefix_cache"), plugins("prefix_cache") | NZ),
+    "prefix-cache-needs-nz": Case("plugins models model sizes", plugins("prefix_cache"), plugins("prefix_cache") | NZ),
     "prefix-cache-without-splitfuse": Case(
-        "plugins models model template", plugins("prefix_cache,splitfuse") | NZ | MIX, plugins("splitfuse") | MIX
+        "plugins models model template sizes", plugins("prefix_cache,splitfuse") | NZ | MIX, plugins("splitfuse") | MIX
     ),
     "prefix-cache-without-dp": Case(
         "plugins models model sizes", plugins("prefix_cache") | NZ | DP2, plugins("prefix_cache") | NZ | {"dp": 1}
     ),
     "prefix-cache-without-lora": Case(
-        "plugins models model lora",
+        "plugins models model lora sizes",
         plugins("prefix_cache") | NZ | {"Deploy.LoraModules": [{}]},
         {"Deploy.LoraModules": [{}]},
     ),
@@ -181,7 +183,7 @@ CASES: dict[str, Case] = {
         plugins("splitfuse") | MIX,
     ),
     "async-on-decode": Case(
-        "role async", {"--roles": ["prefill"], "--async_scheduling": True}, {"--async_scheduling": True}
+        "role async plugins", {"--roles": ["prefill"], "--async_scheduling": True}, {"--async_scheduling": True}
     ),
     "splitfuse-needs-mix": Case("plugins template", plugins("splitfuse"), plugins("splitfuse") | MIX),
     "layerwise-without-prefix-cache": Case(

@@ -19,9 +19,6 @@ from cpjax.mindie.models import local_heads
 
 Groups = list[list[int]]
 
-MOST_CARDS = 4096
-"""More are not printed or searched: nobody would read the table."""
-
 
 class Card(NamedTuple):
     """One rank. Coordinates count from 0; ranges are `(start, end)`."""
