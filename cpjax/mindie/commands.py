@@ -16,6 +16,7 @@ import typer
 from cpjax.errors import InputError
 from cpjax.mindie.check import Checked, check_files
 from cpjax.mindie.config import printable
+from cpjax.mindie.deployment import MOST_CARDS, read_deployment
 from cpjax.mindie.models import family, geometry, parse_geometry
 from cpjax.mindie.rules import VERSIONS
 
@@ -118,11 +119,14 @@ def ranks(
 
     Example: cpjax mindie ranks examples/deepseek-r1-cp2.json --draw cards.svg
     """
-    from cpjax.mindie.deployment import read_deployment
     from cpjax.mindie.layout import as_json as layout_json
     from cpjax.mindie.layout import lay_out
 
     deployment = read_deployment(config, nodes)
+    if deployment.world_size > MOST_CARDS:
+        raise InputError(
+            f"{deployment.where('worldSize')} is {deployment.world_size}; at most {MOST_CARDS} are printed"
+        )
     name = deployment.model_name
     known = parse_geometry(geometry_option) if geometry_option else geometry(name) if family(name) else None
     layout = lay_out(
@@ -134,13 +138,13 @@ def ranks(
     if picture is not None:
         from cpjax.mindie.draw import draw
 
-        draw(layout, f"{printable(config)}: {layout.tokens} tokens, cache blocks of 128", picture)
+        draw(layout, f"{printable(config)}: {layout.tokens} tokens, cache blocks of {layout.block}", picture)
     if as_json:
         typer.echo(json.dumps(layout_json(layout)))
         return
     from rich.console import Console
 
-    from cpjax.mindie.report import cards_table, groups_text
+    from cpjax.mindie.tables import cards_table, groups_text
 
     Console().print(cards_table(layout))
     for line in groups_text(layout):
@@ -162,7 +166,6 @@ def link(
 
     Example: cpjax mindie link examples/prefill-cp2.json examples/decode.json --tokens 1305
     """
-    from cpjax.mindie.deployment import read_deployment
     from cpjax.mindie.link import inverted, link_map, transfers
 
     p, d = read_deployment(prefill, nodes), read_deployment(decode, nodes)
@@ -175,7 +178,7 @@ def link(
         return
     from rich.console import Console
 
-    from cpjax.mindie.report import link_text, transfers_table
+    from cpjax.mindie.tables import link_text, transfers_table
 
     Console().print(transfers_table(pulled[0], f"what decode rank 0 fetches of a prompt of {length} tokens", 24))
     for line in link_text(links, pulled[0], p.sizes):

@@ -16,6 +16,9 @@ from cpjax.mindie.schema import KNOWN, Backend, Deploy, Model, PluginParams, Sec
 
 S = TypeVar("S", bound=Section)
 
+MOST_CARDS = 4096
+"""More are not printed or searched: nobody would read the table."""
+
 PARALLEL = ("dp", "cp", "sp", "tp", "pp", "moe_ep", "moe_tp")
 
 

@@ -7,8 +7,7 @@ from cpjax.errors import InputError
 from cpjax.mindie import edit, json_text
 from cpjax.mindie.check import Finding, check
 from cpjax.mindie.config import ConfigFile, printable
-from cpjax.mindie.deployment import PARALLEL, Deployment, parse_deployment
-from cpjax.mindie.layout import MOST_CARDS
+from cpjax.mindie.deployment import MOST_CARDS, PARALLEL, Deployment, parse_deployment
 from cpjax.mindie.rules import Setting
 
 

@@ -8,6 +8,7 @@ strided one is every (W/g)-th rank, W the number of cards.
     attn_prefix_cache_cp                all ranks       fetch a cached prefix from each other
 """
 
+import math
 from typing import NamedTuple
 
 from cpjax.errors import InputError
@@ -18,14 +19,12 @@ from cpjax.mindie.models import local_heads
 
 Groups = list[list[int]]
 
-MOST_CARDS = 4096
-"""More are not laid out: the table would be larger than anybody reads."""
-
 
 class Card(NamedTuple):
     """One rank. Coordinates count from 0; ranges are `(start, end)`."""
 
     rank: int
+    pp: int
     dp: int
     cp: int
     tp: int
@@ -46,6 +45,7 @@ class Layout(NamedTuple):
     cards: list[Card]
     tokens: int
     padded: int
+    block: int  # tokens of a cache block
 
 
 def contiguous(world: int, size: int) -> Groups:
@@ -98,26 +98,21 @@ def lay_out(deployment: Deployment, tokens: int, heads: int | None = None, block
     padded = -(-tokens // (2 * sizes.cp)) * 2 * sizes.cp if sizes.cp > 1 else tokens
     owners = block_ranks(tokens, sizes.cp * sizes.sp, block)
     cards = [_card(sizes, rank, share, padded, owners) for rank in range(sizes.world_size)]
-    return Layout(sizes, groups(sizes), cards, tokens, padded)
+    return Layout(sizes, groups(sizes), cards, tokens, padded, block)
 
 
 def _refuse_misfits(sizes: Sizes) -> None:
     world, hint = sizes.world_size, "see cpjax mindie check"
-    if not 1 <= world <= MOST_CARDS:
-        raise InputError(f"worldSize is {world}; cards are laid out for 1 to {MOST_CARDS}")
     if min(sizes) < 1:
         raise InputError(f"{sizes._fields[sizes.index(min(sizes))]} is {min(sizes)}; it must be at least 1; {hint}")
-    if sizes.pp > 1:
-        raise InputError(f"pp is {sizes.pp}; pipeline stages are not laid out, give pp 1")
-    if sizes.cp > 1 and sizes.dp > 1:
-        raise InputError(f"cp is {sizes.cp} and dp is {sizes.dp}; one of them must be 1; {hint}")
-    for names in (("cp", "dp", "tp"), ("moe_ep", "moe_tp")):
-        product = 1
-        for name in names:
-            product *= getattr(sizes, name)
-        if product != world:
+    if sum(size > 1 for size in (sizes.cp, sizes.dp, sizes.pp)) > 1:
+        raise InputError(f"cp is {sizes.cp}, dp {sizes.dp} and pp {sizes.pp}; only one may be above 1; {hint}")
+    moe = ("moe_ep", "moe_tp")
+    for names in (("cp", "dp", "tp"), moe) if sizes.pp == 1 else (("pp", "tp"), moe[:1], moe[1:]):
+        product = math.prod(getattr(sizes, name) for name in names)
+        if world % product or (product != world and len(names) > 1):
             given = " · ".join(f"{name} {getattr(sizes, name)}" for name in names)
-            raise InputError(f"{given} is {product} but worldSize is {world}; they must be equal; {hint}")
+            raise InputError(f"{given} is {product} but worldSize is {world}; they must fit; {hint}")
     if sizes.sp > 1 and sizes.sp != sizes.tp:
         raise InputError(f"sp is {sizes.sp} and tp is {sizes.tp}; sp must be tp, or 1; {hint}")
 
@@ -129,6 +124,7 @@ def _card(sizes: Sizes, rank: int, share: int | None, padded: int, owners: list[
     chunks = held_chunks("zigzag", cp, sizes.cp) if sizes.cp > 1 else ()
     return Card(
         rank=rank,
+        pp=rank // sizes.tp if sizes.pp > 1 else 0,
         dp=rank // (world // sizes.dp),
         cp=cp,
         tp=tp,

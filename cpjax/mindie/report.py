@@ -1,16 +1,9 @@
-"""What a person sees: findings as blocks of text, cards and transfers as tables."""
+"""What a person sees of a check: findings as blocks of text."""
 
 from collections.abc import Iterator
 
-from rich import box
-from rich.table import Table
-
 from cpjax.mindie.check import Checked, Finding
 from cpjax.mindie.config import printable
-from cpjax.mindie.deployment import Sizes
-from cpjax.mindie.kv_cache import tokens_per_rank
-from cpjax.mindie.layout import Layout, short
-from cpjax.mindie.link import Transfer
 
 
 def findings_text(checked: Checked) -> Iterator[str]:
@@ -43,62 +36,3 @@ def who(finding: Finding) -> str:
 
 def _count(findings: list[Finding], what: str) -> str:
     return f"{len(findings)} {what}{'' if len(findings) == 1 else 's'}"
-
-
-def cards_table(layout: Layout) -> Table:
-    """A row per card."""
-    title = f"{len(layout.cards)} cards, a prompt of {layout.tokens} tokens"
-    table = Table(
-        title=title + (f", padded to {layout.padded}" if layout.padded > layout.tokens else ""),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for column in ("card", "dp", "cp", "tp", "ep", "etp", "heads", "tokens", "cached", "blocks"):
-        table.add_column(column, justify="right" if column in ("card", "heads", "cached") else "left", no_wrap=True)
-    held = tokens_per_rank(layout.tokens, layout.sizes.cp * layout.sizes.sp)
-    for card in layout.cards:
-        heads = "?" if card.heads is None else f"{card.heads[0]}–{card.heads[1] - 1}"
-        tokens = ", ".join(f"{start}–{end - 1}" for start, end in card.tokens)
-        coordinates = (card.rank, card.dp, card.cp, card.tp, card.moe_ep, card.moe_tp)
-        table.add_row(*map(str, coordinates), heads, tokens, str(held[card.scp]), short(card.blocks, 3))
-    return table
-
-
-def groups_text(layout: Layout) -> Iterator[str]:
-    """A line per kind of group."""
-    for kind, found in layout.groups.items():
-        shown = " ".join(
-            f"[{short(tuple(group), 4)}]" for group in (found if len(found) <= 3 else [*found[:2], found[-1]])
-        )
-        yield f"{kind:21} {f'{len(found)} × {len(found[0])}':8} {shown}" + ("" if len(found) <= 3 else "   (…)")
-
-
-def transfers_table(pulled: list[Transfer], title: str, most: int) -> Table:
-    """A row per block that one decode rank fetches; the middle is left out where there are more than `most`."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("prompt block", "tokens", "prefill rank", "block there", "decode block"):
-        table.add_column(column, justify="right")
-    shown = pulled if len(pulled) <= most else [*pulled[: most - 1], None, pulled[-1]]
-    for transfer in shown:
-        row = (
-            ("…",) * 5
-            if transfer is None
-            else map(str, (transfer.block, transfer.tokens, transfer.source, transfer.slot, transfer.target))
-        )
-        table.add_row(*row)
-    return table
-
-
-def link_text(links: dict[int, list[int]], pulled: list[Transfer], prefill: Sizes) -> Iterator[str]:
-    """Who is linked with whom, and why the last block lives where it lives."""
-    for d, sources in list(links.items())[:8]:
-        yield f"decode tp rank {d} fetches from prefill ranks {short(tuple(sources), 6)}, in this order"
-    if len(links) > 8:
-        yield f"… and so on, {len(links)} decode tp ranks"
-    last, ranks = pulled[-1], prefill.cp * prefill.sp
-    yield (
-        f"The prompt's last block, {last.block}, has {last.tokens} tokens. It lives on prefill rank {last.source}, the "
-        f"last of the {ranks} cache ranks that has any block, so that it is fetched last and becomes decode block "
-        f"{last.target}, the last: only there may a block be partly filled, because the decode node's cache is read up "
-        "to a length."
-    )

@@ -60,6 +60,10 @@ PARALLEL: tuple[Rule, ...] = (
     Rule("pp-product", "pp", "error", True, "pp > 1 needs pp · tp = worldSize", "make tp = worldSize / pp", MAPPING,
          lambda s: found(s.sizes.pp > 1 and s.sizes.pp * s.sizes.tp != s.sizes.world_size,
                          s, "pp", "tp", "world_size")),
+    Rule("pp-moe-fits", "moe_ep", "error", False, "with pp > 1, moe_ep and moe_tp divide worldSize, or cards are in no "
+         "group", "take moe_ep and moe_tp out", f"{MAPPING}, get_tp_group and get_dp_group",
+         lambda s: found(s.sizes.pp > 1 and any(size > 0 and s.sizes.world_size % size for size in s.sizes[-2:]),
+                         s, "moe_ep", "moe_tp", "world_size")),
     Rule("tp-in-a-node", "tp", "error", True, "tp is at most a node's cards, or worldSize",
          "make tp a divisor of a node's cards", MAPPING,
          lambda s: found(s.sizes.pp == 1 and not _fits_a_node(s, s.sizes.tp), s, "tp", "world_size")),
