@@ -12,6 +12,7 @@ Modes 2 to 4 read the triangle as a pattern of any length. What it must hold (on
 examples have it; the prose of its documents says "lower triangular") is checked here, and is not by the vendor.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -110,12 +111,16 @@ def check_sparse(
         tuple(mask.shape[-2:]) == (TRIANGLE, TRIANGLE) and mask.numel() == TRIANGLE**2,
         f"atten_mask is {tuple(mask.shape)}, sparse_mode {mode} needs ({TRIANGLE}, {TRIANGLE})",
     )
-    triangle = mask.reshape(TRIANGLE, TRIANGLE) != 0
     refusal.require(
-        bool((triangle == torch.ones_like(triangle).triu(1)).all()),
+        torch.equal(mask.reshape(TRIANGLE, TRIANGLE) != 0, _triangle()),
         f"atten_mask of sparse_mode {mode} must hold ones above the diagonal and zeros elsewhere (unsafe)",
     )
     return Sparse(mode, None, before, after)
+
+
+@functools.cache
+def _triangle() -> Tensor:
+    return torch.ones(TRIANGLE, TRIANGLE, dtype=torch.bool).triu(1)
 
 
 def _full(refusal: Refusal, mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
