@@ -207,7 +207,7 @@ class ErrorModel:
             error = error + np.abs(lost @ rows.value) / np.sqrt(3)
         absorbed = self._absorbed
         if absorbed.any():
-            of_values = absorbed @ np.abs(rows.value) + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
+            of_values = absorbed @ rows.size + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
             error = error + of_values
         return error
 
@@ -391,7 +391,7 @@ class ErrorModel:
 
     @cached_property
     def _weighted_magnitude(self) -> Float[np.ndarray, "R V"]:
-        return self.rows.weight @ np.abs(self.rows.value)
+        return self.rows.weight @ self.rows.size
 
     @cached_property
     def score_bound(self) -> Float[np.ndarray, "R S"]:
@@ -422,7 +422,7 @@ class ErrorModel:
         The last rounding is done, not bounded: so what must be exact is exact.
         """
         rows, fmt = self.rows, self._out
-        magnitude = np.abs(rows.value)
+        magnitude = rows.size
         growth = np.exp(np.minimum(self.score_bound, 50.0))
         several = (self._seen_keys > 1)[:, None]
         chunks = (rows.chunk_weight > 0).sum(axis=1)[:, None]
