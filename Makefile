@@ -21,10 +21,10 @@ crosscheck: $(READY)  ## attention of the vendor's example configuration, three 
 	$(BIN)/cpjax crosscheck
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 deep: $(READY)  ## the property tests with many more examples
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .
