@@ -232,7 +232,7 @@ SIZES = ["dp", "cp", "sp", "tp", "moe_ep", "moe_tp"]
     st.sampled_from([None, 0, 1, "\t"]),
 )
 def test_enable_edits_to_a_valid_config_and_keeps_all_else(tmp_path_factory, world, sizes, keys, indent):
-    """Whatever the sizes were: the result is valid, every field but the changed ones is as before, in the same order."""
+    """Whatever the sizes were: the result is valid, every other field is as before, and in the same order."""
     folder = tmp_path_factory.mktemp("enable")
     document = build({field: ... for field in SIZES})[0]
     model = document["ModelDeployConfig"]["ModelConfig"][0] | {"worldSize": world, "a": {"dp": 7, "b": [None]}} | sizes
