@@ -1,0 +1,175 @@
+"""Numbers that are stored in a narrow format (§3.1 to 3.4): probabilities, outputs of chunks, outputs of merges.
+
+Every one of them is known in float64, so the variance of its rounding is: spacing² / 12, if the rounded value falls
+anywhere between two neighbours; carried to the output by its derivative. Where it does not, because a number hardly
+moves, errors repeat with the same sign, and are added up instead. Section numbers are those of docs/verdict.md.
+"""
+
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float
+
+from cpjax.crosscheck.arithmetic import Arithmetic
+from cpjax.crosscheck.formats import FORMATS
+from cpjax.crosscheck.groups import Groups, groups_of, score_groups_of, sum_of_squares
+from cpjax.tiles import KEY_TILE
+
+
+class Stored(Arithmetic):
+    """Variances of what is stored, and the errors among them that have one sign."""
+
+    @cached_property
+    def _groups(self) -> Groups:
+        """Keys whose errors must be added up before they are squared (§3.9)."""
+        return groups_of(self.rows)
+
+    @cached_property
+    def _score_groups(self) -> Groups:
+        """The same for errors of the scores; they differ only where scores are rounded themselves."""
+        if not self._low_precision_scores:
+            return self._groups
+        return score_groups_of(self.rows, FORMATS[self.precision.score].digits)
+
+    def _variance_of(
+        self, error: Float[np.ndarray, "R S"], groups: Groups, *, center: bool
+    ) -> Float[np.ndarray, "R V"]:
+        """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; the keys of a group have equal errors."""
+        rows = self.rows
+        total = sum_of_squares(error, rows.value, rows.out if center else None)
+        if len(groups.at):
+            some, out = error[groups.at], rows.out[groups.at]
+            grouped = groups.sum_of_squares(some, rows.value, out)
+            if not center:  # v = (v − out) + out; the two parts are uncorrelated up to chance
+                grouped = grouped + groups.square_of_weights(some)[:, None] * out**2
+            total[groups.at] = np.maximum(total[groups.at], grouped)
+        return total
+
+    def _variance_of_sum(self, error: Float[np.ndarray, "R S"], groups: Groups) -> Float[np.ndarray, " R"]:
+        """Variance of Σ_j error_j; the keys of a group have equal errors."""
+        total = (error**2).sum(axis=1)
+        if len(groups.at):
+            total[groups.at] = np.maximum(total[groups.at], groups.square_of_weights(error[groups.at]))
+        return total
+
+    @cached_property
+    def probability_variance(self) -> Float[np.ndarray, "R V"]:
+        """p rounded to its format (§3.1). p = 1 is exact; what becomes 0 is in `one_signed`."""
+        p, worth = self._p_value, self._p_weight
+        step = np.where(p == 1.0, 0.0, self._p.spacing(p))
+        variance = self._variance_of(worth * step / np.sqrt(12), self._groups, center=False)
+        if self.precision.probability != "float16":
+            return variance
+        for cell in self._least_cells:
+            variance = variance + (self._p.tiny / 4 * (cell @ self.rows.value)) ** 2
+        return variance
+
+    @cached_property
+    def _least_cells(self) -> list[Float[np.ndarray, "R S"]]:
+        """Worth of the keys whose p becomes n times the least number, for each n up to 16: they err alike (§3.2)."""
+        if self.precision.probability != "float16":
+            return []
+        n = np.where(self.rows.seen, np.round(self._p_value / self._p.tiny), 0.0)
+        return [np.where(n == k, self._p_weight, 0.0) for k in np.unique(n[(n >= 1) & (n <= 16)])]
+
+    @property
+    def chunk_variance(self) -> Float[np.ndarray, "R V"]:
+        """Each chunk's out rounded to the out format, where these errors are random (§3.3)."""
+        return self._chunk[0]
+
+    @cached_property
+    def _chunk(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """Variance of the chunks' random roundings, and the sum of those that are not.
+
+        The value of the chunk's best key is, once rounded, a number of the format. Where the chunk's out is nearer than
+        a few spacings, it is rounded back to it, always against what the other keys added.
+        """
+        rows = self.rows
+        a = rows.chunk_weight[..., None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out = np.where(a > 0, rows.chunk_part / a, 0.0)
+        top = np.stack(
+            [start + rows.score[:, start:stop].argmax(axis=1) for start, stop in pairwise(rows.edges)], axis=1
+        )
+        moved = np.abs(out - self._out.round(rows.value[top]))
+        step = self._out.spacing(out)
+        free = moved >= 4 * step
+        independent = np.where(free, a**2 * step**2 / 12, 0.0).sum(axis=1)
+        return independent, np.where(free, 0.0, a * np.minimum(moved, 0.5 * step)).sum(axis=1)
+
+    @property
+    def carry_variance(self) -> Float[np.ndarray, "R V"]:
+        """The running out rounded after each merge, where these errors are independent (§3.4)."""
+        return self._carry[0]
+
+    @cached_property
+    def _carry(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        """Variance of the merges' independent roundings, and the sum of those that repeat.
+
+        A merge that moves the running out by less than a few spacings rounds the same way again and again.
+        """
+        rows = self.rows
+        if self.merging is None:
+            return self._carry_of_any_order()
+        a = np.take_along_axis(rows.chunk_weight, self.merging, axis=1)
+        part = np.take_along_axis(rows.chunk_part, self.merging[..., None], axis=1)
+        done = np.cumsum(a, axis=1)[..., None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            running = np.where(done > 0, np.cumsum(part, axis=1) / done, 0.0)
+        first = (np.cumsum(a > 0, axis=1) == 1) & (a > 0)
+        moved = np.abs(np.diff(running, axis=1, prepend=0.0))
+        merged = ((a > 0) & ~first)[..., None]  # the first chunk a row sees is merged with nothing
+        step = self._carry_format.spacing(running)
+        free = merged & (moved >= 4 * step)
+        stuck = merged & (moved < 4 * step)
+        independent = np.where(free, done**2 * step**2 / 12, 0.0).sum(axis=1)
+        repeated = np.where(stuck, done * np.minimum(moved, 0.5 * step), 0.0).sum(axis=1)
+        return independent, repeated
+
+    def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+        merges = np.maximum((self.rows.chunk_weight > 0).sum(axis=1) - 1, 0)[:, None]
+        step = self._carry_format.spacing(self._largest_running)
+        a = self.rows.chunk_weight[..., None]
+        moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
+        repeated = np.minimum(moved, 0.5 * step[:, None]).sum(axis=1) * (merges > 0)
+        return merges * step**2 / 12, repeated
+
+    @cached_property
+    def last_variance(self) -> Float[np.ndarray, "R V"]:
+        """The merged out rounded to the out format, where it was carried in a wider one (§3.4)."""
+        several = (self.rows.chunk_weight > 0).sum(axis=1) > 1
+        is_wider = self.precision.carry != self.precision.out
+        return several[:, None] * is_wider * self._out.spacing(self.rows.out) ** 2 / 12
+
+    @cached_property
+    def one_signed(self) -> Float[np.ndarray, "R V"]:
+        """Errors that all may have the same sign, at most: nothing averages them out.
+
+        Merges that move the running out by less than a few spacings, and round the same way each time (§3.4);
+        probabilities that become 0 (§3.2); terms that are too small for the sum they are added to (§3.7).
+        """
+        rows = self.rows
+        error = self._carry[1] + self._chunk[1]
+        if self.precision.probability == "float16":
+            lost = np.where(self._p_value < self._p.tiny / 2, rows.weight, 0.0)
+            error = error + np.abs(lost @ rows.value) / np.sqrt(3)
+        absorbed = self._absorbed
+        if absorbed.any():
+            of_values = absorbed @ rows.size + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
+            error = error + of_values
+        return error
+
+    @cached_property
+    def _absorbed(self) -> Float[np.ndarray, "R S"]:
+        """What may be lost of a weight that is small beside its tile's sum, or whose tile is (§3.7)."""
+        rows, eps = self.rows, self._eps
+        starts = np.concatenate([np.arange(start, stop, KEY_TILE) for start, stop in pairwise(rows.edges)])
+        tile = np.add.reduceat(rows.weight, starts, axis=1)
+        sizes = np.diff(np.append(starts, rows.weight.shape[1]))
+        of_tile = np.where(tile < 8 * eps, np.minimum(tile, 0.6 * eps), 0.0)
+        share = np.divide(of_tile, tile, out=np.zeros_like(tile), where=tile > 0)
+        whole = np.repeat(tile, sizes, axis=1)
+        lost = np.where(rows.weight < 8 * eps * whole, np.minimum(rows.weight, 0.6 * eps * whole), 0.0)
+        lost = np.maximum(lost, rows.weight * np.repeat(share, sizes, axis=1))
+        return lost * (self._seen_keys > 1)[:, None]

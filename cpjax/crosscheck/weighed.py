@@ -1,0 +1,137 @@
+"""Weights that are off (§3.5 to 3.8): rounded scores, rescales, sums and logarithms move weight between the keys.
+
+Section numbers are those of docs/verdict.md.
+"""
+
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float
+
+from cpjax.crosscheck.formats import FORMATS
+from cpjax.crosscheck.stored import Stored
+from cpjax.tiles import KEY_TILE
+
+
+class Weighed(Stored):
+    """Variances of the weights with which values enter, and of lse."""
+
+    @cached_property
+    def _score_sigma(self) -> Float[np.ndarray, "R S"]:
+        """Standard deviation of each score (§3.5): its roundings to the score format, and the compute dtype's."""
+        rows, s = self.rows, np.where(self.rows.seen, self.rows.score, 0.0)
+        below = np.where(rows.seen, rows.below, 0.0)
+        computed = self._eps * (2 * np.abs(s) + 3 * np.abs(below) + rows.norms)
+        variance = computed**2 / 3
+        if self._low_precision_scores:
+            fmt = FORMATS[self.precision.score]
+            variance = variance + (self._scale * fmt.spacing(s / self._scale)) ** 2 / 12
+            variance = variance + fmt.spacing(s) ** 2 / 12
+            variance = variance + np.where(np.abs(below) <= np.abs(s), 0.0, fmt.spacing(below) ** 2 / 12)
+        return np.where(rows.seen, np.sqrt(variance), 0.0)
+
+    @cached_property
+    def score_variance(self) -> Float[np.ndarray, "R V"]:
+        """Errors of the scores move weight between keys: Σ A_j δs_j (v_j − out) (§3.5), and the rescales (§3.6)."""
+        rows = self.rows
+        variance = self._variance_of(rows.weight * self._score_sigma, self._score_groups, center=True)
+        for jump, weight, part in self._rescales:
+            variance = variance + (jump[:, None] * (part - weight[:, None] * rows.out)) ** 2
+        return variance
+
+    @cached_property
+    def _rescales(self) -> list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"], Float[np.ndarray, "R V"]]]:
+        """Standard deviation of each rescale's exponent, with Σ A and Σ A v of the keys that it multiplies (§3.6)."""
+        if not self._low_precision_scores:
+            return []
+        fmt, rows = FORMATS[self.precision.score], self.rows
+        found = []
+        for start, stop in pairwise(rows.edges):
+            highest = np.full(len(rows.lse), -np.inf)
+            weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
+            for tile in range(start, stop, KEY_TILE):
+                keys = slice(tile, min(tile + KEY_TILE, stop))
+                new = np.maximum(highest, rows.score[:, keys].max(axis=1))
+                seen_before = ~np.isneginf(highest)
+                jump = np.where(seen_before, new - np.where(seen_before, highest, 0.0), 0.0)
+                if (jump > 0).any():
+                    found.append((np.where(jump > 0, fmt.spacing(jump), 0.0) / np.sqrt(12), weight, part))
+                weight = weight + rows.weight[:, keys].sum(axis=1)
+                part = part + rows.weight[:, keys] @ rows.value[keys]
+                highest = new
+        return found
+
+    @cached_property
+    def lse_rounding_variance(self) -> Float[np.ndarray, "R V"]:
+        """Each chunk's lse rounded, which makes it weigh too much or too little in the merge (§3.8)."""
+        rows = self.rows
+        beside = rows.chunk_part - rows.chunk_weight[..., None] * rows.out[:, None]
+        return (beside**2 * self._chunk_lse_step[..., None] ** 2 / 12).sum(axis=1)
+
+    @cached_property
+    def compute_variance(self) -> Float[np.ndarray, "R V"]:
+        """What float32 does besides (§3.7): exponentials and products, sums over the keys, weights of the merge."""
+        rows, eps = self.rows, self._eps
+        a = rows.chunk_weight[..., None]
+        spread = ((rows.chunk_part - a * rows.out[:, None]) ** 2).sum(axis=1)
+        of_terms = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
+        size = np.where(self._groups.is_repeated[:, None], self._weighted_magnitude, np.abs(rows.out))
+        of_sums = self._sum_sigma[:, None] * size
+        of_merges = (2 * eps * (self._lse_size + 2))[:, None] ** 2 * spread
+        return of_terms**2 + 2 * of_sums**2 + of_merges
+
+    @cached_property
+    def _sum_sigma(self) -> Float[np.ndarray, " R"]:
+        """Relative error of a sum of positive terms, one after the other in a tile of up to 2,048 (§3.7).
+
+        0.25 √n units if the roundings are independent; n/4 units if equal terms make them equal.
+        """
+        n = np.minimum(self._seen_keys, 2048)
+        tiles = self._seen_keys / 2048
+        units = np.where(self._groups.is_repeated, n / 4, 0.25 * np.sqrt(n)) + 0.25 * np.sqrt(tiles)
+        return self._eps * np.where(self._seen_keys > 1, units, 0.0)
+
+    @cached_property
+    def lse_one_signed(self) -> Float[np.ndarray, " R"]:
+        """Errors of lse that may all have the same sign (§3.8)."""
+        return self._absorbed.sum(axis=1)
+
+    @cached_property
+    def lse_variance(self) -> Float[np.ndarray, " R"]:
+        """Variance of lse (§3.8): errors of scores, of the sum, and of the logarithm and the merges."""
+        rows, eps, n = self.rows, self._eps, self._seen_keys
+        variance = self._variance_of_sum(rows.weight * self._score_sigma, self._score_groups)
+        for jump, weight, _ in self._rescales:
+            variance = variance + (jump * weight) ** 2
+        merges = (rows.chunk_weight > 0).sum(axis=1)
+        of_sum = np.where(n > 1, 4 * eps, 0.0) + self._sum_sigma
+        of_log = eps * (self._lse_size + 2) * np.sqrt(merges + 1)
+        of_storing = (rows.chunk_weight**2 * self._chunk_lse_step**2).sum(axis=1) / 12
+        return np.where(n > 0, variance + of_sum**2 + of_log**2 + of_storing + self.lse_one_signed**2, 0.0)
+
+    def variance_along(
+        self, per_out: Float[np.ndarray, "R V"], per_lse: Float[np.ndarray, " R"]
+    ) -> Float[np.ndarray, " R"]:
+        """Variance of per_out · (error of out) + per_lse · (error of lse) in each row, correlations included (§7).
+
+        The errors of probabilities and of scores are shared by all outputs of a row, so they are added up first. What
+        is `one_signed` is left out: it is no random error.
+        """
+        rows = self.rows
+        along = per_out @ rows.value.T
+        away = along - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
+        step = np.where(self._p_value == 1.0, 0.0, self._p.spacing(self._p_value))
+        variance = self._variance_of_sum(self._p_weight * step / np.sqrt(12) * along, self._groups)
+        variance += self._variance_of_sum(rows.weight * self._score_sigma * away, self._score_groups)
+        for cell in self._least_cells:
+            variance += (self._p.tiny / 4 * (cell * along).sum(axis=1)) ** 2
+        # Errors of a merge's weights and of the row sum move all outputs of a row together.
+        beside = rows.chunk_part - rows.chunk_weight[..., None] * rows.out[:, None]
+        away_of_chunks = np.einsum("rv,rcv->rc", per_out, beside)
+        variance += ((2 * self._eps * (self._lse_size + 2))[:, None] ** 2 * away_of_chunks**2).sum(axis=1)
+        variance += (self._sum_sigma * (per_out * rows.out).sum(axis=1)) ** 2
+        variance += (self._chunk_lse_step**2 * away_of_chunks**2).sum(axis=1) / 12
+        stored = self.chunk_variance + self.carry_variance + self.compute_variance + self.last_variance
+        variance += (per_out**2 * stored).sum(axis=1)
+        return variance + per_lse**2 * self.lse_variance
