@@ -42,6 +42,11 @@ def case_of(
         raise InputError(f"--tokens is {tokens}; it must be from 1 to the config's maxSeqLen, {deployment.max_seq_len}")
     tokens = min(deployment.max_input_token_len, MOST_TOKENS) if tokens is None else tokens
     head_dim = shape.nope + shape.rope
+    if sizes.tp > 1:
+        remarks.append(
+            f"computing what one card of each of the {sizes.cp} CP ranks does: {heads} of {shape.heads} heads; the other "
+            f"{sizes.tp - 1} tensor-parallel shares are the same on other heads"
+        )
     about = {"config": deployment.path.name, "model": deployment.model_name, "tp": sizes.tp, "tokens": tokens}
     name = f"{deployment.path.stem}-{tokens}"
     case = gaussian_case(
