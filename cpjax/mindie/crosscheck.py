@@ -44,8 +44,8 @@ def case_of(
     head_dim = shape.nope + shape.rope
     if sizes.tp > 1:
         remarks.append(
-            f"computing what one card of each of the {sizes.cp} CP ranks does: {heads} of {shape.heads} heads; the other "
-            f"{sizes.tp - 1} tensor-parallel shares are the same on other heads"
+            f"computing what one card of each of the {sizes.cp} CP ranks does: {heads} of {shape.heads} heads; "
+            f"the other {sizes.tp - 1} tensor-parallel shares are the same on other heads"
         )
     about = {"config": deployment.path.name, "model": deployment.model_name, "tp": sizes.tp, "tokens": tokens}
     name = f"{deployment.path.stem}-{tokens}"
