@@ -42,4 +42,4 @@ trial: $(READY)  ## the judge on trial: 100,000 correct results, then every faul
 	$(BIN)/python -m cpjax.trial detection
 
 clean:  ## remove the environment and all caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis
