@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help test deep crosscheck lint notebooks clean
+.PHONY: help test deep mutation crosscheck lint notebooks clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -23,6 +23,9 @@ test: $(READY)  ## all tests
 
 deep: $(READY)  ## the property tests with many more examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
+
+mutation: $(READY)  ## a seeded sample of mutants of the algorithm; which survive
+	$(BIN)/python tools/mutation.py --sample 150
 
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .
