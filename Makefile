@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help test deep crosscheck lint notebooks mutation trial clean
+.PHONY: help test deep crosscheck lint notebooks bench mutation trial clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: $(READY)  ## all tests
 deep: $(READY)  ## the property tests with many more examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist loadfile
 
+mutation: $(READY)  ## a seeded sample of mutants of the algorithm; which survive
+	$(BIN)/python tools/mutation.py --sample 150
+
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,8 +37,8 @@ lint: $(READY)  ## style, types
 notebooks: $(READY)  ## execute every notebook
 	$(BIN)/jupyter-execute notebooks/*.ipynb
 
-mutation: $(READY)  ## break the algorithm's files at random: does a test fail? (an hour)
-	$(BIN)/python tools/mutation.py
+bench: $(READY)  ## speed beside PyTorch's fused kernel and dense JAX, in one run
+	$(BIN)/cpjax bench
 
 trial: $(READY)  ## the judge on trial: 100,000 correct results, then every fault (an hour and more)
 	$(BIN)/python -m cpjax.trial false-alarms --count 100000 --workers 2

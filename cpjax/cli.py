@@ -101,6 +101,32 @@ def judge(
         _show(judged, as_json)
 
 
+BENCH_HELP = """Time the forward pass beside PyTorch's fused kernel and dense JAX: interleaved, the median of several runs.
+
+Example: cpjax bench --tokens 8192 --heads 4 --head-dim 64 --json
+"""
+
+
+@app.command(help=BENCH_HELP)
+def bench(
+    tokens: Annotated[int, typer.Option(min=1)] = 8192,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    cp: Annotated[int, typer.Option(min=1, max=64, help="devices, simulated on a CPU: one for each core")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each contender that count")] = 5,
+    as_json: Json = False,
+) -> None:
+    """See BENCH_HELP."""
+    import jax
+
+    from cpjax import bench as bench_module
+
+    with _errors():
+        jax.config.update("jax_num_cpu_devices", cp)
+        rows = bench_module.bench(tokens, heads, head_dim, cp, repeats)
+        print(json.dumps([row._asdict() for row in rows], indent=2) if as_json else bench_module.table(rows))
+
+
 def main() -> None:
     """The entry point of the console script."""
     app()

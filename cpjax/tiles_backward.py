@@ -7,6 +7,7 @@ in. So every block's part of the derivatives can be computed by itself, and they
                                                                                             dk = scale dsᵀ q
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -15,7 +16,7 @@ from cpjax.attention import Attention
 from cpjax.mask import Tokens, visible
 from cpjax.partial import finite
 from cpjax.precision import scale_in
-from cpjax.tiles import scores, tiles, without_pads
+from cpjax.tiles import KEY_TILE, scores, tiles, without_pads
 
 
 def attend_backward(
@@ -63,14 +64,21 @@ def attend_backward(
         more, dk, dv = tile(*block)
         return dq + more, (dk, dv)
 
-    first, *others = tiles((key, value, kv_tokens))
-    dq, dk, dv = tile(*first)
-    dks, dvs = [dk], [dv]
-    for stack in others:
-        dq, (dk, dv) = lax.scan(step, dq, stack)
-        dks.append(_flat(dk))
-        dvs.append(_flat(dv))
-    return dq.reshape(batch, length, heads, query.shape[-1]), jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
+    total, dks, dvs = None, [], []
+    for stack in tiles((key, value, kv_tokens), KEY_TILE):
+        # The first tile is a step of its own: inside shard_map a scan's carry must vary over the mesh from the start.
+        first, others = jax.tree.map(lambda x: x[0], stack), jax.tree.map(lambda x: x[1:], stack)
+        dq, dk, dv = tile(*first)
+        total = dq if total is None else total + dq
+        dks.append(dk)
+        dvs.append(dv)
+        if len(others[0]):
+            total, (dk, dv) = lax.scan(step, total, others)
+            dks.append(_flat(dk))
+            dvs.append(_flat(dv))
+    assert total is not None  # there is at least one tile, if of length 0
+    dq = total.reshape(batch, length, heads, query.shape[-1])
+    return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
 
 
 def _flat(stack: Float[Array, "n B tile K X"]) -> Float[Array, "B n*tile K X"]:

@@ -44,6 +44,16 @@ def test_is_dense_around_the_real_tile(keys):
         assert_dense(run(p), p)
 
 
+@examples(0.3)
+@given(problems(5, 7), st.sampled_from([1, 2, 3, 5]))
+def test_is_dense_with_any_query_tile(p, tile):
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "QUERY_TILE", tile)
+        patch.setattr(tiles, "KEY_TILE", 2)
+        p = p._replace(sink=NO_SINK)
+        assert_dense(jax.jit(lambda *arrays: attend(*arrays, attention(p.rule)))(*p.arrays), p)
+
+
 @given(problems(5, 7), st.integers(0, 6), st.integers(0, 2**32 - 1))
 def test_the_future_never_leaks(p, j, seed):
     """Key or value j may become any finite number: no bit changes where it is hidden."""

@@ -1,13 +1,13 @@
 """The instrument: is a result what correct arithmetic in its precision gives? The derivation is docs/verdict.md.
 
-    formats, order, attention64             the formats, the order of merging, exact attention taken apart
-    arithmetic, groups, stored, weighed,    what rounding may do to each element:
-    hard_bound, error_model                 a standard deviation and a bound
-    statistic, directed                     from errors to deviates; tests for single faults
-    question, extremes, evidence            the inputs, checked; every row in range; every judged row measured
-    verdict, judge                          the decision, in words
-    case, result                            what goes to a backend and comes back, as files (docs/formats.md)
-    backends, session                       who computes a case; cases and results judged and shown
+formats, order, attention64             the formats, the order of merging, exact attention taken apart
+arithmetic, groups, stored, weighed,    what rounding may do to each element:
+hard_bound, error_model                 a standard deviation and a bound
+statistic, directed                     from errors to deviates; tests for single faults
+question, extremes, evidence            the inputs, checked; every row in range; every judged row measured
+verdict, judge                          the decision, in words
+case, result                            what goes to a backend and comes back, as files (docs/formats.md)
+backends, session                       who computes a case; cases and results judged and shown
 """
 
 from cpjax.crosscheck.judge import judge as judge
