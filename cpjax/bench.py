@@ -20,7 +20,7 @@ PRECISION = {"float32": "float32", "float16": "flash_fp16"}
 
 
 class Row(NamedTuple):
-    """One setting. `seconds` by contender, median; `ratio` is ours divided by the contender's."""
+    """One setting: median `seconds` by contender, `ratio` ours to theirs, and why one is `unsupported` here."""
 
     tokens: int
     dtype: str
@@ -28,6 +28,7 @@ class Row(NamedTuple):
     direction: str
     seconds: dict[str, float]
     ratio: dict[str, float]
+    unsupported: dict[str, str]
 
 
 def bench(
@@ -82,6 +83,8 @@ def table(rows: list[Row]) -> str:
             ratio = "" if name == OURS else f"{row.ratio[name]:12.2f}"
             mask = "causal" if row.causal else "full"
             lines.append(f"{row.tokens:7} {row.dtype:8} {mask:7} {name:12} {seconds:8.3f} {ratio}")
+        for name, reason in row.unsupported.items():
+            lines.append(f"{row.tokens:7} {row.dtype:8} {'':7} {name:12} unsupported: {reason}")
     return "\n".join(lines)
 
 
@@ -90,12 +93,18 @@ def _row(tokens: int, heads: int, head_dim: int, cp: int, repeats: int, dtype: s
     arrays = [rng.normal(size=(1, tokens, heads, head_dim)).astype(dtype) for _ in range(3)]
     runs = contenders(arrays, causal, cp)
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    unsupported = {}
+    for name, run in list(runs.items()):  # the first run compiles, and is not counted
+        try:
+            run()
+        except ValueError as error:  # jax.nn has no FP16 attention on some CPUs
+            unsupported[name] = next(iter(str(error).splitlines()), "")
+            del runs[name], taken[name]
+    for _ in range(repeats):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            if turn:  # the first one compiles
-                taken[name].append(time.perf_counter() - start)
+            taken[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(times) for name, times in taken.items()}
     ratio = {name: seconds[OURS] / theirs for name, theirs in seconds.items() if name != OURS}
-    return Row(tokens, dtype, causal, "forward", seconds, ratio)
+    return Row(tokens, dtype, causal, "forward", seconds, ratio, unsupported)

@@ -101,7 +101,7 @@ def judge(
         _show(judged, as_json)
 
 
-BENCH_HELP = """Time the forward pass beside PyTorch's fused kernel and dense JAX: interleaved, the median of several runs.
+BENCH_HELP = """Time the forward pass beside PyTorch's fused kernel and dense JAX: interleaved, medians.
 
 Example: cpjax bench --tokens 8192 --heads 4 --head-dim 64 --json
 """
