@@ -1,0 +1,53 @@
+"""What the pages say is there, is there."""
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_make_targets_exist():
+    named = set(re.findall(r"(?m)(?:`|^    )make ([a-z]+)", README + PAGES[1].read_text()))
+    assert {"crosscheck", "test", "deep"} <= named
+    assert named <= set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
+
+
+# In backticks, or on an indented line, with or without a prompt.
+COMMANDS = sorted(set(re.findall(r"(?m)(?:`|^    (?:\$ )?)cpjax ((?:mindie )?[a-z]+)", README)))
+
+
+def test_commands_are_found():
+    assert {"crosscheck", "judge", "mindie check"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command):
+    line = [sys.executable, "-m", "cpjax", *command.split(), "--help"]
+    assert subprocess.run(line, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_the_example_of_the_readme():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 1
+    assert len(doctest.DocTestParser().get_examples(blocks[0])) >= 8
+    code = (
+        f"import doctest; test = doctest.DocTestParser().get_doctest({blocks[0]!r}, {{}}, 'README', None, 0);"
+        "raise SystemExit(doctest.DocTestRunner().run(test).failed)"
+    )
+    # A process of its own: it sets the number of devices, as a user would.
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
