@@ -51,7 +51,7 @@ class RowTable:
     outside: Int[np.ndarray, " R"]
     """Outputs beyond the bound."""
     mean_square: Float[np.ndarray, " R"]
-    """Mean of (error/σ)² over the outputs that are rounded at all."""
+    """Mean of (error/σ)² over the outputs that are rounded at all; what must be exact is for the bound to check."""
     rounded: Int[np.ndarray, " R"]
     """How many these are."""
     freedom: Float[np.ndarray, " R"]
@@ -202,7 +202,8 @@ def _measure(
     error = np.where(unjudged[:, None] | ~np.isfinite(error), 0.0, error)
     inside = unjudged[:, None] | ((given >= expected.low) & (given <= expected.high))
     lse_columns, lse_error = _lse(rows, expected, None if lse is None else lse[b, at, tile.head], unjudged)
-    mean_square, rounded, bias = _spread(error, expected.sigma)
+    least = FORMATS[question.precision.out].spacing(rows.out) * 2.0**-10
+    mean_square, rounded, bias = _spread(error, np.where(expected.sigma > least, expected.sigma, 0.0))
     mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
     rounded = np.where(unjudged, 0, rounded)
     freedom = np.where(rounded > 0, effective_freedom(_distinct(rows.out), expected.coherent), 0.0)

@@ -23,6 +23,10 @@ LATTICE_SHARE = 0.25
 numbers is a BF16 number, and an error of up to one place reaches it from both sides."""
 
 
+Failure = tuple[str, str | None]
+"""A test's name, and a sentence unless others say it already."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A head, a query chunk or a rank on its own. `deviate` beyond 6, less what the worst of so many has, fails."""
@@ -53,8 +57,8 @@ class Verdict:
     reasons: list[str]
     """Why it did not pass, one sentence each; empty when it did."""
     failed_tests: tuple[str, ...]
-    """Names of the failed tests, in the order of the reasons: form, range, bound, spread, worst row, lse bound,
-    lse spread, lse worst row, heads, query chunks, ranks, scale, key, bfloat16, unjudged."""
+    """Names of all tests that failed: form, range, bound, spread, worst row, lse bound, lse spread, lse worst row,
+    heads, query chunks, ranks, scale, key, bfloat16, unjudged. A test that adds nothing to others has no sentence."""
     precision: str
     order: str
     rows: int
@@ -113,7 +117,7 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
     lse_errors = RowErrors(table.lse_square, table.lse_freedom, table.same)
     parts = list(_parts(question, table, has_lse))
     scale_deviate, scale_error = _scale(table)
-    failures: list[tuple[str, str]] = []
+    failures: list[Failure] = []
     if out_of_range:
         failures.append(("range", f"out: {_count(out_of_range, row_count)} no average of the values it may see"))
     failures += _bound(table, "out", table.ratio, table.outside)
@@ -122,9 +126,11 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
         failures += _bound(table, "lse", table.lse_ratio, ~(table.lse_ratio <= 1.0))
         failures += _errors(question, "lse", lse_errors, _lse_z(table))
     failures += _worst_parts(parts)
-    if not abs(scale_deviate) <= LIMIT + 1:
+    # A gross fault makes every directed test fail. It names itself only if it explains most of what is wrong.
+    enough = _excess(table) / 2 if failures else 0.0
+    if not abs(scale_deviate) <= LIMIT + 1 and _gain(_scale_score(table)) >= enough:
         failures.append(("scale", _scale_sentence(scale_error, scale_deviate)))
-    failures += _keys(evidence)
+    failures += _keys(evidence, enough)
     failures += _bfloat16(evidence)
     unjudged = int(table.unjudged.sum())
     wrong = bool(failures)
@@ -140,7 +146,7 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
         lse_z=_lse_z(table) if has_lse else float("nan"),
         max_error=float(table.error.max(initial=0.0)),
         lse_max_error=float(table.lse_error.max(initial=0.0)) if has_lse else float("nan"),
-        reasons=[sentence for _, sentence in failures],
+        reasons=[sentence for _, sentence in failures if sentence is not None],
         failed_tests=tuple(name for name, _ in failures),
         precision=question.precision.name,
         order=question.order,
@@ -176,11 +182,14 @@ def _mean(x: np.ndarray, weight: np.ndarray) -> float:
     return float(np.average(x[counts], weights=weight[counts])) if counts.any() else float("nan")
 
 
-def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -> Iterator[tuple[str, str]]:
+def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -> Iterator[Failure]:
     rows = np.flatnonzero(~(ratio <= 1.0))
     if len(rows):
         worst = rows[np.argmax(ratio[rows])]
-        size = "may have no error at all" if np.isinf(ratio[worst]) else f"is off by {ratio[worst]:.3g} times its bound"
+        error = (table.error if name == "out" else table.lse_error)[worst]
+        size = f"is off by {ratio[worst]:.3g} times its bound"
+        if np.isinf(ratio[worst]):
+            size = "is no finite number, or should not be one" if np.isinf(error) else "may have no error at all"
         yield (
             "bound" if name == "out" else "lse bound",
             f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; "
@@ -188,16 +197,19 @@ def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -
         )
 
 
-def _errors(question: Question, name: str, errors: RowErrors, z: float) -> Iterator[tuple[str, str]]:
+def _errors(question: Question, name: str, errors: RowErrors, z: float) -> Iterator[Failure]:
     prefix = "" if name == "out" else "lse "
     together, worst = spread_deviate(errors), worst_row_deviate(errors)
     if not together <= LIMIT:
         yield (
             f"{prefix}spread",
-            f"{name}: errors are {z:.3g} times what {question.precision.name} makes them ({together:.3g} deviates)",
+            f"{name}: errors are {z:.3g} times what {question.precision.name} makes them ({together:.3g} deviates)"
+            if np.isfinite(z)
+            else None,
         )
     if not worst <= LIMIT:
-        yield f"{prefix}worst row", f"{name}: one row's errors are too large for roundings ({worst:.3g} deviates)"
+        alone = f"{name}: one row's errors are too large for roundings ({worst:.3g} deviates)"
+        yield f"{prefix}worst row", alone if together <= LIMIT else None
 
 
 def _parts(question: Question, table: RowTable, has_lse: bool) -> Iterator[Part]:
@@ -215,22 +227,36 @@ def _parts(question: Question, table: RowTable, has_lse: bool) -> Iterator[Part]
             yield Part(f"{name} {value}", z, lse_z, deviate)
 
 
-def _worst_parts(parts: list[Part]) -> Iterator[tuple[str, str]]:
+def _worst_parts(parts: list[Part]) -> Iterator[Failure]:
     for kind, test in (("head", "heads"), ("query chunk", "query chunks"), ("rank", "ranks")):
         wrong = [part for part in parts if part.name.rpartition(" ")[0] == kind and not part.deviate <= LIMIT]
         if wrong:
             names = ", ".join(part.name.rpartition(" ")[2] for part in wrong[:8]) + (", …" if len(wrong) > 8 else "")
             many = sum(part.name.rpartition(" ")[0] == kind for part in parts)
-            yield (
-                test,
-                f"{len(wrong)} of {many} {test} {'is' if len(wrong) == 1 else 'are'} wrong on their own ({names})",
-            )
+            # That all of them are wrong says nothing about where.
+            yield test, f"{test} that are wrong by themselves: {names} (of {many})" if len(wrong) < many else None
+
+
+def _excess(table: RowTable) -> float:
+    """Σ (error/σ)² beyond what correct results have; infinite where an output is not finite."""
+    of_out = (table.mean_square - 1) * table.rounded
+    of_lse = (table.lse_square - 1) * table.lse_freedom
+    return float(np.nan_to_num(of_out, posinf=np.inf).sum() + np.nan_to_num(of_lse, posinf=np.inf).sum())
+
+
+def _gain(score: Score) -> float:
+    """By how much Σ (error/σ)² falls if the fault that the score speaks of is taken out."""
+    return float(score.value**2 / score.information) if score.information > 0 else 0.0
+
+
+def _scale_score(table: RowTable) -> Score:
+    columns = (table.scale_value, table.scale_variance, table.scale_bias, table.scale_information)
+    return Score(*(np.asarray(column.sum()) for column in columns))
 
 
 def _scale(table: RowTable) -> tuple[float, float]:
     """The score test's deviate for the scale, and the relative error of the scale that it estimates."""
-    columns = (table.scale_value, table.scale_variance, table.scale_bias, table.scale_information)
-    score = Score(*(np.asarray(column.sum()) for column in columns))
+    score = _scale_score(table)
     return float(deviate(score)), float(score.value / score.information) if score.information > 0 else float("nan")
 
 
@@ -238,13 +264,14 @@ def _scale_sentence(error: float, deviate: float) -> str:
     return f"the errors are those of a scale {error:+.2%} off ({abs(deviate):.3g} deviates)"
 
 
-def _keys(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """A key that was lost, halved or doubled. Scores of correct results grow with the number of keys."""
+def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:
+    """A key that was lost, halved or doubled, and explains `enough`. Correct scores grow with the number of keys."""
     keys = evidence.keys
     change = np.divide(keys.value, keys.information, out=np.zeros_like(keys.value), where=keys.information > 0)
     deviates = np.where((np.abs(change) >= 0.25) & (np.abs(change) <= 2.0), np.abs(deviate(keys)), 0.0)
     b, k, s = np.unravel_index(np.argmax(deviates), deviates.shape)
-    if not deviates[b, k, s] - expected_maximum(deviates.size) <= LIMIT:
+    gain = _gain(Score(*(x[b, k, s] for x in keys)))
+    if not deviates[b, k, s] - expected_maximum(deviates.size) <= LIMIT and gain >= enough:
         yield (
             "key",
             f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} "
@@ -252,7 +279,7 @@ def _keys(evidence: Evidence) -> Iterator[tuple[str, str]]:
         )
 
 
-def _bfloat16(evidence: Evidence) -> Iterator[tuple[str, str]]:
+def _bfloat16(evidence: Evidence) -> Iterator[Failure]:
     lattice = evidence.lattice
     found, expected = int((lattice.found & lattice.expected).sum()), int(lattice.expected.sum())
     deviate = binomial_deviate(found, expected, LATTICE_SHARE)
