@@ -239,9 +239,11 @@ def _worst_parts(parts: list[Part]) -> Iterator[Failure]:
 
 def _excess(table: RowTable) -> float:
     """Σ (error/σ)² beyond what correct results have; infinite where an output is not finite."""
-    of_out = (table.mean_square - 1) * table.rounded
-    of_lse = (table.lse_square - 1) * table.lse_freedom
-    return float(np.nan_to_num(of_out, posinf=np.inf).sum() + np.nan_to_num(of_lse, posinf=np.inf).sum())
+    total = 0.0
+    for square, count in ((table.mean_square, table.rounded), (table.lse_square, table.lse_freedom)):
+        counts = count > 0
+        total += float(((square[counts] - 1) * count[counts]).sum())
+    return total
 
 
 def _gain(score: Score) -> float:
