@@ -260,3 +260,26 @@ def test_lengths_that_no_layout_divides_are_judged(layout, length, cp):
     for order in ("ascending", "ring", "gather", "unknown"):
         said = verdict(p, out.astype(np.float16), lse.astype(np.float32), layout=layout, order=order)
         assert said.passed, (order, said.reasons)
+
+
+def test_one_wrong_row_does_not_hide_among_equal_ones():
+    """1,024 equal queries give 1,024 equal rows; one of them is off by what the bound alone does not notice."""
+    rng = np.random.default_rng(0)
+    query = np.broadcast_to(rng.standard_normal((1, 1, 1, 16)), (1, 1024, 1, 16))
+    key, value = rng.standard_normal((1, 512, 1, 16)), rng.standard_normal((1, 512, 1, 8))
+    p = Problem(query, key, value, 0.25, is_causal=False, cp=2).cast("float16")
+    out, lse = attend(p, FP16)
+    assert verdict(p, out, lse, scale=0.25).passed
+    lse = lse.copy()
+    lse[0, 300, 0] += 1e-4
+    assert "lse worst row" in verdict(p, out, lse, scale=0.25).failed_tests
+
+
+def test_inputs_that_are_no_numbers_are_refused_unless_they_are_pads(ordinary):
+    p, (out, lse) = ordinary
+    key = p.key.copy()
+    key[0, 120] = np.nan
+    with pytest.raises(ValueError, match=r"key holds a NaN or an infinity, first at batch 0, token 120"):
+        judge(p.query, key, p.value, out, lse, cp=2)
+    segment = np.where(np.arange(128) < 120, 0, -1)[None].astype(np.int32)
+    assert judge(p.query, key, p.value, out, lse, cp=2, segment_ids=segment).passed

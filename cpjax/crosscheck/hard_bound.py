@@ -56,14 +56,14 @@ class HardBound(Arithmetic):
         growth = np.exp(np.minimum(self.score_bound, 50.0))
         several = (self._seen_keys > 1)[:, None]
         chunks = (rows.chunk_weight > 0).sum(axis=1)[:, None]
-        p_error = np.maximum(self._p.u * rows.weight * growth, self._p.tiny / 2 * self._p_weight)
+        p_error = growth * np.maximum(self._p.u * rows.weight, self._p.tiny / 2 * self._p_weight)
         moved = rows.weight * (growth - 1)
+        # Weights that are off do not sum to one; all errors are relative to their sum.
         least = (rows.weight / growth).sum(axis=1, keepdims=True)
-        of_scores = (moved @ magnitude + moved.sum(axis=1, keepdims=True) * np.abs(rows.out)) / np.where(
-            least > 0, least, 1.0
-        )
+        least = np.where(least > 0, least, 1.0)
+        of_scores = moved @ magnitude + moved.sum(axis=1, keepdims=True) * np.abs(rows.out)
         of_sums = 2 * (self._depth + self.head_dim) * self._eps * self._weighted_magnitude
-        b = several * ((np.where(rows.seen, p_error, 0.0) @ magnitude) + of_scores + of_sums)
+        b = several * (np.where(rows.seen, p_error, 0.0) @ magnitude + of_scores + of_sums) / least
         a = rows.chunk_weight[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
             chunk_out = np.where(a > 0, np.abs(rows.chunk_part) / a, 0.0)

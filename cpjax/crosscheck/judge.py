@@ -92,7 +92,6 @@ def judge(
     chosen = chosen_rows(asked, seed)
     judged = np.broadcast_to(asked.is_judged[..., None], chosen.shape)
     out_of_range = rows_out_of_range(asked, out, lse) & judged & ~chosen
-    # A row that is out of range is certainly wrong, so it is looked at even if it was not drawn.
     evidence = collect(asked, out, lse, chosen, progress)
     return decide(
         asked, evidence, has_lse=lse is not None, row_count=int(judged.sum()), out_of_range=int(out_of_range.sum())

@@ -102,6 +102,7 @@ def question(
         raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape}: nothing may be empty")
     if (np.asarray(q_tokens.segment) == PAD).all():
         raise ValueError("every query is a pad (segment -1); there is nothing to judge")
+    _check_finite({"query": (query, q_tokens), "key": (key, kv_tokens), "value": (value, kv_tokens)})
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
@@ -110,6 +111,15 @@ def question(
     return Question(
         query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, cp, layout, order
     )
+
+
+def _check_finite(arrays: dict[str, tuple[np.ndarray, Tokens]]) -> None:
+    """Pads may hold anything; a NaN or an infinity in a real token makes every answer right and wrong."""
+    for name, (x, places) in arrays.items():
+        bad = ~np.isfinite(x).all(axis=(2, 3)) & (np.asarray(places.segment) != PAD)
+        if bad.any():
+            b, t = np.argwhere(bad)[0]
+            raise ValueError(f"{name} holds a NaN or an infinity, first at batch {b}, token {t}; inputs must be finite")
 
 
 def _profile(query: np.ndarray, precision: str | Precision | None) -> Precision:

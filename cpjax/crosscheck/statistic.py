@@ -63,11 +63,15 @@ def spread_deviate(errors: RowErrors) -> float:
 
 
 def worst_row_deviate(errors: RowErrors) -> float:
-    """The worst row, less what the largest of so many is expected to be."""
-    rows = distinct_rows(errors)
-    if len(rows.freedom) == 0:
+    """The worst row, less what the largest of so many is expected to be.
+
+    Of equal rows each counts by itself: a single wrong one must not hide behind the mean of the others.
+    """
+    used = errors.freedom > 0
+    if not used.any():
         return -np.inf
-    return float(deviate(rows.mean_square / SLACK, rows.freedom).max() - expected_maximum(len(rows.freedom)))
+    deviates = deviate(errors.mean_square[used] / SLACK, errors.freedom[used])
+    return float(deviates.max() - expected_maximum(len(deviates)))
 
 
 def expected_maximum(n: int) -> float:

@@ -129,7 +129,9 @@ class Stored(Arithmetic):
 
     def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
         merges = np.maximum((self.rows.chunk_weight > 0).sum(axis=1) - 1, 0)[:, None]
-        step = self._carry_format.spacing(self._largest_running)
+        # A merge's share times the spacing of its running out is less than twice the unit roundoff of the largest.
+        fmt = self._carry_format
+        step = np.maximum(2 * fmt.u * self._largest_running, fmt.tiny)
         a = self.rows.chunk_weight[..., None]
         moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
         repeated = np.minimum(moved, 0.5 * step[:, None]).sum(axis=1) * (merges > 0)
