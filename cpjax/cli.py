@@ -180,6 +180,8 @@ def _show(judged: list, as_json: bool) -> None:
         for one in judged:
             for reason in one.reasons if not one.passed else []:
                 console.print(f"{one.case}, {one.backend}: {reason}", highlight=False, markup=False)
+            for cause in one.verdict.diagnosis if one.verdict is not None else []:
+                console.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
         console.print(sentence(judged), highlight=False, markup=False)
     raise typer.Exit(0 if passed else 1)
 

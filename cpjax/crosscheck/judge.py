@@ -1,11 +1,13 @@
 """Is this result right? The judge: question, evidence, verdict. What it rests on is derived in docs/verdict.md."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
+from cpjax.crosscheck.diagnosis import diagnose
 from cpjax.crosscheck.evidence import collect
 from cpjax.crosscheck.extremes import rows_out_of_range
 from cpjax.crosscheck.formats import FORMATS
@@ -93,9 +95,12 @@ def judge(
     judged = np.broadcast_to(asked.is_judged[..., None], chosen.shape)
     out_of_range = rows_out_of_range(asked, out, lse) & judged & ~chosen
     evidence = collect(asked, out, lse, chosen, progress)
-    return decide(
+    verdict = decide(
         asked, evidence, has_lse=lse is not None, row_count=int(judged.sum()), out_of_range=int(out_of_range.sum())
     )
+    if verdict.passed or not verdict.judgeable:
+        return verdict
+    return replace(verdict, search=lambda: diagnose(asked, evidence, out, lse))
 
 
 def chosen_rows(asked: Question, seed: int) -> Bool[np.ndarray, "B T N"]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,14 @@ class Judged:
 
     def as_json(self) -> dict[str, Any]:
         """An object for machines; numbers that are not finite are null or "inf"."""
-        numbers = {} if self.verdict is None else asdict(self.verdict)
+        numbers: dict[str, Any] = {}
+        if self.verdict is not None:
+            numbers = {k: v for k, v in asdict(replace(self.verdict, search=None)).items() if k != "search"}
+            weights = self.verdict.chunk_weights
+            numbers |= {
+                "diagnosis": self.verdict.diagnosis,
+                "chunk_weights": None if weights is None else weights.tolist(),
+            }
         return {
             "case": self.case,
             "backend": self.backend,

@@ -1,11 +1,13 @@
 """From evidence to a verdict: which tests a result fails, in words. Thresholds follow from `statistic.LIMIT` (§4)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
+from cpjax.crosscheck.diagnosis import Diagnosis
 from cpjax.crosscheck.directed import Score, deviate
 from cpjax.crosscheck.evidence import Evidence, RowTable
 from cpjax.crosscheck.question import Question
@@ -71,6 +73,26 @@ class Verdict:
     """The scale fitted to the errors, relative to the stated one: 1e-3 is 0.1 % too large."""
     scale_deviate: float
     parts: list[Part] = field(repr=False, default_factory=list)
+    search: Callable[[], Diagnosis] | None = field(repr=False, compare=False, default=None)
+    """Looks for what went wrong; None when passed. It takes seconds, so it runs when somebody asks."""
+
+    @property
+    def diagnosis(self) -> list[str]:
+        """What went wrong and where, most likely first (docs/diagnosis.md); empty when passed."""
+        return [] if self.found is None else self.found.sentences
+
+    @property
+    def chunk_weights(self) -> Float[np.ndarray, "Q C"] | None:
+        """Weight with which each key/value chunk entered each query chunk, 1 where right; NaN where not determined.
+
+        None when passed.
+        """
+        return None if self.found is None else self.found.chunk_weights
+
+    @cached_property
+    def found(self) -> Diagnosis | None:
+        """The whole diagnosis; None when passed."""
+        return None if self.search is None else self.search()
 
     def __bool__(self) -> bool:
         """Refused, so that nobody takes the object itself for the answer.

@@ -1,0 +1,72 @@
+"""Whose rows are these? Heads, or the chunks of ranks, that were handed over in each other's place."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cpjax.crosscheck.diagnosis.sample import index_in_chunk
+from cpjax.crosscheck.question import Question
+from cpjax.mask import Tokens, visible
+
+NEAR = 2e-2
+"""Rows are the same if they differ by less than this share of what two different rows differ by."""
+
+POSITIONS = 3
+"""Positions (or indices within a chunk) at which heads (or chunks) are compared."""
+
+MOST_HEADS = 128
+
+
+def heads_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " N"] | None:
+    """For each head the head whose outputs it has, if that is a permutation other than the identity."""
+    heads = question.query.shape[2]
+    if not 2 <= heads <= MOST_HEADS:
+        return None
+    at = _late(np.flatnonzero(question.is_judged[0]))
+    exact = np.stack([_exact(question, 0, at, n) for n in range(heads)])  # [N, P, V]
+    return _permutation(out[0, at].astype(np.float64).swapaxes(0, 1), exact)
+
+
+def chunks_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " C"] | None:
+    """For each query chunk the chunk whose outputs it has, if that is a permutation other than the identity."""
+    chunk = question.q_chunk
+    index, count = index_in_chunk(chunk), int(chunk.max()) + 1
+    if count < 2 or len(chunk) % count:
+        return None
+    at = np.concatenate([np.flatnonzero(index == i) for i in _late(np.arange(len(chunk) // count))])
+    if not question.is_judged[0, at].all():
+        return None
+    head = 0
+    by_chunk = np.argsort(chunk[at], kind="stable")
+    exact = _exact(question, 0, at, head)[by_chunk].reshape(count, -1, out.shape[3])
+    given = out[0, at, head].astype(np.float64)[by_chunk].reshape(exact.shape)
+    return _permutation(given, exact)
+
+
+def _late(places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " p"]:
+    return places[np.linspace(len(places) // 2, len(places) - 1, POSITIONS).astype(int)]
+
+
+def _exact(question: Question, b: int, at: np.ndarray, head: int) -> Float[np.ndarray, "P V"]:
+    k = head // question.group
+    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
+    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
+    seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]
+    score = question.scale * (question.query[b, at, head].astype(float) @ question.key[b, :, k].astype(float).T)
+    score = np.where(seen, score, -np.inf)
+    top = score.max(axis=1, keepdims=True)
+    p = np.exp(score - np.where(np.isneginf(top), 0.0, top))
+    return p @ question.value[b, :, k].astype(float) / np.maximum(p.sum(axis=1, keepdims=True), 1e-300)
+
+
+def _permutation(given: Float[np.ndarray, "n P V"], exact: Float[np.ndarray, "n P V"]) -> np.ndarray | None:
+    """Which of the exact ones each given one is, if every one is close to exactly one of them."""
+    flat, right = given.reshape(len(given), -1), exact.reshape(len(exact), -1)
+    if not np.isfinite(flat).all():
+        return None
+    square = ((flat[:, None] - right[None]) ** 2).sum(axis=2)
+    nearest = square.argmin(axis=1)
+    typical = np.median(square)
+    is_near = square.min(axis=1) <= NEAR**2 * typical
+    if not is_near.all() or len(np.unique(nearest)) < len(nearest) or (nearest == np.arange(len(nearest))).all():
+        return None
+    return nearest

@@ -1,0 +1,184 @@
+"""A few rows of each query chunk, with everything that a fault model needs to predict what they would have become."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cpjax.crosscheck.evidence import RowTable
+from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.statistic import SLACK, RowErrors, deviate, spread_deviate
+from cpjax.mask import Tokens, visible
+
+ROWS = 12
+"""Most rows of a query chunk that are looked at."""
+
+ELEMENTS = 2**21
+"""Most scores of a query chunk that are looked at; with very long keys fewer rows, but at least four."""
+
+SUSPECT = 4.0
+"""A row or a chunk whose errors exceed this many deviates is taken to be wrong."""
+
+Extent = Literal["visible", "whole", "triangle"]
+"""Which keys of a chunk entered: those that the mask shows, all, or those up to the query's own index in its chunk."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """R rows of one query chunk, one batch row and one key/value head. All float64."""
+
+    q_chunk: int
+    batch: int
+    kv_head: int
+    position: Int[np.ndarray, " R"]
+    """Index in the sequence."""
+    head: Int[np.ndarray, " R"]
+    query: Float[np.ndarray, "R H"]
+    key: Float[np.ndarray, "S H"]
+    value: Float[np.ndarray, "S V"]
+    seen: Bool[np.ndarray, "R S"]
+    triangle: Bool[np.ndarray, "R S"]
+    chunk: Int[np.ndarray, " S"]
+    out: Float[np.ndarray, "R V"]
+    """As it was handed over; finite."""
+    lse: Float[np.ndarray, " R"] | None
+    scale: float
+    is_wrong: bool
+
+    @cached_property
+    def score(self) -> Float[np.ndarray, "R S"]:
+        """scale · q·k of all keys, hidden ones too."""
+        return self.scale * (self.query @ self.key.T)
+
+    @cached_property
+    def base(self) -> Float[np.ndarray, " R"]:
+        """The largest visible score, 0 where nothing is visible."""
+        top = np.where(self.seen, self.score, -np.inf).max(axis=1)
+        return np.where(np.isneginf(top), 0.0, top)
+
+    @property
+    def visible_chunks(self) -> Int[np.ndarray, " C"]:
+        """The chunks of which at least one row sees something."""
+        return np.unique(self.chunk[self.seen.any(axis=0)])
+
+    def mask(self, extent: Extent) -> Bool[np.ndarray, "R S"]:
+        """The mask of that extent, over all keys."""
+        return {"visible": self.seen, "whole": np.ones_like(self.seen), "triangle": self.triangle}[extent]
+
+    @cached_property
+    def sums(self) -> dict[Extent, tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C V"]]]:
+        """For each extent and chunk Σ exp(s − base) and Σ exp(s − base) v."""
+        weight = np.exp(np.minimum(self.score - self.base[:, None], 600.0))
+        found: dict[Extent, tuple[np.ndarray, np.ndarray]] = {}
+        count = int(self.chunk.max()) + 1
+        for extent in ("visible", "whole", "triangle"):
+            masked = np.where(self.mask(extent), weight, 0.0)
+            mass = np.stack([masked[:, self.chunk == c].sum(axis=1) for c in range(count)], axis=1)
+            part = np.stack([masked[:, self.chunk == c] @ self.value[self.chunk == c] for c in range(count)], axis=1)
+            found[extent] = (mass, part)
+        return found
+
+
+def suspects(table: RowTable) -> Bool[np.ndarray, " R"]:
+    """The rows whose own errors are too large."""
+    lse = deviate(table.lse_square / SLACK, table.lse_freedom) > SUSPECT
+    wrong = (deviate(table.mean_square / SLACK, table.freedom) > SUSPECT) | lse | (table.outside > 0)
+    return (wrong | ~(table.lse_ratio <= 1.0)) & ~table.unjudged
+
+
+def samples(question: Question, table: RowTable, out: np.ndarray, lse: np.ndarray | None) -> list[Sample]:
+    """One sample for each query chunk that has judged rows, in ascending order.
+
+    Rows with a NaN or an infinity are left out: they show where it happened, but not what.
+    """
+    usable = ~table.unjudged & np.isfinite(out[table.batch, table.position, table.head]).all(axis=1)
+    if lse is not None:
+        usable &= np.isfinite(lse[table.batch, table.position, table.head])
+    chunk, wrong = question.q_chunk[table.position], suspects(table)
+    kv_head = table.head // question.group
+    best = _most(table.batch, kv_head, wrong & usable)
+    found = []
+    for q_chunk in np.unique(chunk[usable]):
+        of_chunk = usable & (chunk == q_chunk)
+        here = of_chunk & (table.batch == best[0]) & (kv_head == best[1])
+        if not (here & wrong).any() and (of_chunk & wrong).any():
+            batch, k = _most(table.batch, kv_head, of_chunk & wrong)
+            here = of_chunk & (table.batch == batch) & (kv_head == k)
+        if not here.any():
+            continue
+        rows = _pick(np.flatnonzero(here), table.mean_square + table.lse_square, wrong, question.key.shape[1])
+        is_wrong = bool((of_chunk & wrong).any()) or _stands_out(table, of_chunk)
+        found.append(_sample(question, table, rows, out, lse, int(q_chunk), is_wrong=is_wrong))
+    return found
+
+
+def _most(batch: np.ndarray, kv_head: np.ndarray, rows: np.ndarray) -> tuple[int, int]:
+    """The batch row and key/value head with the most of these rows."""
+    pairs, count = np.unique(np.stack([batch[rows], kv_head[rows]], axis=1), axis=0, return_counts=True)
+    return (int(pairs[count.argmax()][0]), int(pairs[count.argmax()][1])) if len(pairs) else (0, 0)
+
+
+def _pick(rows: np.ndarray, size: np.ndarray, wrong: np.ndarray, keys: int) -> np.ndarray:
+    """The worst third, the rest evenly spread; heads that are right beside heads that are wrong are left out."""
+    some = min(ROWS, max(4, ELEMENTS // keys))
+    if wrong[rows].sum() >= some:
+        rows = rows[wrong[rows]]
+    if len(rows) <= some:
+        return rows
+    worst = rows[np.argsort(-size[rows], kind="stable")[: some // 3]]
+    rest = np.setdiff1d(rows, worst)
+    return np.sort(np.concatenate([worst, rest[np.linspace(0, len(rest) - 1, some - len(worst)).astype(int)]]))
+
+
+def _stands_out(table: RowTable, rows: np.ndarray) -> bool:
+    of_out = spread_deviate(RowErrors(table.mean_square[rows], table.freedom[rows], table.same[rows]))
+    of_lse = spread_deviate(RowErrors(table.lse_square[rows], table.lse_freedom[rows], table.same[rows]))
+    return not max(of_out, of_lse) <= SUSPECT
+
+
+def _sample(
+    question: Question,
+    table: RowTable,
+    rows: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray | None,
+    q_chunk: int,
+    *,
+    is_wrong: bool,
+) -> Sample:
+    b, at, head = int(table.batch[rows[0]]), table.position[rows], table.head[rows]
+    k = int(head[0]) // question.group
+    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
+    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
+    index, own = index_in_chunk(question.kv_chunk), index_in_chunk(question.q_chunk)
+    return Sample(
+        q_chunk=q_chunk,
+        batch=b,
+        kv_head=k,
+        position=at,
+        head=head,
+        query=question.query[b, at, head].astype(np.float64),
+        key=question.key[b, :, k].astype(np.float64),
+        value=question.value[b, :, k].astype(np.float64),
+        seen=np.asarray(visible(question.mask, q_tokens, kv_tokens))[0],
+        triangle=index[None] <= own[at][:, None],
+        chunk=question.kv_chunk,
+        out=out[b, at, head].astype(np.float64),
+        lse=None if lse is None else lse[b, at, head].astype(np.float64),
+        scale=question.scale,
+        is_wrong=is_wrong,
+    )
+
+
+def index_in_chunk(chunk: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+    """The index of each token among those of its chunk.
+
+    >>> index_in_chunk(np.array([0, 0, 1, 1, 0]))
+    array([0, 1, 0, 1, 2])
+    """
+    index = np.zeros(len(chunk), int)
+    for c in np.unique(chunk):
+        index[chunk == c] = np.arange((chunk == c).sum())
+    return index

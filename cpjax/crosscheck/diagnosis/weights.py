@@ -1,0 +1,70 @@
+"""With which weight each key/value chunk entered a query chunk, from its outputs alone.
+
+If chunk c enters with weight w_c instead of 1, out' = Σ w_c B_c / Σ w_c a_c, so Σ w_c (B_c − a_c out') = 0: w is the
+smallest singular vector, up to a factor. lse' fixes the factor, Σ w_c a_c = exp(lse' − lse); without it the median
+weight is taken to be 1. A sum that was never rescaled is not an average, and obeys out' = Σ w_c B_c instead.
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+from cpjax.crosscheck.diagnosis.predict import MOST_Z, Measured
+from cpjax.crosscheck.formats import FORMATS
+
+UNSURE = 0.05
+"""A weight with a larger standard deviation is not determined."""
+
+
+def chunk_weights(measured: Measured) -> Float[np.ndarray, " C"]:
+    """One weight for each key/value chunk; NaN where the chunk is hidden, too light to tell, or nothing fits."""
+    rows, sample = measured.model.rows, measured.sample
+    weights = np.full(int(sample.chunk.max()) + 1, np.nan)
+    heavy = np.flatnonzero(rows.chunk_weight.max(axis=0) > 0)
+    sigma = np.maximum(measured.expected.sigma, FORMATS[measured.question.precision.out].spacing(sample.out) / 4)
+    # Roundings of the parts of a reweighted sum are at most as much larger as the sum itself.
+    a, part = rows.chunk_weight[:, heavy], rows.chunk_part[:, heavy]
+    columns = (part - a[..., None] * sample.out[:, None]) / sigma[:, None]
+    matrix = columns.swapaxes(1, 2).reshape(-1, len(heavy))
+    fits = [_homogeneous(matrix, a, sample.out.shape[1])]
+    if sample.lse is not None:
+        total = np.exp(np.clip(sample.lse - rows.lse, -600, 600))
+        of_lse = np.maximum(measured.expected.lse_sigma, 2.0**-20) * total
+        fits.insert(0, _least_squares(np.vstack([matrix, a / of_lse[:, None]]), len(matrix), total / of_lse))
+    plain = (part / sigma[:, None]).swapaxes(1, 2).reshape(-1, len(heavy))
+    fits.append(_least_squares(plain, 0, (sample.out / sigma).ravel()))
+    for w, deviation, z in fits:
+        if z <= MOST_Z:
+            weights[rows.chunks[heavy]] = np.where(deviation <= UNSURE, w, np.nan)
+            break
+    return weights
+
+
+def _least_squares(
+    matrix: np.ndarray, zeros: int, right: np.ndarray
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"], float]:
+    """Weights, their standard deviations, and the residual in standard deviations; the first `zeros` rows equal 0."""
+    target = np.concatenate([np.zeros(zeros), right])
+    w, _, _, singular = np.linalg.lstsq(matrix, target, rcond=None)
+    residual = matrix @ w - target
+    z = float(np.sqrt((residual**2).sum() / max(len(target) - len(w), 1)))
+    return w, _deviation(matrix, singular), z
+
+
+def _homogeneous(matrix: np.ndarray, a: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, float]:
+    count = matrix.shape[1]
+    if count < 3:  # only a ratio can be seen, and the median of two is neither
+        return np.ones(count), np.full(count, np.inf), float("inf")
+    _, singular, vectors = np.linalg.svd(matrix, full_matrices=False)
+    w = vectors[-1] / (np.median(vectors[-1]) or np.nan)
+    if not np.isfinite(w).all() or singular[-2] == 0:
+        return np.ones(count), np.full(count, np.inf), float("inf")
+    total = np.repeat(np.maximum(np.abs(a @ w), 1e-12), width)
+    z = float(np.sqrt(((matrix @ w / total) ** 2).sum() / max(len(matrix) - count, 1)))
+    # Errors of w: all directions but w itself, each as uncertain as its singular value is small.
+    spread = (vectors[:-1] ** 2 / np.maximum(singular[:-1, None], 1e-300) ** 2).sum(axis=0)
+    return w, np.sqrt(spread) * np.linalg.norm(w), z
+
+
+def _deviation(matrix: np.ndarray, singular: np.ndarray) -> np.ndarray:
+    _, _, vectors = np.linalg.svd(matrix, full_matrices=False)
+    return np.sqrt((vectors**2 / np.maximum(singular[:, None], 1e-300) ** 2).sum(axis=0))

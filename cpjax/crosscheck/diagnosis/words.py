@@ -1,0 +1,165 @@
+"""A diagnosis in sentences: which rank, at which ring step, which chunk, and how sure that is."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from cpjax.crosscheck.diagnosis.dictionary import Fault
+from cpjax.crosscheck.diagnosis.predict import numbers
+from cpjax.crosscheck.evidence import RowTable
+from cpjax.crosscheck.question import Question
+
+UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
+
+BROKEN_END = "rows with a NaN or an infinity."
+
+
+def rank_of(question: Question, chunk: int) -> int:
+    """The rank that holds a chunk."""
+    return min(chunk, 2 * question.cp - 1 - chunk) if question.layout == "zigzag" else chunk
+
+
+def step_of(question: Question, q_chunk: int, kv_chunk: int) -> int | None:
+    """The ring step at which the rank of the query chunk meets a chunk; None where the order has no steps."""
+    source = rank_of(question, kv_chunk)
+    if question.order == "ring":
+        return (rank_of(question, q_chunk) - source) % question.cp
+    return source if question.order == "gather" else None
+
+
+def causes(question: Question, found: tuple[Any, ...]) -> list[str]:
+    """One sentence for each kind of cause, those with a place first; chunks with the same cause share one."""
+    together: dict[tuple, list[Any]] = defaultdict(list)
+    for cause in found:
+        names = tuple((fault.kind, fault.chunks, fault.sources) for fault in cause.faults)
+        together[names].append(cause)
+    sentences, unknown = [], []
+    for names, group in sorted(together.items(), key=lambda item: -len(item[1])):
+        chunks = np.array([cause.query_chunk for cause in group])
+        if not names:
+            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {_ranks(question, chunks)})")
+            continue
+        said = [_sentence(question, fault, group) for fault in group[0].faults]
+        if len(said) > 1:
+            said = [f"one of {len(said)} that the outputs cannot tell apart: " + "; or ".join(said[:6])]
+        sentences.append(f"{said[0]} {_evidence(group)}")
+    return sentences + unknown
+
+
+def _evidence(group: list[Any]) -> str:
+    worst, before = max(cause.z for cause in group), max(cause.z_right for cause in group)
+    ahead = min(cause.ahead for cause in group) / np.log(10)
+    times = f"10^{ahead:.0f}" if ahead < 100 else "more than 10^100"
+    against = f", {times} times likelier than the next explanation" if np.isfinite(ahead) else ""
+    return f"(leaves z = {worst:.2f} instead of {before:.3g}{against})."
+
+
+def _ranks(question: Question, chunks: np.ndarray) -> str:
+    return numbers(np.array([rank_of(question, int(c)) for c in chunks if c >= 0]))
+
+
+def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
+    where = np.array([cause.query_chunk for cause in group])
+    if (where < 0).any():
+        return _whole(fault)
+    place = f"rank {_ranks(question, where)}"
+    steps = {step_of(question, int(q), c) for q in where for c in fault.chunks} - {None}
+    if fault.chunks and steps:
+        place += f", step {numbers(np.array(sorted(s for s in steps if s is not None)))}"
+    mine = f"query chunk {numbers(where)}"
+    theirs = " and ".join(str(c) for c in fault.chunks)
+    holders = " and ".join(str(x) for x in dict.fromkeys(rank_of(question, c) for c in fault.chunks))
+    theirs = f"key/value chunk {theirs} (of rank {holders})"
+    weights = [f.number for cause in group for f in cause.faults if f.kind == fault.kind and f.chunks == fault.chunks]
+    texts = {
+        "dropped": f"{place}: {theirs} never entered {mine} (weight 0)",
+        "doubled": f"{place}: {theirs} entered {mine} twice (weight 2)",
+        "weight": f"{place}: {theirs} entered {mine} with weight {np.mean(weights):.4g} instead of 1",
+        "stale": f"{place}: in the place of {theirs} the data of chunk {_list(fault.sources)} entered {mine} (stale)",
+        "exchanged": f"{place}: key/value chunks {_list(fault.chunks)} were exchanged in {mine}",
+        "unmasked": f"{place}: {mine} sees all of its own chunk: no causal mask on the diagonal",
+        "shown": f"{place}: {mine} sees {theirs}, which the causal mask hides",
+        "not rescaled": f"{place}: {mine} was not rescaled at merge {_list(fault.unrescaled)} of its order",
+    }
+    return texts.get(fault.kind) or f"{place}, {mine}: {_whole(fault)}"
+
+
+def _list(values: tuple[int, ...]) -> str:
+    return " and ".join(map(str, values))
+
+
+def _whole(fault: Fault) -> str:
+    k = int(fault.number) if np.isfinite(fault.number) and fault.mask else 0
+    sees = (
+        f"queries see {k} token{'s' * (k > 1)} of the future"
+        if k > 0
+        else f"queries miss their last {-k} key{'s' * (k < -1)}"
+    )
+    texts = {
+        "causal mask absent": "no causal mask was applied",
+        "causal mask applied": "a causal mask was applied where there should be none",
+        "causal mask shifted": f"the causal mask is shifted by {k:+d}: {sees}",
+        "window": "the window was not applied" if k == 0 else f"the window is {k:+d} off",
+        "pads leaked": "pads leaked: keys of pad tokens were seen",
+        "requests mixed": "requests of a packed batch see each other's keys",
+        "prefix dropped": "the keys before the first query (a cached prefix) were dropped",
+        "scale": f"the scale is {fault.number:.6g} times the stated one ({fault.number - 1:+.3%})",
+        "scale zero": "queries and keys were ignored: out is the plain average of the visible values",
+        "probabilities in BF16": "consistent with probabilities rounded to BF16",
+        "stored results in BF16": "consistent with chunk results stored in BF16",
+        "probabilities and stored results in BF16": "consistent with BF16 probabilities and results (flash_bf16)",
+        "inexact exponentials": f"consistent with exponentials (or scores) that err by about {fault.number:.2g}",
+        "lse log2": "lse is the logarithm to base two",
+        "lse negated": "lse has the other sign",
+        "lse maximum only": "lse is the row maximum; the logarithm of the sum was not added",
+        "lse without its maximum": "lse is the logarithm of the sum; the row maximum was not added",
+        "lse sum itself": "lse is the sum itself, not its logarithm",
+        "lse zero": "lse is zero: it was never written",
+        "lse off by a constant": f"lse is off by {fault.number:+.4g}",
+        "key lost": f"key {fault.key} was lost",
+        "key doubled": f"key {fault.key} was counted twice",
+    }
+    return texts.get(fault.kind, fault.kind)
+
+
+def scope(question: Question, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray) -> list[str]:
+    """Which rows are wrong, where not all are; and where a NaN or an infinity first is."""
+    broken = ~np.isfinite(out[table.batch, table.position, table.head]).all(axis=1)
+    sentences = []
+    if broken.any():
+        i = int(np.flatnonzero(broken)[0])
+        where = f"batch {table.batch[i]}, position {table.position[i]}, head {table.head[i]}"
+        sentences.append(f"At {where} is the first of {int(broken.sum()):,} {BROKEN_END}")
+    if wrong.any() and not wrong.all():
+        parts = []
+        for name, label in (("batch", table.batch), ("head", table.head)):
+            if len(np.unique(label)) > len(np.unique(label[wrong])):
+                parts.append(f"{name} {numbers(label[wrong])} only")
+        chunk = question.q_chunk[table.position]
+        if len(np.unique(chunk)) > len(np.unique(chunk[wrong])):
+            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {_ranks(question, chunk[wrong])}) only")
+        if wrong.sum() == 1:
+            parts.append(f"position {table.position[wrong][0]}")
+        if parts:
+            sentences.append(f"Wrong are {int(wrong.sum()):,} of {len(wrong):,} judged rows: {', '.join(parts)}.")
+    return sentences
+
+
+def heads(source: np.ndarray) -> str:
+    """Heads that have each other's outputs."""
+    moved = np.flatnonzero(source != np.arange(len(source)))
+    pairs = ", ".join(f"head {i} has the outputs of head {source[i]}" for i in moved[:8])
+    return f"Heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
+
+
+def chunks(question: Question, source: np.ndarray) -> str:
+    """Query chunks (hence ranks) that have each other's outputs."""
+    moved = np.flatnonzero(source != np.arange(len(source)))
+    pairs = [
+        f"chunk {i} (rank {rank_of(question, int(i))}) has the outputs of chunk {source[i]} "
+        f"(rank {rank_of(question, int(source[i]))})"
+        for i in moved[:8]
+    ]
+    return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > 8 else ''}."

@@ -1,0 +1,101 @@
+"""The diagnosis: it names what was broken, says nothing of what is right, and owns up to what it cannot tell."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpjax.crosscheck import judge
+from cpjax.crosscheck.diagnosis.predict import numbers
+from cpjax.trial.emulators import PROFILES, attend
+from cpjax.trial.faults import FAULTS, Bench
+from cpjax.trial.localise import KINDS, Place, effect, localised, problem, wrong_result
+
+
+def verdict_of(name, *, is_causal, order="ring", profile="flash_fp16", seed=0):
+    p = problem(seed, cp=2, is_causal=is_causal, logits=1.0, heads=2)
+    out, lse = FAULTS[name](Bench(p, PROFILES[profile], order))
+    return judge(p.query, p.key, p.value, out, lse, **p.question(), precision=profile, order=order)
+
+
+SAYS = {
+    "one key dropped": "key 1 was lost",
+    "one key doubled": "key 1 was counted twice",
+    "causal mask +1": "causal mask is shifted by +1",
+    "causal mask −1": "causal mask is shifted by -1",
+    "diagonal unmasked": "rank 0, step 0: query chunk 3 sees all of its own chunk",
+    "scale +0.1 %": "+0.100%",
+    "scale +1 %": "+1.000%",
+    "heads exchanged": "head 0 has the outputs of head 1",
+    "ranks exchanged": "chunk 0 (rank 0) has the outputs of chunk 1 (rank 1)",
+    "chunk dropped": "key/value chunk 0 (of rank 0) never entered",
+    "chunk doubled": "key/value chunk 0 (of rank 0) entered query chunk 0–3 twice",
+    "chunk × 0.9": "with weight 0.9 instead of 1",
+    "chunk × 0.99": "with weight 0.99 instead of 1",
+    "not rescaled": "was not rescaled at merge 1",
+    "BF16 probabilities": "probabilities rounded to BF16",
+    "lse + 1e-4": "lse is off by +0.0001",
+    "lse in log2": "base two",
+    "zeros": "never written",
+    "plain average": "plain average",
+    "one NaN": "position 32, head 0 is the first of 1 rows with a NaN",
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_each_fault_is_named_first(name):
+    said = verdict_of(name, is_causal=True)
+    assert not said.passed
+    assert SAYS[name] in said.diagnosis[0], said.diagnosis
+
+
+@pytest.mark.parametrize("name", ["another case", "one row + 1 %"])
+def test_what_is_in_no_dictionary_is_not_named(name):
+    said = verdict_of(name, is_causal=True).diagnosis
+    assert "cannot be said" in said[0], said
+
+
+def test_a_single_wrong_row_is_named_even_so():
+    assert (
+        "head 0 only, query chunk 2 (rank 1) only, position 32"
+        in verdict_of("one row + 1 %", is_causal=True).diagnosis[-1]
+    )
+
+
+@pytest.mark.parametrize(("weight", "name"), [(0.0, "chunk dropped"), (2.0, "chunk doubled"), (0.9, "chunk × 0.9")])
+def test_weights_are_recovered_to_three_decimals(weight, name):
+    weights = verdict_of(name, is_causal=True).chunk_weights
+    expected = np.where(np.tri(4, dtype=bool), 1.0, np.nan)
+    expected[:, 0] = weight
+    determined = ~np.isnan(weights)
+    assert determined[np.tri(4, dtype=bool)].sum() >= 9
+    np.testing.assert_allclose(weights[determined], expected[determined], atol=2e-3)
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from(["flash_fp16", "ring_mla_fp16", "float32"]))
+@settings(max_examples=30)
+def test_correct_results_have_no_diagnosis(seed, is_causal, profile):
+    p = problem(seed, cp=2, is_causal=is_causal, logits=2.0).cast("float32" if profile == "float32" else "float16")
+    out, lse = attend(p, PROFILES[profile], "ring")
+    said = judge(p.query, p.key, p.value, out, lse, **p.question(), precision=profile, order="ring")
+    assert said.passed, said.reasons
+    assert said.diagnosis == []
+    assert said.chunk_weights is None
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS), st.booleans(), st.data())
+@settings(max_examples=25)
+def test_the_place_is_found_with_lse(seed, kind, is_causal, data):
+    p = problem(seed, cp=2, is_causal=is_causal, logits=1.0)
+    rank, chunk = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 3))
+    source = min(chunk, 3 - chunk)
+    place = Place(rank, (rank - source) % 2, chunk)
+    bench = Bench(p, PROFILES["flash_fp16"], "ring")
+    wrong = wrong_result(bench, kind, place)
+    if effect(bench, wrong, place, kind, with_lse=True) is None:
+        assert localised(bench, wrong, place, kind, with_lse=True)
+
+
+def test_whole_numbers_are_written_as_runs():
+    assert numbers(np.array([3, 1, 2, 7, 7, 9, 10])) == "1–3, 7, 9, 10"
+    assert numbers(np.array([], int)) == "none"
