@@ -11,17 +11,19 @@ Read in this order; each file imports only files above it:
     schedule.py    integers: which pair of chunks rank r computes at ring step s
     files.py       a case comes in, a result goes out (docs/formats.md)
     shard.py       what a rank holds of a case
-    contract.py    what npu_ring_mla accepts and refuses
-    emulation.py   npu_ring_mla on a CPU, with the roundings of the vendor's kernel
-    vendor.py      the vendor's operators by name: torch_npu's where it is installed, declared by us where it is not
-    operators.py   npu_ring_mla in our words and shapes
+    schemas.py     the vendor's operators as torch_npu declares them
+    contracts/     what each of them accepts and refuses
+    emulation/     each of them on a CPU, with the roundings of the vendor's kernel
+    vendor.py      the operators by name: torch_npu's where it is installed, declared by us where it is not
+    operators/     the operators in our words and shapes, three families
     ring.py        the algorithm, for one rank
     rank.py        one rank, one case: read, compute, join, write
     workers.py     the ranks as processes of this host
     runner.py      many cases, resumed where they were left; `python -m npu_backend run`
 
 Nothing here imports `cpjax`: the two halves implement the same algorithm independently and meet only in files.
-Importing this package makes `torch.ops.atb.npu_ring_mla` callable on CPU tensors.
+Importing this package makes `torch.ops.atb.npu_ring_mla` and the others callable on CPU tensors. It needs Python 3.11
+and torch 2.13.0 at least (docs/operators.md). `sdk/` is for those who develop this: the real torch_npu without an NPU.
 """
 
 from npu_backend import autoload, vendor

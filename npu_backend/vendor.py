@@ -10,15 +10,9 @@ import importlib.util
 
 import torch
 
-from npu_backend import emulation
-
-RING_MLA = (
-    "npu_ring_mla(Tensor q_nope, Tensor q_rope, Tensor k_nope, Tensor k_rope, Tensor value, Tensor mask, "
-    "Tensor seqlen, int head_num, int kv_head_num, *, Tensor? pre_out=None, Tensor? prev_lse=None, "
-    "float qk_scale=1., str? kernel_type=None, str? mask_type=None, str? input_layout=None, "
-    "str? calc_type=None) -> (Tensor, Tensor)"
-)
-"""The schema as torch_npu 2.13.0 declares it, in namespace atb."""
+from npu_backend.emulation import KERNELS
+from npu_backend.errors import InputError
+from npu_backend.schemas import SCHEMAS
 
 
 def _import_torch_npu() -> str | None:
@@ -32,14 +26,41 @@ def _import_torch_npu() -> str | None:
     return None
 
 
-def _register() -> list[torch.library.Library]:
-    """Declare what is missing and register the CPU kernels. The libraries unregister when they are collected."""
-    kernels = torch.library.Library("atb", "FRAGMENT")
-    if not hasattr(torch.ops.atb, "npu_ring_mla"):
-        kernels.define(RING_MLA)
-    kernels.impl("npu_ring_mla", emulation.npu_ring_mla, "CPU")
-    return [kernels]
+def _is_declared(name: str) -> bool:
+    """Whether the operator `namespace::name.overload` is known to PyTorch."""
+    namespace, _, rest = name.partition("::")
+    operator, _, overload = rest.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), operator, None)
+    return packet is not None and (overload or "default") in packet.overloads()
+
+
+def _register() -> tuple[list[torch.library.Library], frozenset[str]]:
+    """Declare what is missing, which is also returned, and register the CPU kernels.
+
+    The libraries are returned because they unregister when they are collected.
+    """
+    libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in ("atb", "npu")}
+    missing = set()
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        library, local = libraries[name.partition("::")[0]], name.partition("::")[2]
+        if not _is_declared(name):
+            library.define(schema.partition("::")[2])
+            missing.add(name)
+        library.impl(local, KERNELS[name], "CPU")
+    return list(libraries.values()), frozenset(missing)
 
 
 TORCH_NPU_PROBLEM = _import_torch_npu()
-_LIBRARIES = _register()
+_LIBRARIES, DECLARED_HERE = _register()
+
+
+def require(name: str, device: torch.device) -> None:
+    """The operator has a kernel for the device.
+
+    Raises:
+      InputError: it is not a CPU, and torch_npu, which alone has other kernels, does not know the operator.
+    """
+    if device.type != "cpu" and name in DECLARED_HERE:
+        problem = TORCH_NPU_PROBLEM or "the installed torch_npu does not have it"
+        raise InputError(f"{name} cannot run on {device.type}: {problem}; see docs/operators.md for the versions")

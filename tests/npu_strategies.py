@@ -122,21 +122,35 @@ class Row(NamedTuple):
     exact: bool
 
 
-def staged_row(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> Row:
-    """npu_ring_mla (FP16, first ring) of one query `[192]` and the keys it sees, `[n, 192]` and `[n, 128]`."""
-    m, total, weighted, exact = np.float16(-np.inf), np.float32(0), np.zeros(128, np.float32), True
+def staged_row(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float, score=np.float16, probability="float16"
+) -> Row:
+    """Staged attention of one query `[H]` and the keys it sees, `[n, H]` and `[n, V]`, in tiles of 512 keys.
+
+    Scores and what is computed of them up to the exponential are of the format `score`, probabilities are rounded to
+    `probability` as factors of values. FP16 twice is npu_ring_mla (FP16, first ring).
+    """
+    m, total, exact = score(-np.inf), np.float32(0), True
+    weighted = np.zeros(value.shape[1], np.float32)
     for start in range(0, len(key), 512):
         k, v = key[start : start + 512], value[start : start + 512].astype(np.float32)
-        raw = (k.astype(np.float32) @ query.astype(np.float32)).astype(np.float16)
-        score = raw * np.float16(scale)
-        new_m = max(m, score.max())
-        p = exp(score - new_m)
+        raw = (k.astype(np.float32) @ query.astype(np.float32)).astype(score)
+        scores = raw * score(np.float32(scale))
+        new_m = max(m, scores.max())
+        p = exp(scores - new_m)
         rescale = exp(m - new_m)
         exact = (exact or rescale == 0) and np.count_nonzero(p) <= 2
         total = total * rescale + p.sum(dtype=np.float32)
-        weighted = weighted * rescale + (p.astype(np.float16).astype(np.float32)[:, None] * v).sum(0, dtype=np.float32)
+        weighted = weighted * rescale + (rounded(p, probability).astype(np.float32)[:, None] * v).sum(
+            0, dtype=np.float32
+        )
         m = new_m
-    return Row((weighted / total).astype(np.float16), log(total) + np.float32(m), exact)
+    return Row(rounded(weighted / total, probability), log(total) + np.float32(m), exact)
+
+
+def rounded(x: np.ndarray, fmt: str) -> np.ndarray:
+    """float32 rounded to a format; BF16, which NumPy does not have, comes back in float32."""
+    return torch.from_numpy(x).bfloat16().float().numpy() if fmt == "bfloat16" else x.astype(fmt)
 
 
 def staged_merge(a: Row, b: Row) -> Row:
@@ -176,49 +190,144 @@ def log(x) -> np.float32:
     return torch.log(torch.tensor(x, dtype=torch.float32)).numpy()[()]
 
 
+class Formats(NamedTuple):
+    """Unit roundoff and half the smallest subnormal of scores, and of probabilities and outs."""
+
+    score: tuple[float, float]
+    value: tuple[float, float]
+
+
+SINGLE = (2.0**-24, 2.0**-150)
+FORMATS = {
+    "ring_mla_fp16": Formats((U, ETA), (U, ETA)),
+    "float16": Formats(SINGLE, (U, ETA)),
+    "bfloat16": Formats(SINGLE, (2.0**-8, 2.0**-134)),
+    "float32": Formats(SINGLE, SINGLE),
+}
+
+
 def hard_bound(p: Problem, merges: int) -> tuple[np.ndarray, np.ndarray]:
+    """`rounding_bound` of a problem computed by npu_ring_mla in FP16."""
+    tensors = (np.where((p.segment == 0)[..., None, None], x, 0) for x in (p.query, p.key, p.value))
+    return rounding_bound(*tensors, p.visible, p.scale, merges, FORMATS["ring_mla_fp16"])
+
+
+def rounding_bound(query, key, value, visible, scale, merges, formats: Formats) -> tuple[np.ndarray, np.ndarray]:
     """How far correct staged arithmetic may be from exact attention, merged in any order: out and lse, per element.
 
     With s exact scores, A = softmax(s), o = Σ A v, and ^ what is computed, for each key j and its row:
 
-      |ŝ − s| ≤ E     rounding of q·k to FP16 and of its float32 sum; of the scale; of their product
-      δ, |δ| ≤ D      log-weight error of j: E, and U·(m̂ − ŝ) for the FP16 subtractions s − m and m − m' (m grows, so
+      |ŝ − s| ≤ E     rounding of q·k and of its float32 sum; of the scale; of their product
+      δ, |δ| ≤ D      log-weight error of j: E, and u·(m̂ − ŝ) for the subtractions s − m and m − m' (m grows, so
                       they telescope), and F for float32: exponentials, sums, lse carried by `merges` merges
       |o' − o|        = |Σ A (e^δ − 1)(v − o)| / Σ A e^δ for the computed weights, exactly
-      p, out          FP16: U·p + ETA per probability; U·|o_chunk| + ETA per chunk and per merge, where
+      p, out          U·p + ETA per probability; U·|o_chunk| + ETA per chunk and per merge, where
                       Σ |weight·o_chunk| ≤ Σ A|v|; all in computed weights, at most e^(2 max D) times the exact
     """
-    group = p.query.shape[2] // p.key.shape[2]
-    query, key, value = (
-        np.where((p.segment == 0)[..., None, None], x, 0).astype(np.float64) for x in (p.query, p.key, p.value)
-    )
+    (u_score, eta_score), (u, eta) = formats
+    group = query.shape[2] // key.shape[2]
+    query, key, value = (x.astype(np.float64) for x in (query, key, value))
     key, value = np.repeat(key, group, axis=2), np.repeat(value, group, axis=2)
-    seen = p.visible[:, :, None, :]
+    seen = visible[:, :, None, :]
     x = np.einsum("btnh,bsnh->btns", query, key)
     size = np.einsum("btnh,bsnh->btns", abs(query), abs(key))
-    c = float(np.float16(p.scale))
-    e_raw = U * abs(x) + 192 * 2.0**-24 * (1 + U) * size + ETA
-    e = abs(c - p.scale) * abs(x) + c * e_raw + U * c * (abs(x) + e_raw) + ETA
-    s = p.scale * x
+    c = float(np.float16(scale) if u_score == U else np.float32(scale))
+    e_raw = u_score * abs(x) + query.shape[3] * 2.0**-24 * (1 + u_score) * size + eta_score
+    e = abs(c - scale) * abs(x) + abs(c) * e_raw + u_score * abs(c) * (abs(x) + e_raw) + eta_score
+    s = scale * x
     # Rows that see nothing (pads) are not judged; their top of 0 only keeps infinities out.
     top = np.where(seen.any(-1, keepdims=True), np.max(np.where(seen, s + e, -np.inf), axis=-1, keepdims=True), 0)
     weight = np.exp(np.where(seen, s - top, -np.inf))
     total = np.where(seen.any(-1, keepdims=True), weight.sum(-1, keepdims=True), 1)
     a, lse = weight / total, top + np.log(total)
     f32 = (x.shape[-1] + 64) * 2.0**-23 + (merges + 1) * 2.0**-22 * (2 + abs(lse) + abs(top))
-    d = np.where(seen, e + U * (top - s + e) + f32, 0)
+    d = np.where(seen, e + u_score * (top - s + e) + f32, 0)
     o = np.einsum("btns,bsnv->btnv", a, value)
     size_v = np.einsum("btns,bsnv->btnv", a, abs(value))
     drift = np.empty_like(o)
     for b, t, n in np.ndindex(*o.shape[:3]):
         gain = a[b, t, n] * np.expm1(d[b, t, n])
         drift[b, t, n] = gain @ abs(value[b, :, n] - o[b, t, n]) / max((a[b, t, n] * np.exp(-d[b, t, n])).sum(), 1e-9)
-    underflow = ETA * np.exp(top - lse) * np.einsum("btns,bsnv->btnv", np.where(seen, 1.0, 0.0), abs(value))
+    underflow = eta * np.exp(top - lse) * np.einsum("btns,bsnv->btnv", np.where(seen, 1.0, 0.0), abs(value))
     more = np.exp(2 * d.max(-1))[..., None]
-    bound = drift + more * ((U * (2 + merges) + f32) * size_v + underflow + ETA * (1 + 2 * merges))
+    bound = drift + more * ((u * (2 + merges) + f32) * size_v + underflow + eta * (1 + 2 * merges))
     judged = seen.any(-1)
     up, down = (np.log(np.where(judged, (a * np.exp(sign * d)).sum(-1), 1)) for sign in (1, -1))
     return bound, np.maximum(up, -down) + f32[..., 0]
+
+
+class BlockProblem(NamedTuple):
+    """One block, queries and keys of their own lengths; causal means j ≤ i + (keys − queries), per request."""
+
+    query: torch.Tensor  # [B, t, N, H]
+    key: torch.Tensor  # [B, s, K, H]
+    value: torch.Tensor  # [B, s, K, V]
+    q_lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...]
+    is_causal: bool
+    scale: float
+
+    @property
+    def visible(self) -> np.ndarray:
+        """`[B, t, s]`."""
+        i, j = np.arange(self.query.shape[1])[None, :, None], np.arange(self.key.shape[1])[None, None]
+        m, n = (np.array(x)[:, None, None] for x in (self.q_lengths, self.kv_lengths))
+        return (i < m) & (j < n) & ((j <= i + n - m) | (not self.is_causal))
+
+    def __repr__(self) -> str:
+        """Tensors would fill the screen."""
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip("qkv", self[:3], strict=True))
+        return f"<{shapes} {self.query.dtype} {self.options}>"
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key, self.value
+
+    @property
+    def options(self) -> dict:
+        """The keyword arguments of a wrapper."""
+        names = ("is_causal", "scale", "q_lengths", "kv_lengths")
+        return {name: getattr(self, name) for name in names}
+
+
+def real(p: BlockProblem) -> list[np.ndarray]:
+    """The tensors in float64, pads 0."""
+    lengths = (p.q_lengths, p.kv_lengths, p.kv_lengths)
+    alive = [
+        (np.arange(x.shape[1]) < np.array(n)[:, None])[..., None, None] for x, n in zip(p[:3], lengths, strict=True)
+    ]
+    return [np.where(a, x.double().numpy(), 0) for x, a in zip(p[:3], alive, strict=True)]
+
+
+@st.composite
+def block_problems(draw, dims, dtypes=(torch.float16, torch.bfloat16), heads=HEADS, has_pads=True, is_causal=None):
+    """Any block of these head dims `(H, V)`; pads hold NaN, which must not spread."""
+    (n, k), (width, v_width), dtype = (draw(st.sampled_from(x)) for x in (heads, dims, dtypes))
+    batch, length, count = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 60))
+    q_lengths, kv_lengths = (
+        tuple(draw(st.integers(0, most)) if has_pads else most for _ in range(batch)) for most in (length, count)
+    )
+    kind, seed = draw(st.sampled_from(("normal", "needle", "mean"))), draw(st.integers(0, 2**32 - 1))
+    is_causal = draw(st.booleans()) if is_causal is None else is_causal
+    rng = np.random.default_rng(seed)
+    query, key, value = (
+        rng.normal(size=x) for x in ((batch, length, n, width), (batch, count, k, width), (batch, count, k, v_width))
+    )
+    scale = width**-0.5
+    value += 3 * (kind == "mean")
+    if kind == "needle":  # every query wants one key only, any it may see; its loss is an error of order 1
+        scale, key = 64 / width, np.sign(key)
+        shown = BlockProblem(
+            *map(torch.from_numpy, (query, key, value)), q_lengths, kv_lengths, is_causal, scale
+        ).visible
+        for b, i in zip(*np.nonzero(shown.any(-1)), strict=True):
+            for h in range(n):
+                query[b, i, h] = key[b, rng.choice(np.flatnonzero(shown[b, i])), h // (n // k)]
+    tensors = [torch.from_numpy(x).to(dtype) for x in (query, key, value)]
+    for x, lengths in zip(tensors, (q_lengths, kv_lengths, kv_lengths), strict=True):
+        for b, m in enumerate(lengths):
+            x[b, m:] = torch.nan
+    return BlockProblem(*tensors, q_lengths, kv_lengths, is_causal, scale)
 
 
 def write_case(folder: Path, p: Problem, name: str = "case", **changes) -> Path:

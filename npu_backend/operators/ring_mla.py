@@ -1,24 +1,13 @@
-"""The vendor's operators in our words and shapes. Layouts, masks and conventions are translated here, once.
-
-What an operator's contract cannot express is refused before the call. Degenerate cases keep the specification's
-meaning whatever the operator does: no key gives (0, −inf), and a block without keys changes nothing.
-"""
+"""atb::npu_ring_mla in our words and shapes: MindIE's context parallelism, out and lse carried by the operator."""
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from npu_backend.contract import MASK_PITCH, NOPE, ROPE, VALUE
+from npu_backend.contracts.ring_mla import MASK_PITCH, NOPE, ROPE, VALUE
 from npu_backend.errors import InputError
-
-
-class Partial(NamedTuple):
-    """Attention over some of the keys. `lse` is the natural logarithm of Σ exp(scaled score)."""
-
-    out: Tensor  # [B, t, N, 128] float16
-    lse: Tensor  # [B, t, N] float32
+from npu_backend.operators.partial import Partial, nothing, where
 
 
 def ring_mla_block(
@@ -47,7 +36,7 @@ def ring_mla_block(
     batch, length, heads, _ = query.shape
     kv_lengths = (key.shape[1],) * batch if kv_lengths is None else kv_lengths
     _check(query, key, value, is_causal, scale, kv_lengths, previous)
-    before = _nothing(query) if previous is None else previous
+    before = nothing(query, VALUE) if previous is None else previous
     if not any(kv_lengths):
         return before
     packed_query, packed_key, packed_value = query.flatten(0, 1), _pack(key, kv_lengths), _pack(value, kv_lengths)
@@ -84,16 +73,10 @@ def _triu(device: torch.device) -> Tensor:
     return torch.full((MASK_PITCH, MASK_PITCH), -torch.inf, dtype=torch.float16, device=device).triu(1)
 
 
-def _nothing(query: Tensor) -> Partial:
-    """The partial over no key."""
-    shape = query.shape[:3]
-    return Partial(query.new_zeros(*shape, VALUE), query.new_full(shape, -torch.inf, dtype=torch.float32))
-
-
 def _where_keys(kv_lengths: tuple[int, ...], new: Partial, before: Partial) -> Partial:
     """`new` for requests with keys; for others the operator has written nothing, and what was before still holds."""
     has_keys = torch.tensor(kv_lengths, device=new.out.device)[:, None, None] > 0
-    return Partial(torch.where(has_keys[..., None], new.out, before.out), torch.where(has_keys, new.lse, before.lse))
+    return where(has_keys, new, before)
 
 
 def _check(

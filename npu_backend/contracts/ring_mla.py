@@ -39,13 +39,13 @@ def check(
     head_num: int,
     kv_head_num: int,
     *,
-    pre_out: Tensor | None,
-    prev_lse: Tensor | None,
-    qk_scale: float,
-    kernel_type: str | None,
-    mask_type: str | None,
-    input_layout: str | None,
-    calc_type: str | None,
+    pre_out: Tensor | None = None,
+    prev_lse: Tensor | None = None,
+    qk_scale: float = 1.0,
+    kernel_type: str | None = None,
+    mask_type: str | None = None,
+    input_layout: str | None = None,
+    calc_type: str | None = None,
 ) -> Call:
     """The call, checked; arguments are the operator's own.
 
@@ -67,6 +67,24 @@ def check(
     return Call(
         (q_nope, q_rope), (k_nope, k_rope), value, mask if masked else None, q_lengths, kv_lengths, previous, qk_scale
     )
+
+
+def check_outputs(call: Call, output: Tensor, softmax_lse: Tensor) -> None:
+    """What `.out` writes to.
+
+    Raises:
+      RuntimeError: a shape or dtype is not that of a result.
+    """
+    tokens, heads, _ = call.query[0].shape
+    results = (
+        ("output", output, (tokens, heads, VALUE), call.value.dtype),
+        ("softmax_lse", softmax_lse, (heads, tokens), torch.float32),
+    )
+    for name, x, shape, dtype in results:
+        _require(
+            x.shape == shape and x.dtype == dtype,
+            f"{name} is {tuple(x.shape)} {x.dtype}, must be {shape} {dtype} (ERROR_INVALID_TENSOR_DIM)",
+        )
 
 
 def _require(holds: bool, phrase: str) -> None:

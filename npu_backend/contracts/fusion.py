@@ -1,0 +1,151 @@
+"""What npu::npu_fusion_attention accepts (op-plugin FlashAttentionKernelNpuOpApi.cpp, its documents)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from npu_backend.contracts.layouts import ends_to_lengths, tokens_first
+from npu_backend.contracts.refuse import Refusal
+from npu_backend.contracts.sparse import FAR, Sparse, check_sparse
+
+COPIES = 8
+"""The softmax maximum and sum are stored eight times each: one 32-byte block."""
+DIMS = {"BSH": 3, "SBH": 3, "BSND": 4, "BNSD": 4, "TND": 3}
+_refusal = Refusal("npu_fusion_attention")
+
+
+class Call(NamedTuple):
+    """A checked call."""
+
+    query: Tensor  # [B, S, N, D], or packed [T, N, D]; also the next
+    key: Tensor
+    value: Tensor
+    q_lengths: list[int]
+    kv_lengths: list[int]
+    layout: str
+    sparse: Sparse
+    scale: float
+    zeroes_rows: bool  # inner_precise 2: rows that see nothing have probabilities 0
+    is_natural: bool  # softmax_layout "TND"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether requests lie one after the other, without pads."""
+        return self.layout == "TND"
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    input_layout: str,
+    pse: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tockens: int = FAR,
+    next_tockens: int = FAR,
+    inner_precise: int = 0,
+    prefix: list[int] | None = None,
+    actual_seq_qlen: list[int] | None = None,
+    actual_seq_kvlen: list[int] | None = None,
+    sparse_mode: int = 0,
+    gen_mask_parallel: bool = True,
+    sync: bool = False,
+    softmax_layout: str = "",
+    sink: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
+    **others: Any,  # seed and offset, which only dropout reads
+) -> Call:
+    """The call, checked; arguments as in the schema ("tockens" is the vendor's spelling).
+
+    Raises:
+      RuntimeError: what the vendor refuses, and what is not implemented here.
+    """
+    del gen_mask_parallel, sync, others
+    refusal, is_packed = _refusal, input_layout == "TND"
+    refusal.require(head_num > 0, f"head_num must > 0, but got {head_num}")
+    refusal.require(0 < keep_prob <= 1, f"The keep_prob value must be in range of (0, 1], but got {keep_prob}")
+    refusal.require(padding_mask is None, "padding_mask must be None: it is reserved")
+    refusal.require(input_layout in DIMS, f"The input_layout should be BSH/SBH/BNSD/BSND/TND, but got {input_layout}")
+    if is_packed:
+        known = sparse_mode in (0, 1, 2, 3, 4, 6, 7, 8)
+        refusal.require(known, f"The sparse_mode value must be in range of [0,5) or (5,8], but got {sparse_mode}")
+    else:
+        refusal.require(
+            0 <= sparse_mode <= 6, f"The sparse_mode value must be in range of [0,6], but got {sparse_mode}"
+        )
+    refusal.not_implemented(sparse_mode <= 4, f"sparse_mode {sparse_mode}")
+    refusal.not_implemented(keep_prob == 1, "dropout")
+    refusal.only_defaults({"pse": pse, "prefix": prefix, "sink": sink, "dropout_mask": dropout_mask})
+    refusal.not_implemented(inner_precise in (0, 2), f"inner_precise {inner_precise}")
+    refusal.parameter(softmax_layout in ("", "TND"), f"softmax_layout {softmax_layout!r}, must be empty or TND")
+    parts = _check_tensors(query, key, value, head_num, input_layout)
+    lengths = _packed(parts, actual_seq_qlen, actual_seq_kvlen) if is_packed else _padded(parts)
+    shape = None if is_packed else (parts[0].shape[0], parts[0].shape[1], parts[1].shape[1])
+    if atten_mask is not None:
+        refusal.parameter(
+            atten_mask.dtype in (torch.bool, torch.uint8), f"atten_mask is {atten_mask.dtype}, must be bool or uint8"
+        )
+        refusal.parameter(atten_mask.dim() in (2, 4), f"atten_mask has {atten_mask.dim()} dims, must be 2 or 4")
+        is_per_head = atten_mask.dim() == 4 and atten_mask.shape[1] != 1
+        refusal.not_implemented(not is_per_head, "a mask per head")
+    sparse = check_sparse(refusal, sparse_mode, atten_mask, pre_tockens, next_tockens, shape)
+    return Call(*parts, *lengths, input_layout, sparse, scale, inner_precise == 2, softmax_layout == "TND")
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, heads: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    refusal, dims = _refusal, DIMS[layout]
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        refusal.parameter(x.dim() == dims, f"{name} has {x.dim()} dims, layout {layout} has {dims}")
+        refusal.parameter(x.dtype in floats, f"{name} is {x.dtype}, must be float16, bfloat16 or float32")
+        refusal.parameter(x.dtype == query.dtype, f"{name} is {x.dtype}, query {query.dtype}: must be the same dtype")
+    if layout in ("BSH", "SBH"):
+        refusal.parameter(query.shape[2] % heads == 0, f"H of query is {query.shape[2]}, no multiple of {heads} heads")
+        width = query.shape[2] // heads
+        refusal.parameter(
+            width > 0 and key.shape[2] % width == 0, f"H of key is {key.shape[2]}, no multiple of {width}"
+        )
+        kv_heads = key.shape[2] // width
+        refusal.parameter(
+            kv_heads > 0 and value.shape[2] % kv_heads == 0, f"H of value is {value.shape[2]}, of {kv_heads} heads"
+        )
+    else:
+        kv_heads = key.shape[{"BSND": 2, "BNSD": 1, "TND": 1}[layout]]
+    q, k, v = (tokens_first(x, layout, n) for x, n in ((query, heads), (key, kv_heads), (value, kv_heads)))
+    width, v_width = q.shape[-1], v.shape[-1]
+    refusal.parameter(q.shape[-2] == heads, f"query has {q.shape[-2]} heads, head_num is {heads}")
+    refusal.parameter(
+        kv_heads > 0 and heads % kv_heads == 0 and heads <= 256, f"{heads} heads on {kv_heads}, at most 256"
+    )
+    refusal.parameter(
+        k.shape[-1] == width and 1 <= v_width <= width <= 768, f"head dims {width}, {k.shape[-1]}, {v_width}"
+    )
+    refusal.parameter(k.shape[:-1] == v.shape[:-1], "key and value must have the same tokens and heads")
+    return q, k, v
+
+
+def _padded(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[list[int], list[int]]:
+    query, key, _ = parts
+    batch = query.shape[0]
+    _refusal.parameter(key.shape[0] == batch, f"{batch} requests in query, {key.shape[0]} in key")
+    return [query.shape[1]] * batch, [key.shape[1]] * batch
+
+
+def _packed(
+    parts: tuple[Tensor, Tensor, Tensor], q_ends: list[int] | None, kv_ends: list[int] | None
+) -> tuple[list[int], list[int]]:
+    if not q_ends or not kv_ends:
+        raise RuntimeError(f"{_refusal.operator}: the size of actual_seq_qlen and actual_seq_kvlen cannot be empty.")
+    lengths = []
+    for name, ends, x in (("actual_seq_qlen", q_ends, parts[0]), ("actual_seq_kvlen", kv_ends, parts[1])):
+        counts = ends_to_lengths(list(ends))
+        _refusal.parameter(all(n >= 0 for n in counts), f"{name} {list(ends)} must not decrease: it is cumulative")
+        _refusal.parameter(sum(counts) == x.shape[0], f"{name} {list(ends)} must end at the {x.shape[0]} tokens given")
+        lengths.append(counts)
+    _refusal.parameter(len(lengths[0]) == len(lengths[1]), "actual_seq_qlen and actual_seq_kvlen differ in length")
+    return lengths[0], lengths[1]

@@ -1,0 +1,37 @@
+"""CPU kernels for the vendor's operators; one file per operator, over one FlashAttention loop (flash.py)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from npu_backend.emulation.attention_update import npu_attention_update
+from npu_backend.emulation.fused_infer import npu_fused_infer_attention_score, npu_fused_infer_attention_score_v2
+from npu_backend.emulation.fusion import npu_fusion_attention
+from npu_backend.emulation.latent import (
+    npu_multi_head_latent_attention,
+    npu_multi_head_latent_attention_lse,
+    npu_multi_head_latent_attention_lse_out,
+    npu_multi_head_latent_attention_out,
+)
+from npu_backend.emulation.mode import arithmetic
+from npu_backend.emulation.paged_cache_load import npu_paged_cache_load, npu_paged_cache_load_out
+from npu_backend.emulation.ring_attention_update import npu_ring_attention_update
+from npu_backend.emulation.ring_mla import npu_ring_mla, npu_ring_mla_out
+
+__all__ = ["KERNELS", "arithmetic"]
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "atb::npu_ring_mla": npu_ring_mla,
+    "atb::npu_ring_mla.out": npu_ring_mla_out,
+    "atb::npu_paged_cache_load": npu_paged_cache_load,
+    "atb::npu_paged_cache_load.out": npu_paged_cache_load_out,
+    "atb::npu_multi_head_latent_attention": npu_multi_head_latent_attention,
+    "atb::npu_multi_head_latent_attention.out": npu_multi_head_latent_attention_out,
+    "atb::npu_multi_head_latent_attention.lse": npu_multi_head_latent_attention_lse,
+    "atb::npu_multi_head_latent_attention.lse_out": npu_multi_head_latent_attention_lse_out,
+    "npu::npu_fused_infer_attention_score": npu_fused_infer_attention_score,
+    "npu::npu_fused_infer_attention_score_v2": npu_fused_infer_attention_score_v2,
+    "npu::npu_attention_update": npu_attention_update,
+    "npu::npu_fusion_attention": npu_fusion_attention,
+    "npu::npu_ring_attention_update": npu_ring_attention_update,
+}
+"""By the operator's full name. vendor.py registers them."""
