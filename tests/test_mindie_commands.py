@@ -232,7 +232,7 @@ SIZES = ["dp", "cp", "sp", "tp", "moe_ep", "moe_tp"]
     st.sampled_from([None, 0, 1, "\t"]),
 )
 def test_enable_edits_to_a_valid_config_and_keeps_all_else(tmp_path_factory, world, sizes, keys, indent):
-    """Whatever the sizes were: the result is valid, every field but the changed ones is as before, in the same order."""
+    """Whatever the sizes were: the result is valid, every other field is as before, and in the same order."""
     folder = tmp_path_factory.mktemp("enable")
     document = build({field: ... for field in SIZES})[0]
     model = document["ModelDeployConfig"]["ModelConfig"][0] | {"worldSize": world, "a": {"dp": 7, "b": [None]}} | sizes
@@ -357,7 +357,7 @@ def test_damaged_configs_end_without_a_traceback(tmp_path):
     """The example with bytes exchanged, left out or doubled may still be a config: then it is one with a verdict."""
     rng, path, example = random.Random(2), tmp_path / "config.json", EXAMPLE.read_bytes()
     seen = set()
-    for _ in range(FUZZED // 5):
+    for _ in range(FUZZED // 10):
         content = bytearray(example)
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(len(content))

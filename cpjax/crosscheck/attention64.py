@@ -5,6 +5,7 @@ each merge, because each of these is a place where something was rounded.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -28,7 +29,7 @@ class Rows:
     weight: Float[np.ndarray, "R S"]
     """The softmax: rows sum to 1, or to 0 where nothing is seen."""
     norms: Float[np.ndarray, "R S"]
-    """scale · |q| |k|, which bounds the rounding of the dot product."""
+    """|scale| |q| |k|, which bounds the rounding of the dot product."""
     seen: Bool[np.ndarray, "R S"]
     edges: Int[np.ndarray, " C1"]
     chunk_max: Float[np.ndarray, "R C"]
@@ -38,6 +39,16 @@ class Rows:
     """Σ of weight · value in a chunk, B_c = a_c o_c."""
     out: Float[np.ndarray, "R V"]
     lse: Float[np.ndarray, " R"]
+
+    @cached_property
+    def size(self) -> Float[np.ndarray, "S V"]:
+        """|value|."""
+        return np.abs(self.value)
+
+    @cached_property
+    def square(self) -> Float[np.ndarray, "S V"]:
+        """value²."""
+        return self.value**2
 
     @property
     def chunk_sizes(self) -> Int[np.ndarray, " C"]:
@@ -67,7 +78,8 @@ def attention_rows(
     if len(index) == 0:
         index = np.zeros(1, int)  # keeps every array non-empty; the row still sees nothing
     index = index[np.argsort(chunk[index], kind="stable")]
-    key, value, seen, chunk = key[index], value[index], seen[:, index], chunk[index]
+    if len(index) < len(key) or (np.diff(index) != 1).any():  # otherwise all keys are there in order: copy nothing
+        key, value, seen, chunk = key[index], value[index], seen[:, index], chunk[index]
     edges = np.append(np.flatnonzero(np.diff(chunk, prepend=-1)), len(chunk))
     score = np.where(seen, scale * (query @ key.T), -np.inf)
     chunk_max = np.maximum.reduceat(score, edges[:-1], axis=1)
@@ -80,7 +92,7 @@ def attention_rows(
     chunk_part = np.stack(parts, axis=1)
     with np.errstate(divide="ignore"):
         lse = base + np.log(total)
-    norms = scale * np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(key, axis=1)
+    norms = np.sqrt(scale**2 * np.einsum("rh,rh->r", query, query))[:, None] * np.sqrt(np.einsum("sh,sh->s", key, key))
     return Rows(
         index=index,
         chunks=chunk[edges[:-1]],

@@ -60,8 +60,8 @@ def key_scores(
     pull = error * inverse
     value = weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
     drag = model.one_signed * inverse
-    bias = weight * (drag @ np.abs(rows.value).T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
-    size = inverse @ (rows.value**2).T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
+    bias = weight * (drag @ rows.size.T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
+    size = inverse @ rows.square.T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
     square = size - 2 * (inverse * rows.out) @ rows.value.T
     # A value that differs from the output by less than a millionth tells nothing but the oracle's own rounding.
     information = weight**2 * np.maximum(square, 1e-12 * size)

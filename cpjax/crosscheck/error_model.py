@@ -57,8 +57,9 @@ class ErrorModel:
 
     def expected(self) -> Expected:
         """Everything the judge needs of these rows."""
-        shared = self.probability_variance + self.score_variance + self.one_signed**2
+        shared = self.probability_variance + self.score_variance + self.lse_rounding_variance + self.one_signed**2
         variance = shared + self.chunk_variance + self.carry_variance + self.compute_variance
+        variance = variance + self.last_variance
         total = variance.sum(axis=1)
         share = np.divide(shared.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
         low, high, room = self.interval
@@ -79,10 +80,19 @@ class ErrorModel:
         return FORMATS[self.precision.out]
 
     @property
+    def _carry_format(self) -> Format:
+        return FORMATS[self.precision.carry]
+
+    @property
     def _eps(self) -> float:
         """Unit roundoff of everything that is not stored in a format of its own. The oracle is float64 itself: for
         the float64 profile its own errors count too, so they count twice."""
         return FORMATS[self.precision.compute].u * (2.0 if self.precision.compute == "float64" else 1.0)
+
+    @property
+    def _scale(self) -> float:
+        """|scale|, or 1 where it is 0 and every score is exact."""
+        return abs(self.scale) or 1.0
 
     @property
     def _low_precision_scores(self) -> bool:
@@ -172,7 +182,7 @@ class ErrorModel:
     def _chunk(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
         """Variance of the chunks' random roundings, and the sum of those that are not.
 
-        The value of the chunk's first key is itself a number of the format. Where the chunk's out is closer to it than
+        The value of the chunk's best key is, once rounded, a number of the format. Where the chunk's out is nearer than
         a few spacings, it is rounded back to it, always against what the other keys added.
         """
         rows = self.rows
@@ -182,7 +192,7 @@ class ErrorModel:
         top = np.stack(
             [start + rows.score[:, start:stop].argmax(axis=1) for start, stop in pairwise(rows.edges)], axis=1
         )
-        moved = np.abs(out - rows.value[top])
+        moved = np.abs(out - self._out.round(rows.value[top]))
         step = self._out.spacing(out)
         free = moved >= 4 * step
         independent = np.where(free, a**2 * step**2 / 12, 0.0).sum(axis=1)
@@ -207,7 +217,7 @@ class ErrorModel:
             error = error + np.abs(lost @ rows.value) / np.sqrt(3)
         absorbed = self._absorbed
         if absorbed.any():
-            of_values = absorbed @ np.abs(rows.value) + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
+            of_values = absorbed @ rows.size + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
             error = error + of_values
         return error
 
@@ -242,7 +252,7 @@ class ErrorModel:
         first = (np.cumsum(a > 0, axis=1) == 1) & (a > 0)
         moved = np.abs(np.diff(running, axis=1, prepend=0.0))
         merged = ((a > 0) & ~first)[..., None]  # the first chunk a row sees is merged with nothing
-        step = self._out.spacing(running)
+        step = self._carry_format.spacing(running)
         free = merged & (moved >= 4 * step)
         stuck = merged & (moved < 4 * step)
         independent = np.where(free, done**2 * step**2 / 12, 0.0).sum(axis=1)
@@ -251,7 +261,7 @@ class ErrorModel:
 
     def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
         merges = np.maximum((self.rows.chunk_weight > 0).sum(axis=1) - 1, 0)[:, None]
-        step = self._out.spacing(self._largest_running)
+        step = self._carry_format.spacing(self._largest_running)
         a = self.rows.chunk_weight[..., None]
         moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
         repeated = np.minimum(moved, 0.5 * step[:, None]).sum(axis=1) * (merges > 0)
@@ -272,7 +282,7 @@ class ErrorModel:
         variance = computed**2 / 3
         if self._low_precision_scores:
             fmt = FORMATS[self.precision.score]
-            variance = variance + (self.scale * fmt.spacing(s / self.scale)) ** 2 / 12
+            variance = variance + (self._scale * fmt.spacing(s / self._scale)) ** 2 / 12
             variance = variance + fmt.spacing(s) ** 2 / 12
             variance = variance + np.where(np.abs(below) <= np.abs(s), 0.0, fmt.spacing(below) ** 2 / 12)
         return np.where(rows.seen, np.sqrt(variance), 0.0)
@@ -307,6 +317,30 @@ class ErrorModel:
                 part = part + rows.weight[:, keys] @ rows.value[keys]
                 highest = new
         return found
+
+    @cached_property
+    def _chunk_lse_step(self) -> Float[np.ndarray, "R C"]:
+        """Spacing of the format in which a chunk's lse is stored, where that is coarser than the compute format."""
+        if self.precision.lse == self.precision.compute:
+            return np.zeros_like(self.rows.chunk_weight)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lse = np.log(self.rows.chunk_weight) + self.rows.lse[:, None]
+        fmt = FORMATS[self.precision.lse]
+        return np.where(self.rows.chunk_weight > 0, fmt.spacing(np.where(np.isfinite(lse), lse, 0.0)), 0.0)
+
+    @cached_property
+    def lse_rounding_variance(self) -> Float[np.ndarray, "R V"]:
+        """Each chunk's lse rounded, which makes it weigh too much or too little in the merge (§3.8)."""
+        rows = self.rows
+        beside = rows.chunk_part - rows.chunk_weight[..., None] * rows.out[:, None]
+        return (beside**2 * self._chunk_lse_step[..., None] ** 2 / 12).sum(axis=1)
+
+    @cached_property
+    def last_variance(self) -> Float[np.ndarray, "R V"]:
+        """The merged out rounded to the out format, where it was carried in a wider one (§3.4)."""
+        several = (self.rows.chunk_weight > 0).sum(axis=1) > 1
+        is_wider = self.precision.carry != self.precision.out
+        return several[:, None] * is_wider * self._out.spacing(self.rows.out) ** 2 / 12
 
     @cached_property
     def compute_variance(self) -> Float[np.ndarray, "R V"]:
@@ -346,7 +380,8 @@ class ErrorModel:
         merges = (rows.chunk_weight > 0).sum(axis=1)
         of_sum = np.where(n > 1, 4 * eps, 0.0) + self._sum_sigma
         of_log = eps * (self._lse_size + 2) * np.sqrt(merges + 1)
-        return np.where(n > 0, variance + of_sum**2 + of_log**2 + self.lse_one_signed**2, 0.0)
+        of_storing = (rows.chunk_weight**2 * self._chunk_lse_step**2).sum(axis=1) / 12
+        return np.where(n > 0, variance + of_sum**2 + of_log**2 + of_storing + self.lse_one_signed**2, 0.0)
 
     def variance_along(
         self, per_out: Float[np.ndarray, "R V"], per_lse: Float[np.ndarray, " R"]
@@ -369,14 +404,15 @@ class ErrorModel:
         away_of_chunks = np.einsum("rv,rcv->rc", per_out, beside)
         variance += ((2 * self._eps * (self._lse_size + 2))[:, None] ** 2 * away_of_chunks**2).sum(axis=1)
         variance += (self._sum_sigma * (per_out * rows.out).sum(axis=1)) ** 2
-        stored = self.chunk_variance + self.carry_variance + self.compute_variance
+        variance += (self._chunk_lse_step**2 * away_of_chunks**2).sum(axis=1) / 12
+        stored = self.chunk_variance + self.carry_variance + self.compute_variance + self.last_variance
         variance += (per_out**2 * stored).sum(axis=1)
         return variance + per_lse**2 * self.lse_variance
 
     @cached_property
     def in_range(self) -> Bool[np.ndarray, " R"]:
         """Rows none of whose q·k overflows the format that scores are kept in (§6)."""
-        largest = np.where(self.rows.seen, np.abs(self.rows.score), 0.0).max(axis=1) / abs(self.scale or 1.0)
+        largest = np.where(self.rows.seen, np.abs(self.rows.score), 0.0).max(axis=1) / self._scale
         return largest * (1 + 2.0**-10) < FORMATS[self.precision.score].largest
 
     # Hard bound (§5) ---------------------------------------------------------------------------------------------
@@ -391,7 +427,7 @@ class ErrorModel:
 
     @cached_property
     def _weighted_magnitude(self) -> Float[np.ndarray, "R V"]:
-        return self.rows.weight @ np.abs(self.rows.value)
+        return self.rows.weight @ self.rows.size
 
     @cached_property
     def score_bound(self) -> Float[np.ndarray, "R S"]:
@@ -404,10 +440,11 @@ class ErrorModel:
         bound = eps * (self.head_dim * rows.norms + 2 * s + 4 * below_top + fixed[:, None])
         if self._low_precision_scores:
             fmt = FORMATS[self.precision.score]
-            spill = np.maximum(fmt.u * s / self.scale, fmt.tiny / 2) * self.scale
+            spill = np.maximum(fmt.u * s / self._scale, fmt.tiny / 2) * self._scale
             multiply = np.maximum(fmt.u * (s + spill), fmt.tiny / 2)
             own = spill + multiply
             bound = bound + own + fmt.u * (below_top + 2 * (bound + own)) + fmt.tiny
+        bound = bound + rows.per_key(self._chunk_lse_step / 2)
         return np.where(rows.seen, bound, 0.0)
 
     @cached_property
@@ -422,7 +459,7 @@ class ErrorModel:
         The last rounding is done, not bounded: so what must be exact is exact.
         """
         rows, fmt = self.rows, self._out
-        magnitude = np.abs(rows.value)
+        magnitude = rows.size
         growth = np.exp(np.minimum(self.score_bound, 50.0))
         several = (self._seen_keys > 1)[:, None]
         chunks = (rows.chunk_weight > 0).sum(axis=1)[:, None]
@@ -438,7 +475,9 @@ class ErrorModel:
         with np.errstate(invalid="ignore", divide="ignore"):
             chunk_out = np.where(a > 0, np.abs(rows.chunk_part) / a, 0.0)
         of_chunks = (a * (fmt.u * chunk_out + fmt.tiny / 2)).sum(axis=1)
-        of_merges = np.maximum(chunks - 2, 0) * (fmt.u * self._largest_running + fmt.tiny / 2)
+        carry = self._carry_format
+        merges = np.maximum(chunks - (2 if carry == fmt else 1), 0)
+        of_merges = merges * (carry.u * self._largest_running + carry.tiny / 2)
         of_weights = several * 4 * self._eps * (self._lse_size[:, None] + 4) * chunks * self._weighted_magnitude
         # One chunk: its own rounding is the last one. Several: the last merge's is.
         stored = np.where(chunks > 1, of_chunks + of_merges + of_weights, 0.0)

@@ -6,8 +6,10 @@ Rows are judged in tiles that bound memory. Nothing is decided here; `verdict` d
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -28,6 +30,9 @@ ELEMENTS = 2**20
 
 ROWS = 256
 """Most rows in one tile."""
+
+LEAST_ROWS = 32
+"""Fewest rows in one tile, where there are as many: what is done once a tile takes as long as a few rows."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +137,15 @@ def collect(
 
 
 def _each_tile(
-    measure: Callable[[_Tile], _Found], question: Question, chosen: Bool[np.ndarray, "B T N"]
+    measure: Callable[[np.ndarray, np.ndarray, _Tile], _Found], question: Question, chosen: Bool[np.ndarray, "B T N"]
 ) -> Iterator[_Found]:
     """Measure all tiles; large problems on all processors, since NumPy works outside Python's lock."""
-    tiles = list(_tiles(question, chosen))
-    if chosen.sum() * question.key.shape[1] < 16 * ELEMENTS:
-        yield from map(measure, tiles)
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(measure, tiles)
+    is_large = chosen.sum() * question.key.shape[1] >= 16 * ELEMENTS
+    with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
+        each = map if pool is None else pool.map
+        for (b, k), tiles in groupby(_tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
+            key, value = (x[b, :, k].astype(np.float64) for x in (question.key, question.value))
+            yield from each(partial(measure, key, value), tiles)
 
 
 def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[_Tile]:
@@ -148,7 +153,7 @@ def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[_T
     query, same = _same_rows(question, batch, position, head)
     times = np.bincount(query)[query]
     kv_head = head // question.group
-    size = max(1, min(ROWS, ELEMENTS // question.key.shape[1]))
+    size = max(LEAST_ROWS, min(ROWS, ELEMENTS // question.key.shape[1]))
     # Rows of one tile lie close together, so that under a causal mask they need few keys.
     order = np.lexsort((head, position, kv_head, batch))
     groups = np.flatnonzero(np.diff(batch[order] * question.key.shape[2] + kv_head[order], prepend=-1))
@@ -182,9 +187,12 @@ def _numbered(rows: np.ndarray) -> Int[np.ndarray, " R"]:
     return np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_inverse=True)[1]
 
 
-def _measure(question: Question, out: np.ndarray, lse: np.ndarray | None, tile: _Tile) -> _Found:
+def _measure(
+    question: Question, out: np.ndarray, lse: np.ndarray | None, key: np.ndarray, value: np.ndarray, tile: _Tile
+) -> _Found:
+    """The evidence of one tile; `key` and `value` of its head in float64."""
     b, at = tile.batch, tile.position
-    rows, model = _model(question, tile)
+    rows, model = _model(question, key, value, tile)
     expected = model.expected()
     given = out[b, at, tile.head].astype(np.float64)
     unjudged = ~(expected.distortion <= 0.5) | ~np.isfinite(expected.low).all(1) | ~np.isfinite(expected.high).all(1)
@@ -223,14 +231,12 @@ def _measure(question: Question, out: np.ndarray, lse: np.ndarray | None, tile: 
     return _Found(tile, table, rows.index, scores, _lattice(question, rows, given, unjudged))
 
 
-def _model(question: Question, tile: _Tile) -> tuple[Rows, ErrorModel]:
-    b, at, k = tile.batch, tile.position, tile.kv_head
+def _model(question: Question, key: np.ndarray, value: np.ndarray, tile: _Tile) -> tuple[Rows, ErrorModel]:
+    b, at = tile.batch, tile.position
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
     seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]
-    query, key, value = (
-        x.astype(np.float64) for x in (question.query[b, at, tile.head], question.key[b, :, k], question.value[b, :, k])
-    )
+    query = question.query[b, at, tile.head].astype(np.float64)
     rows = attention_rows(query, key, value, seen, question.kv_chunk, question.scale)
     merging = question.merging
     if merging is not None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
@@ -25,6 +26,11 @@ class Format:
         """The least positive number, which is the spacing everywhere near zero."""
         return 2.0 ** (self.emin - self.digits + 1)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The format's dtype; NumPy knows BF16 by way of ml_dtypes, which JAX brings."""
+        return np.dtype(ml_dtypes.bfloat16 if self.name == "bfloat16" else self.name)
+
     def spacing(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """The distance between neighbours at |x|, as float64; `tiny` for zero and subnormals.
 
@@ -37,13 +43,14 @@ class Format:
     def round(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """`x` rounded to nearest, ties to even, and back in float64; beyond the range it is infinite."""
         with np.errstate(over="ignore"):
-            return x.astype(self.name).astype(np.float64)
+            return x.astype(self.dtype).astype(np.float64)
 
 
 FORMATS = {
     f.name: f
     for f in (
         Format("float16", 11, -14, 65504.0),
+        Format("bfloat16", 8, -126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
         Format("float32", 24, -126, float(np.finfo(np.float32).max)),
         Format("float64", 53, -1022, float(np.finfo(np.float64).max)),
     )

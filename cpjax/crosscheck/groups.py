@@ -25,7 +25,7 @@ FURTHEST = 2.0**16
 WORK = 2**22
 """Above so many (key, column) pairs the columns are not all grouped: see `Groups.sum_of_squares`."""
 
-COLUMNS = 8
+COLUMNS = 4
 """How many columns are grouped then."""
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool
 
 from cpjax.crosscheck.evidence import collect
 from cpjax.crosscheck.extremes import rows_out_of_range
+from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Array, Question, question
 from cpjax.crosscheck.verdict import Verdict, decide, malformed
 from cpjax.precision import Precision
@@ -135,10 +136,10 @@ def _misshapen(asked: Question, out: object, lse: object) -> str | None:
 def _off_format(asked: Question, out: np.ndarray) -> str | None:
     """`out` in a wider dtype must hold numbers of the profile's format, or another precision was meant."""
     fmt = asked.precision.out
-    if np.dtype(out.dtype).itemsize <= np.dtype(fmt).itemsize:
+    if out.dtype.name == fmt:
         return None
     with np.errstate(over="ignore", invalid="ignore"):
-        off = ~np.isnan(out) & (out.astype(fmt).astype(out.dtype) != out)
+        off = ~np.isnan(out) & (out.astype(FORMATS[fmt].dtype).astype(out.dtype) != out)
     off &= asked.is_judged[..., None, None]
     if off.any():
         return (

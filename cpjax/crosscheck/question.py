@@ -100,6 +100,8 @@ def question(
     q_tokens, kv_tokens = check_inputs(query, key, value, q_tokens, kv_tokens)
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
         raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape}: nothing may be empty")
+    if (np.asarray(q_tokens.segment) == PAD).all():
+        raise ValueError("every query is a pad (segment -1); there is nothing to judge")
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")

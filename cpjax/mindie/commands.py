@@ -1,4 +1,4 @@
-"""`cpjax mindie …`: check, ranks, link, enable and schema.
+"""`cpjax mindie …`: check, ranks, link, enable, rules and schema.
 
 Exit status: 0 accepted (warnings too) or done, 1 a config that MindIE does not take, 2 bad input.
 """
@@ -243,6 +243,18 @@ def _write_new(path: Path, text: str) -> None:
         raise InputError(f"{printable(path)} cannot be written ({getattr(error, 'strerror', error)})") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@app.command()
+def rules() -> None:
+    """Print all rules as a Markdown table: what each says, its source, and whether the server checks it.
+
+    Example: cpjax mindie rules
+    """
+    from cpjax.mindie.report import rules_markdown
+
+    for line in rules_markdown():
+        typer.echo(line)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from cpjax.mindie.check import Checked, Finding
 from cpjax.mindie.config import printable
+from cpjax.mindie.rules import PAIRS, RULES
 
 
 def findings_text(checked: Checked) -> Iterator[str]:
@@ -36,3 +37,13 @@ def who(finding: Finding) -> str:
 
 def _count(findings: list[Finding], what: str) -> str:
     return f"{len(findings)} {what}{'' if len(findings) == 1 else 's'}"
+
+
+def rules_markdown() -> Iterator[str]:
+    """All rules as a Markdown table; the one in docs/mindie.md is this."""
+    yield "| rule | field | level | the server | what it says | source |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for rule in (*RULES, *PAIRS):
+        server = "checks it" if rule.enforced else "does not check it"
+        says = rule.says.replace("|", "\\|")
+        yield f"| `{rule.name}` | `{rule.field}` | {rule.level} | {server} | {says} | {rule.source} |"

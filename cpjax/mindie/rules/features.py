@@ -60,7 +60,7 @@ FEATURES: tuple[Rule, ...] = (
          "SuperPoD", "use one of these, or set cp and sp to 1", f"{CP_PAGE}; {SP_PAGE}",
          lambda s: value(s.is_split and s.hardware is not None and s.hardware not in HARDWARE, s.hardware)),
     Rule("cards-of-a-server", "npuDeviceIds", "error", False, "an Atlas 800I A2 has 8 NPUs, an Atlas 800I A3 has 16",
-         "use more nodes: multiNodesInferEnabled and a rank table", "specification of the server",
+         "use more nodes: multiNodesInferEnabled and a rank table", "MindCluster scheduling guide, node affinity",
          lambda s: value(s.hardware in HARDWARE and s.sizes.world_size > HARDWARE[s.hardware] * s.deployment.nodes,
                          f"{s.sizes.world_size} cards on {s.deployment.nodes} × {s.hardware}")),
     Rule("role-known", "inferMode", "warning", False, "inferMode dmi is one side of a prefill–decode pair, and the "

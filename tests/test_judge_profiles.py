@@ -1,0 +1,53 @@
+"""The judge knows every profile: the specification passes in the one it computes in, and in no narrower one."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpjax.crosscheck import judge
+from cpjax.parallel import context_parallel_attention, cp_mesh
+from cpjax.precision import PROFILES
+
+NARROWER = {
+    "float64": "float32",
+    "float32": "flash_fp16",
+    "flash_fp16": "flash_bf16",
+    "ring_mla_fp16": "flash_bf16",
+    "decode_fp16_lse": "flash_bf16",
+}
+"""Profile → a coarser one, whose results it must refuse."""
+
+
+@cache
+def computed(profile: str, seed: int, cp: int):
+    """Inputs and the specification's result, 64 tokens of two heads."""
+    rng = np.random.default_rng(seed)
+    dtype = {"float64": np.float64, "float32": np.float32}.get(profile, np.float16)
+    inputs = [rng.standard_normal((1, 64, 2, 32)).astype(dtype) for _ in range(3)]
+    with jax.enable_x64():
+        result = context_parallel_attention(*inputs, mesh=cp_mesh(cp), precision=profile)
+    return inputs, [np.asarray(x) for x in result]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@given(seed=st.integers(0, 2**32 - 1), cp=st.sampled_from([1, 2, 4]))
+@settings(max_examples=15)
+def test_the_specification_passes_in_the_profile_it_computes_in(profile, seed, cp):
+    inputs, (out, lse) = computed(profile, seed, cp)
+    verdict = judge(*inputs, out, lse, cp=cp, precision=profile, order="ring")
+    assert verdict.passed, verdict.reasons
+    assert verdict.z < 1.3
+    assert verdict.hard_ratio <= 1
+
+
+@pytest.mark.parametrize(("profile", "narrower"), NARROWER.items())
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=5)
+def test_a_result_in_a_coarser_profile_is_refused(profile, narrower, seed):
+    inputs, (out, lse) = computed(narrower, seed, 2)
+    finer = [x.astype(PROFILES[profile].out if profile.startswith("float") else np.float16) for x in inputs]
+    assert not judge(*finer, out, lse, cp=2, precision=profile, order="ring").passed
