@@ -8,15 +8,21 @@ that keeps its contract and its roundings. So there is one code path, and a lapt
 
 Read in this order; each file imports only files above it:
 
-    schedule.py    integers: which pair of chunks rank r computes at ring step s
+    schedule.py    integers: which pair of chunks rank r computes at which step of which exchange
     files.py       a case comes in, a result goes out (docs/formats.md)
-    shard.py       what a rank holds of a case
     schemas.py     the vendor's operators as torch_npu declares them
     contracts/     what each of them accepts and refuses
     emulation/     each of them on a CPU, with the roundings of the vendor's kernel
     vendor.py      the operators by name: torch_npu's where it is installed, declared by us where it is not
-    operators/     the operators in our words and shapes, three families
+    operators/     the operators in our words and shapes
+    families.py    three ways of folding blocks with them
+    packing.py     several requests in one row: index arrays
+    shard.py       what a rank holds of a case
+    exchange.py    how keys and values travel: ring, gather, double ring
+    prefix.py      cached prefixes: who holds which blocks
     ring.py        the algorithm, for one rank
+    profile.py     how much of the transfers was hidden
+    provenance.py  what computed
     rank.py        one rank, one case: read, compute, join, write
     workers.py     the ranks as processes of this host
     runner.py      many cases, resumed where they were left; `python -m npu_backend run`

@@ -3,15 +3,20 @@
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 from npu_backend.errors import InputError, RankError
+from npu_backend.families import FAMILIES
+from npu_backend.rank import Settings
 from npu_backend.runner import Outcome, is_first_rank, run
+from npu_backend.schedule import EXCHANGES, Exchange
 
 EXAMPLES = """examples:
   python -m npu_backend run cases results                  one process per cp rank, on this host's CPU
   python -m npu_backend run cases results --device npu     one process per NPU
+  python -m npu_backend run cases results --exchange gather --profile
   torchrun --nproc-per-node 2 -m npu_backend run cases results --device npu
 
 exit status: 0 all computed (or finished before), 1 a run failed, 2 bad input."""
@@ -40,6 +45,24 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("results", type=Path, metavar="RESULTS", help="folder for the results; made if it is missing")
     command.add_argument("--device", choices=("cpu", "npu"), default="cpu", help="where tensors live (default: cpu)")
     command.add_argument(
+        "--operators",
+        choices=tuple(FAMILIES),
+        default="ring_mla",
+        help="the family of operators: ring_mla (MindIE), fia (vLLM-Ascend), fusion (MindSpeed); default: ring_mla",
+    )
+    command.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        default="ring",
+        help="how keys and values travel: ring, gather (MindIE's order), double-ring; default: ring",
+    )
+    command.add_argument(
+        "--inner", type=int, metavar="N", help="ranks of a node in a double ring; under torchrun: those of this host"
+    )
+    command.add_argument(
+        "--profile", action="store_true", help="write seconds of computing and waiting per step into the results"
+    )
+    command.add_argument(
         "--json", action="store_true", help="print name, cp, seconds, seconds_per_step, result as JSON"
     )
     command.add_argument(
@@ -56,7 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     arguments = _arguments(argv)
     try:
-        outcomes = run(arguments.cases, arguments.results, device=arguments.device, timeout=arguments.timeout)
+        settings = Settings(_exchange(arguments), arguments.operators, arguments.profile)
+        outcomes = run(
+            arguments.cases, arguments.results, device=arguments.device, timeout=arguments.timeout, settings=settings
+        )
     except InputError as error:
         return _complain(str(error), 2, first_only=True)
     except RankError as error:
@@ -71,6 +97,17 @@ def main(argv: list[str] | None = None) -> int:
         elif not arguments.json:
             print(f"{outcome.name}: cp {outcome.cp}, {outcome.seconds:.3f} s, {outcome.result}")
     return int(any(outcome.error is not None for outcome in outcomes))
+
+
+def _exchange(arguments: argparse.Namespace) -> Exchange:
+    if arguments.exchange != "double-ring":
+        if arguments.inner is not None:
+            raise InputError(f"--inner is for --exchange double-ring; exchange {arguments.exchange} has no nodes")
+        return Exchange(arguments.exchange)
+    inner = arguments.inner or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if inner < 1:
+        raise InputError("--exchange double-ring needs --inner N, the ranks of a node (a divisor of cp)")
+    return Exchange("double-ring", inner)
 
 
 def _public(outcome: Outcome) -> dict:

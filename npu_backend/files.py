@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from npu_backend.errors import InputError
 
 VERSION = "1"
+LAYOUTS = ("zigzag", "packed")
 TENSORS = {
     "query": ("F16", "BTNH"),
     "key": ("F16", "BSKH"),
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     is_causal: bool
     cp: int
     precision: dict[str, Any]  # backend name → profile name
+    layout: str = "zigzag"
 
 
 class RankResult(NamedTuple):
@@ -140,13 +142,13 @@ def _description(text: str) -> dict[str, Any]:
         "scale": ("a finite number", lambda x: type(x) in (int, float) and abs(x) < 1e300 and math.isfinite(x)),
         "is_causal": ("true or false", lambda x: type(x) is bool),
         "cp": ("a whole number, at least 1", lambda x: type(x) is int and x >= 1),
-        "layout": ('"zigzag", the only layout of this version', lambda x: x == "zigzag"),
+        "layout": (" or ".join(map(repr, LAYOUTS)), lambda x: isinstance(x, str) and x in LAYOUTS),
         "precision": ("an object: backend name → profile name", lambda x: isinstance(x, dict)),
     }
     for key, (rule, holds) in rules.items():
         if not holds(case.get(key)):
             raise InputError(f"{key} is {str(case.get(key))[:40]!r}; it must be {rule}")
-    return {"scale": float(case["scale"]), **{key: case[key] for key in ("is_causal", "cp", "precision")}}
+    return {"scale": float(case["scale"]), **{key: case[key] for key in ("is_causal", "cp", "precision", "layout")}}
 
 
 def finished(path: Path, case: Case) -> dict[str, Any] | None:

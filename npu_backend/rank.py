@@ -4,25 +4,36 @@ Every rank runs this, whether the ranks were started by `workers.py` or by torch
 torch.distributed only.
 """
 
-import importlib
-import platform
-import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from npu_backend import vendor
 from npu_backend.errors import LinkError, RankError
+from npu_backend.exchange import KeyValues, Link, Report
+from npu_backend.families import FAMILIES
 from npu_backend.files import Case, RankResult, read_case, write_result
 from npu_backend.operators import Partial
-from npu_backend.ring import Report, Ring, ring_attention
-from npu_backend.shard import PRECISION, Shard, check_computable, real_lengths, shard
+from npu_backend.prefix import Prefix, gather_prefix, owned
+from npu_backend.profile import profile_of, time_exchange
+from npu_backend.provenance import provenance
+from npu_backend.ring import Ring, ring_attention
+from npu_backend.schedule import Exchange, check_exchange
+from npu_backend.shard import Shard, check_computable, requests_of, shard
 
 BACKENDS = {"cpu": "gloo", "npu": "cpu:gloo,npu:hccl"}
 """torch.distributed backends by device; with npu, objects in host memory still go through gloo."""
+
+
+class Settings(NamedTuple):
+    """How cases are to be computed; the same on every rank."""
+
+    exchange: Exchange = Exchange()
+    operators: str = "ring_mla"
+    profile: bool = False
 
 
 def join(
@@ -40,7 +51,13 @@ def join(
     return place
 
 
-def compute_case(case_path: Path, result_path: Path, device: torch.device, report: Report) -> None:
+def compute_case(
+    case_path: Path,
+    result_path: Path,
+    device: torch.device,
+    report: Report,
+    settings: Settings = Settings(),  # noqa: B008
+) -> None:
     """Compute one case together with the other ranks; rank 0 writes the result.
 
     Raises:
@@ -49,24 +66,43 @@ def compute_case(case_path: Path, result_path: Path, device: torch.device, repor
       LinkError: a transfer failed.
     """
     rank, cp = dist.get_rank(), dist.get_world_size()
+    family = FAMILIES[settings.operators]
     report("read", 0)
     case = read_case(case_path)
-    check_computable(case)
+    check_computable(case, family)
+    check_exchange(settings.exchange, cp)
     if case.cp != cp:
         raise RankError(f"{case.name} is for {case.cp} ranks, there are {cp}")
     report("wait", 0)
     _meet(case, cp)
-    ring = Ring(rank, cp, case.is_causal, case.scale, real_lengths(case))
+    ring = Ring(rank, cp, case.is_causal, case.scale, requests_of(case), settings.exchange, family)
     mine = shard(case, rank)
-    partial, seconds = ring_attention(ring, mine, device, report)
+    alone = time_exchange(ring, mine, device, report) if settings.profile else None
+    partial, clock = ring_attention(ring, mine, device, report, _prefix(ring, case, device, report))
     report("wait", cp)
+    share = (_share(partial, mine), clock.step, None if alone is None else profile_of(clock, alone))
     shares: list[Any] | None = [None] * cp if rank == 0 else None
-    _collective(dist.gather_object, (_share(partial, mine), seconds), shares, dst=0)
+    _collective(dist.gather_object, share, shares, dst=0)
     if shares is not None:
         report("write", cp)
-        results, seconds_per_step = zip(*shares, strict=True)
-        about = provenance(device) | {"seconds_per_step": seconds_per_step, "seconds": max(map(sum, seconds_per_step))}
-        write_result(result_path, case, list(results), precision=PRECISION, order="ring", about=about)
+        results, seconds, profiles = zip(*shares, strict=True)
+        about = provenance(device, family, settings.exchange)
+        about |= {"seconds_per_step": seconds, "seconds": max(map(sum, seconds))}
+        if settings.profile:
+            about["profile"] = [profile._asdict() for profile in profiles]
+        order = settings.exchange.order
+        write_result(result_path, case, list(results), precision=family.precision, order=order, about=about)
+
+
+def _prefix(ring: Ring, case: Case, device: torch.device, report: Report) -> Prefix | None:
+    """The cached prefixes of a pack, each rank giving the blocks that it owns; None if there are none."""
+    lengths, tokens = ring.requests.prefix_lengths, case.query.shape[1]
+    if not any(lengths):
+        return None
+    rows = tokens + owned(lengths, ring.rank, ring.cp)
+    places = np.stack([case.kv_position[:, rows], case.kv_segment[:, rows]])
+    mine = KeyValues(*(torch.from_numpy(x).to(device) for x in (case.key[:, rows], case.value[:, rows], places)))
+    return gather_prefix(Link(ring.rank, ring.cp, report), mine, lengths)
 
 
 def _meet(case: Case, cp: int) -> None:
@@ -86,16 +122,3 @@ def _collective(function: Any, *args: Any, **kwargs: Any) -> None:
 
 def _share(partial: Partial, mine: Shard) -> RankResult:
     return RankResult(partial.out.cpu().numpy(), partial.lse.cpu().contiguous().numpy(), mine.position, mine.segment)
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What computed: versions and device, as JSON can hold it."""
-    torch_npu = importlib.import_module("torch_npu") if vendor.TORCH_NPU_PROBLEM is None else None
-    name = torch.get_device_module(device).get_device_name(device) if device.type == "npu" else platform.machine()
-    return {
-        "torch": torch.__version__,
-        "torch_npu": getattr(torch_npu, "__version__", None),
-        "python": sys.version.split()[0],
-        "device": f"{device.type} ({name})",
-        "operator": "atb::npu_ring_mla",
-    }

@@ -1,36 +1,27 @@
-"""Ring attention, for one rank. The queries stay; keys and values go round.
+"""Context-parallel attention, for one rank. The queries stay; keys and values come to them.
 
-    step s:   start passing what I hold to rank r + 1, and receiving from rank r − 1
-              compute my two query chunks against the two chunks I hold
-              wait for the transfer; what has arrived is what I hold now
+    for each step:   what the exchange brings at this step (the next is already on its way)
+                     compute my two chunks of queries against the two chunks of keys
+    at last:         the cached prefix, which all queries of its request see whole
 
-cp steps, cp − 1 transfers. The transfer runs while the blocks are computed, so it costs time only where it is longer.
 The places of the tokens travel with them, and are compared with the schedule before they are used.
 """
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from npu_backend.errors import LinkError, RankError
-from npu_backend.operators import Partial, ring_mla_block
-from npu_backend.schedule import Block, blocks, held_chunks, source, tokens_in_chunk
-from npu_backend.shard import PAD, Shard
-
-Report = Callable[[str, int], None]
-"""Called with what the rank begins to do ("compute", "wait") and at which step."""
-
-
-class KeyValues(NamedTuple):
-    """What travels: keys and values of one rank, and where their tokens are."""
-
-    key: Tensor  # [B, t, K, 192] float16
-    value: Tensor  # [B, t, K, 128] float16
-    places: Tensor  # [2, B, t] int32: positions, segments
+from npu_backend.errors import RankError
+from npu_backend.exchange import KeyValues, Link, Report, travel
+from npu_backend.families import FAMILIES, Family
+from npu_backend.operators import Partial
+from npu_backend.packing import held_rows, indices
+from npu_backend.prefix import Prefix
+from npu_backend.schedule import Block, Exchange, blocks, held_chunks, source, tokens_in_chunk
+from npu_backend.shard import PAD, Requests, Shard
 
 
 class Ring(NamedTuple):
@@ -40,100 +31,114 @@ class Ring(NamedTuple):
     cp: int
     is_causal: bool
     scale: float
-    lengths: tuple[int, ...]  # real tokens per request
+    requests: Requests
+    exchange: Exchange = Exchange()
+    family: Family = FAMILIES["ring_mla"]
 
 
-def ring_attention(ring: Ring, shard: Shard, device: torch.device, report: Report) -> tuple[Partial, list[float]]:
-    """Attention of the rank's queries over all keys: `out` `[B, t, N, 128]`, `lse` `[B, t, N]`; seconds per step.
+class Clock(NamedTuple):
+    """Seconds of each step: all of it, and of that computing and waiting for keys and values."""
+
+    step: list[float]
+    compute: list[float]
+    waited: list[float]
+
+
+def ring_attention(
+    ring: Ring, shard: Shard, device: torch.device, report: Report, prefix: Prefix | None = None
+) -> tuple[Partial, Clock]:
+    """Attention of the rank's queries over all keys: `out` `[B, t, N, V]`, `lse` `[B, t, N]`; seconds per step.
 
     The default process group has cp ranks. Outputs of pads are arbitrary.
 
     Raises:
-      RankError: a block arrived that the schedule does not say.
+      RankError: keys arrived that the schedule does not say.
       LinkError: a transfer failed.
     """
     query, key, value, position, segment = (torch.from_numpy(x).to(device) for x in shard)
-    held = KeyValues(key, value, torch.stack([position, segment]))
-    query_chunks = dict(zip(held_chunks(ring.rank, ring.cp), query.chunk(2, dim=1), strict=True))
-    carried: dict[int, Partial] = {}
-    seconds = []
+    mine = KeyValues(key, value, torch.stack([position, segment]))
+    first, last, recovery = (torch.from_numpy(x).to(device) for x in indices(ring.requests.chunk_lengths, ring.cp)[:3])
+    halves = (first, last)
+    queries = dict(zip(held_chunks(ring.rank, ring.cp), (query.index_select(1, half) for half in halves), strict=True))
+    carried: dict[int, list[Any]] = {chunk: [None] * len(ring.requests.chunk_lengths) for chunk in queries}
+    link, clock = Link(ring.rank, ring.cp, report), Clock([], [], [])
+    arrivals = travel(ring.exchange, link, mine)
     for step in range(ring.cp):
-        started = time.perf_counter()
-        transfer = _start_transfer(ring, step, held) if step < ring.cp - 1 else None
+        started, waits = time.perf_counter(), len(link.waited)
+        held = next(arrivals)
         check_places(ring, step, held.places)
-        for block in blocks(ring.rank, step, ring.cp, is_causal=ring.is_causal):
+        arrived = time.perf_counter()
+        for block in blocks(ring.rank, step, ring.cp, is_causal=ring.is_causal, exchange=ring.exchange):
             report("compute", step)
-            previous = None if block.first else carried[block.query_chunk]
-            carried[block.query_chunk] = _attend(ring, step, block, query_chunks[block.query_chunk], held, previous)
-        if transfer is not None:
-            report("wait", step)
-            held = _arrived(ring, step, transfer)
+            _attend(ring, step, block, queries[block.query_chunk], held, halves, carried[block.query_chunk])
+        if step == ring.cp - 1 and prefix is not None:
+            for chunk in queries:
+                report("compute", step)
+                _attend_prefix(ring, queries[chunk], prefix, carried[chunk])
         torch.get_device_module(device).synchronize()
-        seconds.append(time.perf_counter() - started)
-    early, late = (carried[chunk] for chunk in query_chunks)
-    return Partial(torch.cat([early.out, late.out], dim=1), torch.cat([early.lse, late.lse], dim=1)), seconds
+        ended = time.perf_counter()
+        clock.step.append(ended - started)
+        clock.compute.append(ended - arrived)
+        clock.waited.append(sum(link.waited[waits:]))
+    parts = [ring.family.finish(x) for chunk in queries for x in carried[chunk]]
+    out, lse = (torch.cat(x, dim=1).index_select(1, recovery) for x in zip(*parts, strict=True))
+    return Partial(out, lse), clock
 
 
-def _attend(ring: Ring, step: int, block: Block, query: Tensor, held: KeyValues, previous: Partial | None) -> Partial:
-    """One block: a query chunk against one of the two chunks that are held."""
-    half = held_chunks(source(ring.rank, step, ring.cp), ring.cp).index(block.kv_chunk)
-    key, value = held.key.chunk(2, dim=1)[half], held.value.chunk(2, dim=1)[half]
-    # Causal: a pad comes after every real token, so no real query sees it. Otherwise it must not be passed at all.
-    pads_hidden = ring.is_causal
-    kv_lengths = None if pads_hidden else tokens_in_chunk(block.kv_chunk, key.shape[1], ring.lengths)
-    is_triangle = block.mask == "triu"
-    return ring_mla_block(
-        query, key, value, is_causal=is_triangle, scale=ring.scale, kv_lengths=kv_lengths, previous=previous
-    )
+def _attend(
+    ring: Ring, step: int, block: Block, query: Tensor, held: KeyValues, halves: tuple[Tensor, Tensor], carried: list
+) -> None:
+    """One block: a chunk of queries against one of the two chunks that are held, for each request of the pack."""
+    sender = source(ring.rank, step, ring.cp, ring.exchange)
+    half = halves[held_chunks(sender, ring.cp).index(block.kv_chunk)]
+    sizes = list(ring.requests.chunk_lengths)
+    parts = (x.split(sizes, dim=1) for x in (query, held.key.index_select(1, half), held.value.index_select(1, half)))
+    for i, (q, k, v) in enumerate(zip(*parts, strict=True)):
+        # Causal: a pad comes after every real token, so no real query sees it. Otherwise it must not be passed at all.
+        kv_lengths = None if ring.is_causal else tokens_in_chunk(block.kv_chunk, sizes[i], ring.requests.lengths[i])
+        is_triangle = block.mask == "triu"
+        carried[i] = ring.family.attend(
+            carried[i], q, k, v, is_causal=is_triangle, scale=ring.scale, kv_lengths=kv_lengths
+        )
 
 
-class _Transfer(NamedTuple):
-    leaving: KeyValues  # must not be freed while it is sent
-    arriving: KeyValues  # must not be read before the works are done
-    works: list[dist.Work]
-
-
-def _start_transfer(ring: Ring, step: int, held: KeyValues) -> _Transfer:
-    """Begin to send what is held to the next rank and to receive from the previous one."""
-    leaving = KeyValues(*(x.contiguous() for x in held))
-    arriving = KeyValues(*(torch.empty_like(x) for x in leaving))
-    send = [dist.P2POp(dist.isend, x, (ring.rank + 1) % ring.cp) for x in leaving]
-    receive = [dist.P2POp(dist.irecv, x, (ring.rank - 1) % ring.cp) for x in arriving]
-    try:
-        return _Transfer(leaving, arriving, dist.batch_isend_irecv(send + receive))
-    except RuntimeError as error:
-        raise _link_error(ring, step, error) from error
-
-
-def _arrived(ring: Ring, step: int, transfer: _Transfer) -> KeyValues:
-    try:
-        for work in transfer.works:
-            work.wait()
-    except RuntimeError as error:
-        raise _link_error(ring, step, error) from error
-    return transfer.arriving
-
-
-def _link_error(ring: Ring, step: int, error: RuntimeError) -> LinkError:
-    neighbours = f"from rank {(ring.rank - 1) % ring.cp} or to rank {(ring.rank + 1) % ring.cp}"
-    return LinkError(f"step {step}: the transfer {neighbours} failed ({next(iter(str(error).splitlines()), '')})")
+def _attend_prefix(ring: Ring, query: Tensor, prefix: Prefix, carried: list) -> None:
+    lengths = list(ring.requests.prefix_lengths)
+    parts = (query.split(list(ring.requests.chunk_lengths), dim=1), *(x.split(lengths, dim=1) for x in prefix))
+    for i, (q, k, v) in enumerate(zip(*parts, strict=True)):
+        if k.shape[1]:
+            carried[i] = ring.family.attend(carried[i], q, k, v, is_causal=False, scale=ring.scale, kv_lengths=None)
 
 
 def check_places(ring: Ring, step: int, places: Tensor) -> None:
-    """Compare the places that came with a block with those of the rank whose turn it is. Positions of pads are free.
+    """Compare the places that came with keys with those of the rank whose turn it is. Positions of pads are free.
 
     Raises:
       RankError: it names the step and the first difference.
     """
-    position, segment = places.cpu()
-    sender = source(ring.rank, step, ring.cp)
-    chunk_length = position.shape[1] // 2
-    index = torch.cat([torch.arange(c * chunk_length, (c + 1) * chunk_length) for c in held_chunks(sender, ring.cp)])
-    real = index < torch.tensor(ring.lengths)[:, None]
-    wrong = ((segment != PAD) != real) | (real & (position != index))
+    position, segment = places.cpu().numpy()
+    sender = source(ring.rank, step, ring.cp, ring.exchange)
+    want_position, want_segment = _places(ring.requests, ring.cp)
+    rows = held_rows(sender, ring.cp, ring.requests.chunk_lengths)
+    want_position, want_segment = want_position[:, rows], want_segment[:, rows]
+    # In a pack requests are told apart by their segments; one request a row may have any.
+    is_pack = len(ring.requests.lengths) > 1
+    same_segment = segment == want_segment if is_pack else (segment != PAD) == (want_segment != PAD)
+    wrong = ~same_segment | ((want_segment != PAD) & (position != want_position))
     if wrong.any():
-        b, i = wrong.nonzero()[0].tolist()
+        b, i = np.argwhere(wrong)[0]
         raise RankError(
-            f"step {step}: a wrong block; its row {i} of request {b} is at position {position[b, i]} "
-            f"(segment {segment[b, i]}), but rank {sender} holds position {index[i]} there"
+            f"step {step}: a wrong block; its row {i} of batch row {b} is at position {position[b, i]} (segment "
+            f"{segment[b, i]}), but rank {sender} holds position {want_position[b, i]} "
+            f"(segment {want_segment[b, i]}) there"
         )
+
+
+def _places(requests: Requests, cp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Position and segment of every token of the case, `[B, T]` each."""
+    positions, segments = [], []
+    for i, (chunk, lengths) in enumerate(zip(requests.chunk_lengths, requests.lengths, strict=True)):
+        index = np.broadcast_to(np.arange(2 * cp * chunk), (len(lengths), 2 * cp * chunk))
+        positions.append(index + requests.prefix_lengths[i])
+        segments.append(np.where(index < np.array(lengths)[:, None], i, PAD))
+    return np.concatenate(positions, axis=1), np.concatenate(segments, axis=1)

@@ -13,9 +13,12 @@ import torch.distributed as dist
 
 from npu_backend import vendor
 from npu_backend.errors import InputError, RankError
+from npu_backend.families import FAMILIES, Family
 from npu_backend.files import finished, read_case
 from npu_backend.progress import Advance, progress
-from npu_backend.rank import compute_case, join
+from npu_backend.provenance import SOCS
+from npu_backend.rank import Settings, compute_case, join
+from npu_backend.schedule import check_exchange
 from npu_backend.shard import check_computable
 from npu_backend.workers import Listener, Workers
 
@@ -41,7 +44,7 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
-def plan(cases: Path, results: Path) -> list[Job]:
+def plan(cases: Path, results: Path, settings: Settings = Settings()) -> list[Job]:  # noqa: B008
     """Read and check every case in folder (or file) `cases`; nothing is computed.
 
     Raises:
@@ -54,48 +57,67 @@ def plan(cases: Path, results: Path) -> list[Job]:
         raise InputError(f"{cases} holds no case (*.safetensors)")
     if results.exists() and not results.is_dir():
         raise InputError(f"{results} is no folder; results go into a folder")
-    return [_job(path, results / f"{path.stem}.safetensors") for path in paths]
+    return [_job(path, results / f"{path.stem}.safetensors", settings) for path in paths]
 
 
-def _job(path: Path, result: Path) -> Job:
+def _job(path: Path, result: Path, settings: Settings) -> Job:
     case = read_case(path)
-    check_computable(case)
+    check_computable(case, FAMILIES[settings.operators])
+    check_exchange(settings.exchange, case.cp)
     return Job(case.name, case.cp, path, result, finished(result, case) is not None)
 
 
-def check_device(device: str, ranks: int) -> None:
-    """Refuse a device that is not there.
+def check_device(device: str, ranks: int, family: Family) -> None:
+    """Refuse a device that is not there, or on which the operators are not.
 
     Raises:
-      InputError: no torch_npu, or fewer NPUs than the ranks of this host.
+      InputError: no torch_npu, one without the operators, an NPU without them, or fewer NPUs than ranks of this host.
     """
     if device != "npu":
         return
     if vendor.TORCH_NPU_PROBLEM is not None:
         raise InputError(f"device npu: {vendor.TORCH_NPU_PROBLEM}; use --device cpu, or install CANN and torch_npu")
-    count = torch.get_device_module("npu").device_count()
+    for operator in family.operators:
+        vendor.require(operator, torch.device("npu"))
+    npu = torch.get_device_module("npu")
+    count = npu.device_count()
     if count < ranks:
         raise InputError(f"device npu: {ranks} ranks need as many NPUs, this host has {count}")
+    soc = npu.get_device_name(0)
+    if not soc.startswith(SOCS):
+        raise InputError(
+            f"device npu: {soc} does not support {family.operators[0]}; the vendor's context parallelism runs on "
+            f"Atlas 800I A2 and A3 ({', '.join(SOCS)})"
+        )
 
 
-def run(cases: Path, results: Path, *, device: str, timeout: float) -> list[Outcome]:
+def run(
+    cases: Path,
+    results: Path,
+    *,
+    device: str,
+    timeout: float,
+    settings: Settings = Settings(),  # noqa: B008
+) -> list[Outcome]:
     """Compute all cases that are not finished, in this order: smallest cp first, then by name.
 
     Raises:
       InputError: before anything is computed.
       RankError: under torchrun only; alone, a failed case is an outcome with an error, and the others go on.
     """
-    jobs = sorted(plan(cases, results), key=lambda job: (job.cp, job.name))
+    jobs = sorted(plan(cases, results, settings), key=lambda job: (job.cp, job.name))
     todo = [job for job in jobs if not job.is_finished]
     distributed = under_torchrun()
     if distributed:
         _check_world(jobs)
-    check_device(device, int(os.environ["LOCAL_WORLD_SIZE"]) if distributed else max(job.cp for job in jobs))
+    ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if distributed else max(job.cp for job in jobs)
+    check_device(device, ranks, FAMILIES[settings.operators])
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{results} cannot be made ({error.strerror})") from None
-    errors = _as_one_rank(todo, device, timeout) if distributed else _alone(todo, device, timeout)
+    compute = _as_one_rank if distributed else _alone
+    errors = compute(todo, device, timeout, settings)
     return [_outcome(job, errors.get(job.name)) for job in jobs] if is_first_rank() else []
 
 
@@ -118,13 +140,13 @@ def _check_world(jobs: list[Job]) -> None:
             )
 
 
-def _alone(todo: list[Job], device: str, timeout: float) -> dict[str, str]:
+def _alone(todo: list[Job], device: str, timeout: float, settings: Settings) -> dict[str, str]:
     """Errors by case name."""
     errors: dict[str, str] = {}
     done = 0
     with progress(sum(job.cp for job in todo)) as advance:
         for cp in sorted({job.cp for job in todo}):
-            with Workers(cp, device=device, timeout=timeout) as workers:
+            with Workers(cp, device=device, timeout=timeout, settings=settings) as workers:
                 for job in (job for job in todo if job.cp == cp):
                     try:
                         workers.run(job.case, job.result, _listener(advance, job.name, done))
@@ -143,7 +165,7 @@ def _listener(advance: Advance, name: str, done: int) -> Listener:
     return listen
 
 
-def _as_one_rank(todo: list[Job], device: str, timeout: float) -> dict[str, str]:
+def _as_one_rank(todo: list[Job], device: str, timeout: float, settings: Settings) -> dict[str, str]:
     rank = int(os.environ["RANK"])
     place = join(device, int(os.environ["LOCAL_RANK"]), timeout=timeout)
     # Rank 0 decides what is left to do: another rank may look when a result has just been written.
@@ -154,7 +176,7 @@ def _as_one_rank(todo: list[Job], device: str, timeout: float) -> dict[str, str]
         for number, job in enumerate(todo):
             listener = partial(_listener(advance, job.name, number * job.cp), rank)
             try:
-                compute_case(job.case, job.result, place, listener)
+                compute_case(job.case, job.result, place, listener, settings)
             except (RankError, OSError) as error:
                 raise RankError(f"{job.name}: rank {rank}: {error}") from error
             advance(job.name, (number + 1) * job.cp)

@@ -1,4 +1,4 @@
-"""What a rank holds of a case: two chunks of it, with the places of their tokens."""
+"""What a rank holds of a case: two chunks of each request, with the places of their tokens."""
 
 import math
 from typing import NamedTuple
@@ -6,24 +6,51 @@ from typing import NamedTuple
 import numpy as np
 
 from npu_backend.errors import InputError
+from npu_backend.families import FAMILIES, Family
 from npu_backend.files import Case
-from npu_backend.schedule import held_chunks
+from npu_backend.packing import held_rows
 
 PAD = -1
 """The segment of a token that is only filling."""
 
-PRECISION = "ring_mla_fp16"
-"""The profile this backend computes in: the roundings of npu_ring_mla with FP16 tensors."""
-
 
 class Shard(NamedTuple):
-    """The tokens of one rank in per-device order: its early chunk, then its late chunk; t = T/cp tokens."""
+    """The tokens of one rank in per-device order, request after request: t = T/cp tokens."""
 
-    query: np.ndarray  # [B, t, N, 192] float16
-    key: np.ndarray  # [B, t, K, 192] float16
-    value: np.ndarray  # [B, t, K, 128] float16
+    query: np.ndarray  # [B, t, N, H] float16
+    key: np.ndarray  # [B, t, K, H] float16
+    value: np.ndarray  # [B, t, K, V] float16
     position: np.ndarray  # [B, t] int32
     segment: np.ndarray  # [B, t] int32
+
+
+class Requests(NamedTuple):
+    """How the rows of a case are made up of requests. Not packed: one a row, all of one padded length."""
+
+    chunk_lengths: tuple[int, ...]  # tokens of a chunk, per request of a row
+    lengths: tuple[tuple[int, ...], ...]  # real tokens, per request of a row, for each batch row
+    prefix_lengths: tuple[int, ...]  # cached tokens before each request of a row
+
+
+def requests_of(case: Case) -> Requests:
+    """The requests of a case that `check_computable` has accepted."""
+    if case.layout == "zigzag":
+        lengths = tuple(int(n) for n in (case.q_segment != PAD).sum(axis=1))
+        return Requests((case.query.shape[1] // (2 * case.cp),), (lengths,), (0,))
+    starts = _starts(case)
+    ends = [*starts[1:], case.query.shape[1]]
+    segment, prefix = case.q_segment[0], case.kv_segment[0, case.query.shape[1] :]
+    return Requests(
+        tuple((stop - start) // (2 * case.cp) for start, stop in zip(starts, ends, strict=True)),
+        tuple((int((segment[start:stop] != PAD).sum()),) for start, stop in zip(starts, ends, strict=True)),
+        tuple(int((prefix == i).sum()) for i in range(len(starts))),
+    )
+
+
+def _starts(case: Case) -> list[int]:
+    """Where each request of a pack begins: where its segment is seen first."""
+    segment = case.q_segment[0]
+    return [int(np.argmax(segment == i)) for i in range(int(segment.max()) + 1)]
 
 
 def shard(case: Case, rank: int) -> Shard:
@@ -32,42 +59,30 @@ def shard(case: Case, rank: int) -> Shard:
     A pad is hidden from real tokens by the operator's mask, which is added to the scores: that hides any number, but
     not a NaN or an infinity, and what a case stores in its pads is nobody's business.
     """
-    held = chunk_rows(rank, case.cp, case.query.shape[1])
+    held = held_rows(rank, case.cp, requests_of(case).chunk_lengths)
     real = (case.q_segment[:, held] != PAD)[..., None, None]
     query, key, value = (np.where(real, x[:, held], np.float16(0)) for x in (case.query, case.key, case.value))
     return Shard(query, key, value, case.q_position[:, held], case.q_segment[:, held])
 
 
-def chunk_rows(rank: int, cp: int, tokens: int) -> np.ndarray:
-    """The global indices of a rank's tokens, `[t]`, in per-device order.
-
-    >>> chunk_rows(0, 2, 8)
-    array([0, 1, 6, 7])
-    """
-    chunk = tokens // (2 * cp)
-    return np.concatenate([np.arange(c * chunk, (c + 1) * chunk) for c in held_chunks(rank, cp)])
-
-
-def real_lengths(case: Case) -> tuple[int, ...]:
-    """The number of tokens of each request, pads not counted."""
-    return tuple(int(n) for n in (case.q_segment != PAD).sum(axis=1))
-
-
-def check_computable(case: Case) -> None:
+def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
     """Refuse what this backend cannot compute, before any process is started.
 
     Raises:
       InputError: one line with the rule and the fix.
     """
     name, (_, tokens, heads, head_dim), value_dim = case.name, case.query.shape, case.value.shape[3]
-    if (head_dim, value_dim) != (192, 128):
+    if not family.takes(head_dim, value_dim):
         raise InputError(
-            f"{name}: head dims are {head_dim} (query, key) and {value_dim} (value); npu_ring_mla takes 192 and 128"
+            f"{name}: head dims are {head_dim} (query, key) and {value_dim} (value); "
+            f"{family.operators[0]} takes {family.dims}"
         )
     if heads > 128:
-        raise InputError(f"{name}: {heads} query heads; npu_ring_mla takes at most 128 per device, split them over tp")
-    if tokens != case.key.shape[1]:
-        raise InputError(f"{name}: {tokens} queries but {case.key.shape[1]} keys; this backend needs equal numbers")
+        raise InputError(
+            f"{name}: {heads} query heads; {family.operators[0]} takes at most 128 per device, split them over tp"
+        )
+    if case.layout == "zigzag" and tokens != case.key.shape[1]:
+        raise InputError(f'{name}: {tokens} queries but {case.key.shape[1]} keys; only layout "packed" has a prefix')
     if tokens % (2 * case.cp):
         raise InputError(
             f"{name}: {tokens} tokens are no multiple of 2·cp = {2 * case.cp}; "
@@ -75,13 +90,19 @@ def check_computable(case: Case) -> None:
         )
     if abs(case.scale) >= 65520:
         raise InputError(f"{name}: scale {case.scale:g} is not finite in FP16, where npu_ring_mla multiplies with it")
-    wanted = case.precision.get("npu", PRECISION)
-    if wanted != PRECISION:
-        raise InputError(f"{name}: precision {str(wanted)[:40]!r} is wanted of backend npu; it has only {PRECISION}")
-    _check_places(case)
+    wanted = case.precision.get("npu", family.precision)
+    if wanted != family.precision:
+        raise InputError(
+            f"{name}: precision {str(wanted)[:40]!r} is wanted of backend npu; operators {family.name} compute in "
+            f"{family.precision}"
+        )
+    if case.layout == "packed":
+        _check_pack(case)
+    else:
+        _check_rows(case)
 
 
-def _check_places(case: Case) -> None:
+def _check_rows(case: Case) -> None:
     if not (np.array_equal(case.q_position, case.kv_position) and np.array_equal(case.q_segment, case.kv_segment)):
         raise InputError(f"{case.name}: queries and keys are at different places; this backend needs self-attention")
     index = np.arange(case.query.shape[1])
@@ -91,9 +112,44 @@ def _check_places(case: Case) -> None:
             raise InputError(f"{case.name}: segment {segment.min()} in batch row {b}; segments are -1 (pad) or more")
         if np.unique(segment[real]).size > 1:
             raise InputError(
-                f"{case.name}: batch row {b} packs several requests; this version takes one request per batch row"
+                f'{case.name}: batch row {b} packs several requests; layout "zigzag" takes one a row, use "packed"'
             )
         if not np.array_equal(real, index < real.sum()):
             raise InputError(f"{case.name}: pads of batch row {b} are not at the right end; move them there")
         if not np.array_equal(position[real], index[real]):
             raise InputError(f"{case.name}: positions of batch row {b} are not 0, 1, 2, …; renumber them")
+
+
+def _check_pack(case: Case) -> None:
+    """One row; requests 0, 1, … one after the other, each padded to a multiple of 2·cp; then their prefixes."""
+    name, tokens, unit = case.name, case.query.shape[1], 2 * case.cp
+    if case.query.shape[0] != 1:
+        raise InputError(f"{name}: {case.query.shape[0]} batch rows; a pack is one row")
+    position, segment = case.q_position[0], case.q_segment[0]
+    kv_position, kv_segment = case.kv_position[0], case.kv_segment[0]
+    if len(kv_position) < tokens or not (
+        np.array_equal(position, kv_position[:tokens]) and np.array_equal(segment, kv_segment[:tokens])
+    ):
+        raise InputError(f"{name}: the first {tokens} keys of a pack must be the queries' own, the prefix follows")
+    count = int(segment.max()) + 1
+    if (segment < PAD).any() or count < 1 or not np.isin(np.arange(count), segment).all():
+        raise InputError(f"{name}: the segments of a pack are 0, 1, 2, … and -1 for pads, none left out")
+    starts = _starts(case)
+    ends = [*starts[1:], tokens]
+    want = np.full(tokens, PAD)
+    for i, (start, stop) in enumerate(zip(starts, ends, strict=True)):
+        if start >= stop or (start == 0) != (i == 0) or (stop - start) % unit:
+            raise InputError(
+                f"{name}: request {i} is at {start} to {stop} of the pack; requests follow each other in order, each "
+                f"padded at its right end to a multiple of 2·cp = {unit}"
+            )
+        length, cached = int((segment[start:stop] == i).sum()), int((kv_segment[tokens:] == i).sum())
+        want[start : start + length] = i
+        if not np.array_equal(position[start : start + length], cached + np.arange(length)):
+            raise InputError(f"{name}: positions of request {i} are not {cached}, {cached + 1}, …, after its prefix")
+    if not np.array_equal(want, segment):
+        raise InputError(f"{name}: pads of a pack are at the right end of their requests; move them there")
+    prefix = [(i, j) for i in range(count) for j in range(int((kv_segment[tokens:] == i).sum()))]
+    found = list(zip(kv_segment[tokens:].tolist(), kv_position[tokens:].tolist(), strict=True))
+    if prefix != found:
+        raise InputError(f"{name}: prefixes of a pack are those of request 0, 1, …, positions 0, 1, …, without pads")

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from npu_backend.errors import InputError, LinkError, RankError
-from npu_backend.rank import compute_case, join
+from npu_backend.rank import Settings, compute_case, join
 
 START_SECONDS = 120.0
 GRACE_SECONDS = 1.0
@@ -57,9 +57,9 @@ class Workers:
     Processes start with the first `run`, and again with the next `run` after a failure.
     """
 
-    def __init__(self, cp: int, *, device: str = "cpu", timeout: float = 600.0):
+    def __init__(self, cp: int, *, device: str = "cpu", timeout: float = 600.0, settings: Settings = Settings()):  # noqa: B008
         """`timeout`: seconds in which at least one rank must begin something new, else the run fails."""
-        self._cp, self._device, self._timeout = cp, device, timeout
+        self._cp, self._device, self._timeout, self._settings = cp, device, timeout, settings
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._meeting_place: TemporaryDirectory | None = None
@@ -77,8 +77,14 @@ class Workers:
         """Process ids by rank; empty when none run."""
         return [process.pid for process in self._processes]
 
-    def run(self, case_path: Path, result_path: Path, listener: Listener = lambda rank, what, step: None) -> None:
-        """Compute a case; the result is at `result_path` when this returns.
+    def run(
+        self,
+        case_path: Path,
+        result_path: Path,
+        listener: Listener = lambda rank, what, step: None,
+        settings: Settings | None = None,
+    ) -> None:
+        """Compute a case, by `settings` or those of the pool; the result is at `result_path` when this returns.
 
         Raises:
           RankError: a rank failed, died or fell silent; the message names it. No process is left.
@@ -89,7 +95,7 @@ class Workers:
                 self._listen(START_SECONDS, listener)
             for connection in self._connections:
                 try:
-                    connection.send((case_path, result_path))
+                    connection.send((case_path, result_path, settings or self._settings))
                 except OSError:  # it is dead, which _listen will find out and name
                     continue
             self._listen(self._timeout, listener)
@@ -185,8 +191,9 @@ def _serve(rank: int, cp: int, device: str, init_method: str, timeout: float, co
         place = join(device, rank, timeout=10 * timeout, init_method=init_method, rank=rank, cp=cp)
         connection.send(_Done())
         while True:
-            case_path, result_path = connection.recv()
-            compute_case(case_path, result_path, place, lambda what, step: connection.send(_Doing(what, step)))
+            case_path, result_path, settings = connection.recv()
+            report = lambda what, step: connection.send(_Doing(what, step))  # noqa: E731
+            compute_case(case_path, result_path, place, report, settings)
             connection.send(_Done())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         if dist.is_initialized():  # the parent has closed the connection, or is gone

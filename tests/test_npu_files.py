@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from npu_backend.errors import InputError
 from npu_backend.files import RankResult, finished, read_case, write_result
-from npu_backend.shard import check_computable, chunk_rows, real_lengths, shard
+from npu_backend.packing import held_rows
+from npu_backend.shard import check_computable, requests_of, shard
 
 P = problem(0, "normal", (2, 1), (9, 12), 12, is_causal=True, cp=2)
 
@@ -29,7 +30,7 @@ def test_a_case_is_read_as_it_was_written(tmp_path):
     np.testing.assert_array_equal(case.kv_segment, P.segment)
     assert (case.scale, case.is_causal, case.cp, case.name) == (P.scale, True, 2, "case")
     check_computable(case)
-    assert real_lengths(case) == (9, 12)
+    assert requests_of(case) == ((3,), ((9, 12),), (0,))
 
 
 def one_line(call, rule):
@@ -183,7 +184,7 @@ def test_places_that_the_backend_cannot_compute_are_refused(tmp_path, change, ru
         ({"cp": 5}, "12 tokens are no multiple of 2·cp = 10; pad to 20"),
         ({"cp": 10**9}, "no multiple"),
         ({"scale": 1e6}, "not finite in FP16"),
-        ({"precision": {"npu": "flash_fp16"}}, "it has only ring_mla_fp16"),
+        ({"precision": {"npu": "flash_fp16"}}, "ring_mla compute in ring_mla_fp16"),
     ],
 )
 def test_descriptions_that_the_backend_cannot_compute_are_refused(tmp_path, change, rule):
@@ -206,7 +207,7 @@ def test_shapes_that_the_backend_cannot_compute_are_refused(tmp_path):
 def test_shards_are_the_sequence_and_their_pads_are_zero(tmp_path, cp):
     p = problem(4, "normal", (2, 1), (9, 12), 12, is_causal=True, cp=cp)
     case = read_case(write_case(tmp_path, p))
-    rows = np.concatenate([chunk_rows(rank, cp, 12) for rank in range(cp)])
+    rows = np.concatenate([held_rows(rank, cp, (12 // (2 * cp),)) for rank in range(cp)])
     assert sorted(rows) == list(range(12))
     for name in ("query", "key", "value"):
         whole = np.concatenate([getattr(shard(case, rank), name) for rank in range(cp)], axis=1)

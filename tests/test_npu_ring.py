@@ -25,7 +25,7 @@ from oracle import dense
 from npu_backend.errors import RankError
 from npu_backend.files import read_case
 from npu_backend.ring import Ring, check_places, ring_attention
-from npu_backend.shard import real_lengths, shard
+from npu_backend.shard import Requests, requests_of, shard
 from npu_backend.workers import Workers
 
 CP = (1, 2, 3, 4)
@@ -124,18 +124,18 @@ def test_one_rank_sends_nothing(tmp_path):
     """There is no process group here at all, so anything sent would raise."""
     p = problem(3, "normal", (2, 1), (20,), 20, is_causal=True, cp=1)
     case = read_case(write_case(tmp_path, p))
-    alone = Ring(0, 1, p.is_causal, p.scale, real_lengths(case))
+    alone = Ring(0, 1, p.is_causal, p.scale, requests_of(case))
     assert not torch.distributed.is_initialized()
-    (out, lse), seconds = ring_attention(alone, shard(case, 0), torch.device("cpu"), lambda what, step: None)
+    (out, lse), clock = ring_attention(alone, shard(case, 0), torch.device("cpu"), lambda what, step: None)
     assert_dense(p, out.numpy(), lse.numpy())
-    assert len(seconds) == 1
+    assert len(clock.step) == 1
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.data())
 def test_a_block_from_any_other_place_is_refused_with_its_step(cp, chunk, data):
     rank, step = data.draw(st.integers(0, cp - 1)), data.draw(st.integers(0, cp - 1))
     length = data.draw(st.integers(1, 2 * cp * chunk))
-    me = Ring(rank, cp, True, 1.0, (length,))
+    me = Ring(rank, cp, True, 1.0, Requests((chunk,), ((length,),), (0,)))
     sender = (rank - step) % cp
     starts = [c * chunk for c in (sender, 2 * cp - 1 - sender)]
     position = torch.cat([torch.arange(s, s + chunk, dtype=torch.int32) for s in starts])[None]

@@ -26,6 +26,8 @@ def run_spec(case: Case, folder: Path) -> Result:
     Raises:
       InputError: JAX was used before, and has fewer devices than the case has ranks.
     """
+    if case.layout != "zigzag":
+        raise InputError(f"{case.name} has layout {case.layout!r}; the specification runs cases of layout zigzag only")
     import jax
 
     from cpjax.mask import Mask

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cpjax.crosscheck.pack import check_pack
 from cpjax.errors import InputError
 from cpjax.mask import Tokens
 from cpjax.precision import PROFILES
@@ -52,6 +53,8 @@ class Case:
     """Where the case comes from; free."""
     digest: str = ""
     """SHA-256 of the content; set by `write_case` and `read_case`."""
+    layout: str = "zigzag"
+    """Or "packed" (`cpjax.crosscheck.pack`)."""
 
 
 class _Description(BaseModel):
@@ -61,7 +64,7 @@ class _Description(BaseModel):
     scale: StrictFloat | StrictInt = Field(allow_inf_nan=False)
     is_causal: StrictBool
     cp: StrictInt = Field(ge=1, le=2**16)
-    layout: str = Field(pattern="^zigzag$")
+    layout: str = Field(pattern="^(zigzag|packed)$")
     precision: dict[str, str]
     about: dict[str, Any]
 
@@ -92,7 +95,7 @@ def write_case(folder: Path, case: Case) -> Case:
     Raises:
       InputError: a file is there already, or the folder cannot be written.
     """
-    description = {"scale": case.scale, "is_causal": case.is_causal, "cp": case.cp, "layout": "zigzag"}
+    description = {"scale": case.scale, "is_causal": case.is_causal, "cp": case.cp, "layout": case.layout}
     text = json.dumps(description | {"precision": case.precision, "about": case.about})
     arrays = {
         "query": case.query,
@@ -141,6 +144,8 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
     unknown = [word for word in said.precision.values() if word not in PROFILES]
     if unknown:
         raise InputError(f"precision {unknown[0][:40]!r} is unknown; known are {', '.join(PROFILES)}")
+    if said.layout == "packed":
+        check_pack(tensors["q_segment"], tensors["kv_segment"], said.cp)
     return Case(
         name,
         tensors["query"],
@@ -154,6 +159,7 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         said.precision,
         said.about,
         metadata["digest"],
+        said.layout,
     )
 
 

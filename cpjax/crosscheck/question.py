@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from cpjax.crosscheck import pack
 from cpjax.crosscheck.order import chunk_of, merge_orders
 from cpjax.layout import chunks_per_rank
 from cpjax.mask import PAD, Mask, Tokens
@@ -45,17 +46,26 @@ class Question:
     @property
     def q_chunk(self) -> Int[np.ndarray, " T"]:
         """The chunk of every query."""
+        if self.layout == "packed":
+            return pack.chunks(np.asarray(self.q_tokens.segment)[0], np.asarray(self.kv_tokens.segment)[0], self.cp)[0]
         return chunk_of(self.query.shape[1], self.layout, self.cp)
 
     @property
     def kv_chunk(self) -> Int[np.ndarray, " S"]:
         """The chunk of every key."""
+        if self.layout == "packed":
+            return pack.chunks(np.asarray(self.q_tokens.segment)[0], np.asarray(self.kv_tokens.segment)[0], self.cp)[1]
         return chunk_of(self.key.shape[1], self.layout, self.cp)
 
     @property
     def merging(self) -> Int[np.ndarray, "Q C"] | None:
         """For each query chunk the order in which key/value chunks are merged; None if that is not known."""
-        return None if self.order == "unknown" else merge_orders(self.order, self.layout, self.cp)
+        if self.order == "unknown":
+            return None
+        if self.layout == "packed":
+            requests = len(pack.bounds(np.asarray(self.q_tokens.segment)[0], self.cp))
+            return pack.merging(merge_orders(self.order, "zigzag", self.cp), requests)
+        return merge_orders(self.order, self.layout, self.cp)
 
     @property
     def is_judged(self) -> np.ndarray:
@@ -88,7 +98,8 @@ def question(
     precision = _profile(query, precision)
     if not isinstance(cp, int) or not 1 <= cp <= MOST_CP:
         raise ValueError(f"cp is {cp!r}; it is a number of ranks, a whole number from 1 to {MOST_CP}")
-    chunks_per_rank(layout)
+    if layout != "packed":
+        chunks_per_rank(layout)
     if query.ndim == 4 and key.ndim == 4 and is_causal and query.shape[1] != key.shape[1]:
         for name, given in (("q_positions", q_positions), ("kv_positions", kv_positions)):
             if given is None:
@@ -106,7 +117,9 @@ def question(
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
-    merge_orders(order, layout, 1)
+    merge_orders(order, "zigzag" if layout == "packed" else layout, 1)
+    if layout == "packed":
+        pack.check_pack(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment), cp)
     mask = Mask(is_causal=is_causal, window=window)
     return Question(
         query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, cp, layout, order

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cpjax.crosscheck import pack
 from cpjax.crosscheck.case import VERSION, Case, expect_metadata, read_whole, write_whole
 from cpjax.crosscheck.order import ORDERS
 from cpjax.errors import InputError
@@ -37,7 +38,7 @@ def write_result(folder: Path, case: Case, result: Result) -> Path:
     Raises:
       InputError: a file is there already, or the folder cannot be written.
     """
-    rows = layout_order("zigzag", case.query.shape[1], case.cp).reshape(case.cp, -1)
+    rows = _held(case)
     arrays = {}
     for rank, held in enumerate(rows):
         arrays[f"out.{rank}"], arrays[f"lse.{rank}"] = result.out[:, held], result.lse[:, held]
@@ -96,7 +97,7 @@ def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) ->
         if dtypes[name] != FIELDS[field] or array.shape != shapes[field]:
             wanted = f"{FIELDS[field]} {list(shapes[field])}"
             raise InputError(f"tensor {name!r} is {dtypes[name]} {list(array.shape)}; it must be {wanted}")
-    rows = layout_order("zigzag", length, case.cp).reshape(case.cp, -1)
+    rows = _held(case)
     joined = {
         "out": np.empty((batch, length, heads, case.value.shape[3]), np.float16),
         "lse": np.empty((batch, length, heads), np.float32),
@@ -116,6 +117,13 @@ def _check_places(tensors: dict[str, np.ndarray], case: Case, rank: int, held: n
         b, i = np.argwhere(wrong)[0]
         found = tensors[f"positions.{rank}"][b, i], tensors[f"segments.{rank}"][b, i]
         raise InputError(
-            f"rank {rank} says that its row {i} is at position {found[0]} of segment {found[1]}; zigzag puts position "
-            f"{position[b, i]} of segment {segment[b, i]} there"
+            f"rank {rank} says that its row {i} is at position {found[0]} of segment {found[1]}; {case.layout} puts "
+            f"position {position[b, i]} of segment {segment[b, i]} there"
         )
+
+
+def _held(case: Case) -> np.ndarray:
+    """Which tokens each rank holds, `[cp, t]`."""
+    if case.layout == "packed":
+        return pack.held(np.asarray(case.q_tokens.segment)[0], case.cp)
+    return layout_order("zigzag", case.query.shape[1], case.cp).reshape(case.cp, -1)

@@ -236,7 +236,8 @@ def _errors(question: Question, name: str, errors: RowErrors, z: float) -> Itera
 
 def _parts(question: Question, table: RowTable, has_lse: bool) -> Iterator[Part]:
     chunk = question.q_chunk[table.position]
-    rank = chunk if question.layout != "zigzag" else np.minimum(chunk, 2 * question.cp - 1 - chunk)
+    place = chunk % (2 * question.cp + 1) if question.layout == "packed" else chunk
+    rank = chunk if question.layout not in ("zigzag", "packed") else np.minimum(place, 2 * question.cp - 1 - place)
     for name, label in (("head", table.head), ("query chunk", chunk), ("rank", rank)):
         values: Int[np.ndarray, " n"] = np.unique(label)
         for value in values:

@@ -1,0 +1,138 @@
+"""How keys and values travel: one generator per exchange, which gives what is at hand step by step.
+
+    for step, held in enumerate(exchange(link, mine)):
+        compute my queries against what is held
+
+A transfer is started before the block is given out and awaited when the next one is asked for, so it runs while the
+caller computes. The tensors' device chooses the transport: gloo for a CPU, HCCL for an NPU, where transfers run on a
+stream of their own. Each rank r of a ring sends to one neighbour and receives from another in one batch; even ranks
+name the send first, odd ranks the receive, so that a transport that works through them in turn cannot lock up.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from npu_backend.errors import LinkError
+from npu_backend.schedule import Exchange
+
+Report = Callable[[str, int], None]
+"""Called with what the rank begins to do ("compute", "wait", …) and at which step."""
+
+
+class KeyValues(NamedTuple):
+    """What travels: keys and values of one rank, and where their tokens are."""
+
+    key: Tensor  # [B, t, K, H] float16
+    value: Tensor  # [B, t, K, V] float16
+    places: Tensor  # [2, B, t] int32: positions, segments
+
+
+class Transfer(NamedTuple):
+    """One under way."""
+
+    leaving: KeyValues  # must not be freed while it is sent
+    arriving: KeyValues  # must not be read before the works are done
+    works: list[dist.Work]
+    neighbours: str
+
+
+class Link:
+    """One rank's connection to the others; it tells what it waits for, and counts the seconds."""
+
+    def __init__(self, rank: int, cp: int, report: Report):
+        """The default process group has cp ranks; with one rank nothing is ever sent."""
+        self.rank, self.cp, self.report = rank, cp, report
+        self.waited: list[float] = []
+        """Seconds in which the rank did nothing but wait for a transfer, one entry a wait."""
+
+    def start(self, step: int, held: KeyValues, *, to: int, source: int) -> Transfer:
+        """Begin to send what is held to rank `to`, and to receive as much from rank `source`."""
+        leaving = KeyValues(*(x.contiguous() for x in held))
+        arriving = KeyValues(*(torch.empty_like(x) for x in leaving))
+        send = [dist.P2POp(dist.isend, x, to) for x in leaving]
+        receive = [dist.P2POp(dist.irecv, x, source) for x in arriving]
+        neighbours = f"from rank {source} or to rank {to}"
+        try:
+            works = dist.batch_isend_irecv(receive + send if self.rank % 2 else send + receive)
+        except RuntimeError as error:
+            raise _link_error(step, neighbours, error) from error
+        return Transfer(leaving, arriving, works, neighbours)
+
+    def wait(self, step: int, transfer: Transfer) -> KeyValues:
+        """What has arrived."""
+        self.report("wait", step)
+        started = time.perf_counter()
+        try:
+            for work in transfer.works:
+                work.wait()
+        except RuntimeError as error:
+            raise _link_error(step, transfer.neighbours, error) from error
+        torch.get_device_module(transfer.arriving.key.device).synchronize()
+        self.waited.append(time.perf_counter() - started)
+        return transfer.arriving
+
+    def gather(self, mine: KeyValues) -> list[KeyValues]:
+        """What every rank holds, by rank."""
+        self.report("wait", 0)
+        started = time.perf_counter()
+        everybody = []
+        try:
+            for x in mine:
+                parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.cp)]
+                dist.all_gather(parts, x.contiguous())
+                everybody.append(parts)
+        except RuntimeError as error:
+            raise _link_error(0, "of all ranks", error) from error
+        torch.get_device_module(mine.key.device).synchronize()
+        self.waited.append(time.perf_counter() - started)
+        return [KeyValues(*x) for x in zip(*everybody, strict=True)]
+
+
+def travel(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+    """Of every rank what it holds, cp times, in the order of `schedule.source`.
+
+    Raises:
+      LinkError: a transfer failed.
+    """
+    return {"ring": _ring, "gather": _gather, "double-ring": _double_ring}[exchange.name](exchange, link, mine)
+
+
+def _ring(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+    held, rank, cp = mine, link.rank, link.cp
+    for step in range(cp - 1):
+        transfer = link.start(step, held, to=(rank + 1) % cp, source=(rank - 1) % cp)
+        yield held
+        held = link.wait(step, transfer)
+    yield held
+
+
+def _gather(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+    yield from link.gather(mine) if link.cp > 1 else [mine]
+
+
+def _double_ring(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+    """What a node began its round with goes to the next node while it goes round within this one."""
+    begun, rank, cp, inner = mine, link.rank, link.cp, exchange.inner
+    node = rank - rank % inner
+    for start in range(0, cp, inner):
+        is_last = start + inner == cp
+        far = None if is_last else link.start(start, begun, to=(rank + inner) % cp, source=(rank - inner) % cp)
+        held = begun
+        for step in range(start, start + inner - 1):
+            to, source = (node + (rank + shift) % inner for shift in (1, -1))
+            transfer = link.start(step, held, to=to, source=source)
+            yield held
+            held = link.wait(step, transfer)
+        yield held
+        if far is not None:
+            begun = link.wait(start + inner - 1, far)
+
+
+def _link_error(step: int, neighbours: str, error: RuntimeError) -> LinkError:
+    first = next(iter(str(error).splitlines()), "")
+    return LinkError(f"step {step}: the transfer {neighbours} failed ({first})")

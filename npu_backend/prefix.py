@@ -1,0 +1,66 @@
+"""Cached prefixes: who holds which of their blocks, and how every rank gets all of them.
+
+Blocks of 128 tokens are dealt out in turn: block b of a request is on rank b mod cp (MindIE-LLM's block manager, with
+one SP rank a CP rank). Each rank loads its own blocks, pads them to the most that any rank has, and all gather them; an
+index array brings the rows into natural order (`prefix_cache_preprocess`). A prefix is before every query of its
+request, so it is attended whole, and last.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npu_backend.exchange import KeyValues, Link
+
+BLOCK = 128
+"""Tokens of a block of the cache."""
+
+
+def owned(prefix_lengths: tuple[int, ...], rank: int, cp: int) -> np.ndarray:
+    """The places of a rank's tokens among all prefixes, one after the other.
+
+    >>> owned((300, 5), 0, cp=2).size, owned((300, 5), 1, cp=2).size
+    (177, 128)
+    """
+    starts = np.cumsum((0, *prefix_lengths))[:-1]
+    mine = [np.flatnonzero(np.arange(n) // BLOCK % cp == rank) for n in prefix_lengths]
+    return np.concatenate([start + places for start, places in zip(starts, mine, strict=True)])
+
+
+def recovery(prefix_lengths: tuple[int, ...], cp: int) -> np.ndarray:
+    """Into the padded tokens of all ranks, rank after rank: gives natural order."""
+    of_rank = [owned(prefix_lengths, rank, cp) for rank in range(cp)]
+    most = max(map(len, of_rank))
+    index = np.empty(sum(prefix_lengths), np.int64)
+    for rank, places in enumerate(of_rank):
+        index[places] = rank * most + np.arange(len(places))
+    return index
+
+
+class Prefix(NamedTuple):
+    """Keys and values of all prefixes of a pack."""
+
+    key: Tensor  # [1, ΣP, K, H]
+    value: Tensor  # [1, ΣP, K, V]
+
+
+def gather_prefix(link: Link, mine: KeyValues, prefix_lengths: tuple[int, ...]) -> Prefix:
+    """All prefixes, of which each rank gives its `owned` tokens; `places` travel along but are not returned.
+
+    Raises:
+      LinkError: the transfer failed.
+    """
+    most = max(len(owned(prefix_lengths, rank, link.cp)) for rank in range(link.cp))
+    padded = KeyValues(_pad(mine.key, 1, most), _pad(mine.value, 1, most), _pad(mine.places, 2, most))
+    parts = link.gather(padded) if link.cp > 1 else [padded]
+    index = torch.from_numpy(recovery(prefix_lengths, link.cp)).to(mine.key.device)
+    key, value = (torch.cat(x, dim=1).index_select(1, index) for x in list(zip(*parts, strict=True))[:2])
+    return Prefix(key, value)
+
+
+def _pad(x: Tensor, dim: int, length: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = length - shape[dim]
+    return torch.cat([x, x.new_zeros(shape)], dim=dim)

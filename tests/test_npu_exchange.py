@@ -1,0 +1,224 @@
+"""Every exchange and family through real processes: the schedule is the specification's, the verdict cpjax's."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from npu_strategies import problem, problems, write_case, write_tensors
+
+import cpjax.packing
+import cpjax.schedule
+from cpjax.crosscheck.case import read_case
+from cpjax.crosscheck.session import judge_result
+from npu_backend import packing, prefix
+from npu_backend.errors import InputError
+from npu_backend.families import FAMILIES
+from npu_backend.rank import Settings
+from npu_backend.schedule import Exchange, blocks, check_exchange, source
+from npu_backend.workers import Workers
+
+CP = (1, 2, 3, 4)
+PRECISION = {name: family.precision for name, family in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def pools():
+    found = {cp: Workers(cp, timeout=60) for cp in CP}
+    yield found
+    for workers in found.values():
+        workers.close()
+
+
+def exchanges(cp):
+    """Every way in which cp ranks can exchange."""
+    rings = [Exchange("double-ring", inner) for inner in range(1, cp + 1) if cp % inner == 0]
+    return [Exchange("ring"), Exchange("gather"), *rings]
+
+
+def computed(workers, case: Path, chosen: Settings):
+    """The case's verdict, and out and lse in global order."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, case.name)
+        workers.run(case, result, settings=chosen)
+        asked = read_case(case)
+        judged = judge_result(asked, result)
+        assert judged.passed, judged.reasons
+        return judged
+
+
+@given(st.integers(1, 8), st.sampled_from(("ring", "gather")), st.booleans())
+def test_the_schedule_is_the_specifications(cp, name, is_causal):
+    wanted = cpjax.schedule.schedule(name, "zigzag", cp, is_causal=is_causal)
+    for rank in range(cp):
+        mine = [
+            (step, *block)
+            for step in range(cp)
+            for block in blocks(rank, step, cp, is_causal=is_causal, exchange=Exchange(name))
+        ]
+        assert mine == [tuple(block) for block in wanted[rank]]
+        assert len(mine) == (2 * cp + 1 if is_causal else 4 * cp)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.booleans())
+def test_a_double_ring_computes_the_mask_once_and_meets_its_own_node_first(nodes, inner, is_causal):
+    cp, exchange = nodes * inner, Exchange("double-ring", inner)
+    for rank in range(cp):
+        met = [source(rank, step, cp, exchange) for step in range(cp)]
+        assert sorted(met) == list(range(cp))
+        assert met[0] == rank
+        assert {x // inner for x in met[:inner]} == {rank // inner}
+        ring = {b[:3] for s in range(cp) for b in blocks(rank, s, cp, is_causal=is_causal)}
+        own = [b[:3] for s in range(cp) for b in blocks(rank, s, cp, is_causal=is_causal, exchange=exchange)]
+        assert set(own) == ring
+        assert len(own) == len(ring)
+
+
+@pytest.mark.parametrize("exchange", [Exchange("star"), Exchange("double-ring", 3), Exchange("double-ring", 0)])
+def test_an_exchange_that_is_none_is_refused(exchange):
+    with pytest.raises(InputError, match=r"none of|do not divide"):
+        check_exchange(exchange, 4)
+
+
+@pytest.mark.parametrize("cp", CP)
+@pytest.mark.parametrize("operators", FAMILIES)
+def test_every_exchange_and_family_agrees_with_dense(pools, tmp_path, cp, operators):
+    for i, exchange in enumerate(exchanges(cp)):
+        p = problem(cp, "needle" if i % 2 else "normal", (2, 1), (30, 24), 48, is_causal=i != 1, cp=cp)
+        case = write_case(tmp_path, p, f"c{i}", precision={"npu": PRECISION[operators]})
+        computed(pools[cp], case, Settings(exchange, operators))
+
+
+@pytest.mark.parametrize("cp", CP)
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_drawn_problems_agree_with_dense(pools, cp, data):
+    p = data.draw(problems(cp, max_tokens=40))
+    chosen = Settings(data.draw(st.sampled_from(exchanges(cp))), data.draw(st.sampled_from(sorted(FAMILIES))))
+    with tempfile.TemporaryDirectory() as folder:
+        case = write_case(Path(folder), p, precision={"npu": PRECISION[chosen.operators]})
+        computed(pools[cp], case, chosen)
+
+
+def bits(workers, case: Path, chosen: Settings) -> tuple[np.ndarray, np.ndarray]:
+    from cpjax.crosscheck.result import read_result
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, case.name)
+        workers.run(case, result, settings=chosen)
+        found = read_result(result, read_case(case))
+        return found.out.view(np.int16), found.lse.view(np.int32)
+
+
+def test_gathered_bits_do_not_depend_on_who_computes_and_the_rings_do(pools, tmp_path):
+    """cp ranks and a double ring over all nodes of one rank walk other orders; a gather's is absolute.
+
+    The same chunks (8 of them) on 4 ranks, and by one process that walks the schedule of every rank itself.
+    """
+    import torch
+
+    from npu_backend.operators import ring_mla_block
+
+    p = problem(5, "normal", (2, 1), (64,), 64, is_causal=True, cp=4)
+    case = write_case(tmp_path, p, precision={"npu": "ring_mla_fp16"})
+    gathered = bits(pools[4], case, Settings(Exchange("gather")))
+    ring = bits(pools[4], case, Settings(Exchange("ring")))
+    query, key, value = (torch.from_numpy(x) for x in p[:3])
+    for rank in range(4):
+        carried = {}
+        for step in range(4):
+            for block in blocks(rank, step, 4, is_causal=True, exchange=Exchange("gather")):
+                q, k = (slice(8 * c, 8 * c + 8) for c in (block.query_chunk, block.kv_chunk))
+                carried[block.query_chunk] = ring_mla_block(
+                    query[:, q],
+                    key[:, k],
+                    value[:, k],
+                    is_causal=block.mask == "triu",
+                    scale=p.scale,
+                    previous=carried.get(block.query_chunk),
+                )
+        for chunk, (out, lse) in carried.items():
+            rows = slice(8 * chunk, 8 * chunk + 8)
+            np.testing.assert_array_equal(gathered[0][:, rows], out.numpy().view(np.int16))
+            np.testing.assert_array_equal(gathered[1][:, rows], lse.contiguous().numpy().view(np.int32))
+    assert (gathered[0] != ring[0]).any()  # else this would not tell the orders apart
+
+
+# Packs ---------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5))
+def test_index_arrays_are_those_of_the_specification(lengths, cp):
+    wanted = cpjax.packing.mindie_indices(lengths, cp)
+    h = tuple(int(n) for n in wanted.chunk_lengths)
+    mine = packing.indices(h, cp)
+    for name in ("first", "last", "out_recovery", "kv_recovery"):
+        np.testing.assert_array_equal(getattr(mine, name), getattr(wanted, name))
+    gathered = np.concatenate([packing.held_rows(rank, cp, h) for rank in range(cp)])
+    np.testing.assert_array_equal(gathered[mine.kv_recovery], np.arange(len(gathered)))
+
+
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=4).filter(any), st.integers(1, 5))
+def test_prefix_blocks_are_dealt_out_and_come_back_in_order(lengths, cp):
+    of_rank = [prefix.owned(tuple(lengths), rank, cp) for rank in range(cp)]
+    assert sorted(np.concatenate(of_rank)) == list(range(sum(lengths)))
+    most = max(map(len, of_rank))
+    padded = np.concatenate([np.pad(x, (0, most - len(x)), constant_values=-1) for x in of_rank])
+    np.testing.assert_array_equal(padded[prefix.recovery(tuple(lengths), cp)], np.arange(sum(lengths)))
+    start = int(np.cumsum([0, *lengths])[int(np.argmax(np.array(lengths) > 0))])
+    assert of_rank[0][0] == start  # block 0 is on rank 0
+
+
+def write_pack(folder: Path, lengths, prefixes, *, cp, is_causal, seed, heads=(2, 1), precision="ring_mla_fp16"):
+    """A packed case; pads hold NaN."""
+    rng = np.random.default_rng(seed)
+    positions, segments = [], []
+    for i, (n, cached) in enumerate(zip(lengths, prefixes, strict=True)):
+        total = -(-n // (2 * cp)) * 2 * cp
+        positions.append(cached + np.arange(total))
+        segments.append(np.where(np.arange(total) < n, i, -1))
+    position, segment = (np.concatenate(x)[None].astype(np.int32) for x in (positions, segments))
+    cached = [(j, i) for i, n in enumerate(prefixes) for j in range(n)]
+    more = np.array(cached, np.int32).reshape(-1, 2).T
+    kv_position, kv_segment = (
+        np.concatenate([x, y[None]], axis=1) for x, y in zip((position, segment), more, strict=True)
+    )
+    query, key, value = (
+        rng.normal(size=(1, n, k, width)).astype(np.float16)
+        for n, k, width in (
+            (position.shape[1], heads[0], 192),
+            (kv_position.shape[1], heads[1], 192),
+            (kv_position.shape[1], heads[1], 128),
+        )
+    )
+    query[segment < 0] = np.nan
+    key[kv_segment < 0], value[kv_segment < 0] = np.nan, np.nan
+    tensors = {"query": query, "key": key, "value": value, "q_position": position, "q_segment": segment}
+    tensors |= {"kv_position": kv_position, "kv_segment": kv_segment}
+    import json
+
+    about = {"scale": 192**-0.5, "is_causal": is_causal, "cp": cp, "layout": "packed"}
+    about |= {"precision": {"npu": precision}, "about": {}}
+    return write_tensors(folder / "pack.safetensors", tensors, json.dumps(about))
+
+
+@pytest.mark.parametrize("cp", CP)
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_packs_with_prefixes_agree_with_dense(pools, cp, data):
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
+    prefixes = [data.draw(st.sampled_from((0, 0, 1, 128, 150, 300))) for _ in lengths]
+    chosen = Settings(data.draw(st.sampled_from(exchanges(cp))), data.draw(st.sampled_from(sorted(FAMILIES))))
+    with tempfile.TemporaryDirectory() as folder:
+        case = write_pack(
+            Path(folder),
+            lengths,
+            prefixes,
+            cp=cp,
+            is_causal=data.draw(st.booleans()),
+            seed=data.draw(st.integers(0, 2**32 - 1)),
+            precision=PRECISION[chosen.operators],
+        )
+        computed(pools[cp], case, chosen)
