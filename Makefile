@@ -20,6 +20,8 @@ $(READY): pyproject.toml
 crosscheck: $(READY)  ## attention of the vendor's example configuration, three ways, and the verdict
 	$(BIN)/cpjax crosscheck
 
+# One BLAS thread a process: two of them on two cores would only wait for each other.
+test: export OPENBLAS_NUM_THREADS = 1
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
