@@ -82,8 +82,8 @@ def judge_dump(
 
 
 def _badness(verdict: Verdict) -> float:
-    """How far `out` is from passing; used only to choose which of several failures is shown."""
-    return float(np.nan_to_num(verdict.z, nan=1e300))
+    """How far `out` is from passing, to choose which failure is shown; if it is right, the first that was tried."""
+    return max(float(np.nan_to_num(verdict.z, nan=1e300)), 1.2)
 
 
 def _remarks(
