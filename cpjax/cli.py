@@ -44,6 +44,14 @@ CASES is a folder of cases (or one file), RESULTS the folder with the results, o
 Example: cpjax judge out/cases out/results/npu
 """
 
+DUMP_HELP = """Judge tensors that any tool dumped: .npy, .npz, .safetensors, torch .pt; a folder holds one file a rank.
+
+FILE::NAME chooses one array of several. Give --query and --key twice for MLA's nope and rope parts; for the latent form
+the absorbed query, and the latent as key. Layout, precision and order of merging are found out by trying if not said.
+
+Example: cpjax judge-dump --query q.npy --key k.npy --value v.npy --out o.npy --scale 0.125 --causal
+"""
+
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -125,6 +133,42 @@ def bench(
         jax.config.update("jax_num_cpu_devices", cp)
         rows = bench_module.bench(tokens, heads, head_dim, cp, repeats)
         print(json.dumps([row._asdict() for row in rows], indent=2) if as_json else bench_module.table(rows))
+
+
+@app.command("judge-dump", help=DUMP_HELP)
+def judge_dump(
+    query: Annotated[list[Path], typer.Option(help="file with the queries")],
+    key: Annotated[list[Path], typer.Option(help="file with the keys")],
+    value: Annotated[Path, typer.Option(help="file with the values")],
+    out: Annotated[Path, typer.Option(help="file with the result that is judged")],
+    scale: Annotated[float, typer.Option(help="multiplies q·k")],
+    causal: Annotated[bool, typer.Option("--causal/--no-causal", help="whether a causal mask applies")],
+    lse: Annotated[Path | None, typer.Option(help="file with lse, natural logarithm")] = None,
+    layout_of: Annotated[str | None, typer.Option(help="bsnd, bnsd or tnd")] = None,
+    positions: Annotated[Path | None, typer.Option(help="file with the global position of each query")] = None,
+    lengths: Annotated[str | None, typer.Option(help="LENGTH,… of the requests of a packed batch")] = None,
+    cp: Annotated[int, typer.Option(min=1, max=2**16, help="ranks; keys were cut into 2·cp chunks")] = 1,
+    precision: Annotated[str | None, typer.Option(help="a profile, see docs/precision.md")] = None,
+    order: Annotated[str | None, typer.Option(help="of merging: ring, gather, ascending, unknown")] = None,
+    as_json: Json = False,
+) -> None:
+    """See DUMP_HELP."""
+    from cpjax.crosscheck import dumped
+    from cpjax.crosscheck.session import Judged
+
+    with _errors():
+        try:
+            several = None if lengths is None else [int(n) for n in lengths.split(",")]
+        except ValueError:
+            raise InputError(f"--lengths {lengths!r} must be whole numbers with commas, as 512,300") from None
+        said = dumped.judge_dump(
+            query, key, value, out, lse, scale=scale, is_causal=causal, layout=layout_of, positions=positions,
+            lengths=several, cp=cp, precision=precision, order=order,
+        )  # fmt: skip
+        for remark in said.remarks:
+            print(f"cpjax: {remark}", file=sys.stderr)
+        judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, None, said.verdict)
+        _show([judged], as_json)
 
 
 def main() -> None:

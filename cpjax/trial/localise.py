@@ -153,6 +153,7 @@ def main(
     cp: Annotated[list[int] | None, typer.Option(help="Ranks; may be repeated.")] = None,
     logits: Annotated[float, typer.Option(help="Standard deviation of the logits.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    every: Annotated[int, typer.Option(min=1, help="Only one in so many of the faults.")] = 1,
     correct: Annotated[int, typer.Option(min=0, help="Correct results to judge as well.")] = 1000,
     workers: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
@@ -165,7 +166,7 @@ def main(
         for kind in KINDS
         for i, place in enumerate(places(n))
         if kind != "unmasked" or (is_causal and place.chunk in (place.rank, 2 * n - 1 - place.rank))
-    ]
+    ][::every]
     counts: dict[tuple[str, str], Counter] = {}
     for said in each(partial(count_one, logits), tasks, workers):
         for name in ("with lse", "out alone"):

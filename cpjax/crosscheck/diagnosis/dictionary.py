@@ -134,7 +134,7 @@ def whole_faults(question: Question, *, has_lse: bool, suspects: list[tuple[int,
         yield Fault("requests mixed", mask="requests", cost=2)
     if _has_prefix(question):
         yield Fault("prefix dropped", mask="no prefix", cost=2)
-    names = {"not applied": 1 / (question.scale or 1.0), "applied twice": question.scale, "zero": 0.0}
+    names = {"not applied": 1 / (question.scale or 1.0), "applied twice": question.scale, "zero": 1e-9}
     names |= {"times log2(e)": np.log2(np.e), "times ln 2": np.log(2.0)}
     for name, factor in names.items():
         yield Fault(f"scale {name}", scale=float(factor), cost=4)

@@ -160,7 +160,8 @@ class Measured:
         sums, sample = self.sample.sums["visible"], self.sample
         mass, part = sums[0].sum(axis=1), sums[1].sum(axis=1)
         a, b = sums[0][:, list(chunks)].sum(axis=1), sums[1][:, list(chunks)].sum(axis=1)
-        sigma = np.maximum(self.expected.sigma, self._floor)
+        # The sums are in units of exp(base), so the deviation of Σ w (B − a out′) is that of out times the whole mass.
+        sigma = np.maximum(self.expected.sigma, self._floor) * np.maximum(mass, 1e-300)[:, None]
         x = ((b - a[:, None] * sample.out) / sigma).ravel()
         y = ((mass[:, None] * sample.out - part) / sigma).ravel()
         if sample.lse is not None:
