@@ -77,7 +77,11 @@ def judge_dump(
                 except ValueError as error:
                     raise InputError(f"{next(iter(str(error).splitlines()), '')}") from None
                 found.append(((dump.layout, profile, one), verdict, dump))
-    choice, verdict, dump = min(found, key=lambda entry: (not entry[1].passed, _badness(entry[1])))
+    # If nothing passes the strictest precision is taken: a laxer one would only make the failure look smaller.
+    profiles = list(dict.fromkeys(entry[0][1] for entry in found))
+    choice, verdict, dump = min(
+        found, key=lambda entry: (not entry[1].passed, profiles.index(entry[0][1]), _badness(entry[1]))
+    )
     return Said(verdict, _remarks(choice, verdict, found, layout, precision, order), dump)
 
 
@@ -96,9 +100,9 @@ def _remarks(
         remarks.append(f"layout: taken as {choice[0]}, {how}; say --layout-of")
     if precision is None:
         tried = list(dict.fromkeys(entry[0][1] for entry in found))
-        word = "passes" if verdict.passed else "is nearest"
         failed = [name for name in tried if name != choice[1]]
-        remarks.append(f"precision: {choice[1]} {word}" + (f"; {', '.join(failed)} not" if failed else ""))
+        more = f"; {', '.join(failed)} {'does not' if verdict.passed else 'does not pass either'}" if failed else ""
+        remarks.append(f"precision: {choice[1]} {'passes' if verdict.passed else 'is taken'}{more}")
     if order is None and len({entry[0][2] for entry in found}) > 1:
         remarks.append(f"order of merging: {choice[2]} {'passes' if verdict.passed else 'is nearest'}")
     return remarks

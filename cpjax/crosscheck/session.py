@@ -147,6 +147,8 @@ def _numbers(verdict: Verdict | None) -> list[str]:
     if verdict is None:
         return ["–"] * 6
     of_out = [f"{verdict.max_error:.2g}", _share(verdict.hard_ratio), f"{verdict.z:.2f}"]
+    if math.isnan(verdict.lse_max_error):
+        return [*of_out, "–", "–", "–"]
     return [*of_out, f"{verdict.lse_max_error:.2g}", _share(verdict.lse_hard_ratio), f"{verdict.lse_z:.2f}"]
 
 

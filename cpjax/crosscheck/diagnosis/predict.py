@@ -146,7 +146,7 @@ class Measured:
                 m += block.weight * sums[block.extent][0][:, block.source] - sums["visible"][0][:, slot]
                 p += block.weight * sums[block.extent][1][:, block.source] - sums["visible"][1][:, slot]
             m = np.maximum(m, 1e-300)
-            out = p / m[:, None]
+            out = np.clip(p / m[:, None], -1e100, 1e100)  # a row that loses all its keys is no output at all
             with np.errstate(over="ignore"):
                 growth = np.minimum(np.maximum(1.0, mass / m), 1e6)
             step = FORMATS[self.question.precision.out].spacing(out)
@@ -179,7 +179,9 @@ class Measured:
     def _score(self, fault: Fault, out: np.ndarray, variance: np.ndarray, lse: np.ndarray, sigma: np.ndarray) -> Fit:
         sample = self.sample
         variance = np.maximum(variance, self._floor**2)
-        square = np.minimum((sample.out - out) ** 2 / variance, 1e18)
+        with np.errstate(over="ignore"):
+            square = (sample.out - out) ** 2 / variance
+        square = np.where(square < 1e18, square, 1e18)  # a NaN explains nothing either
         each = (square + np.log(variance)).mean(axis=1)
         deviance = float((self.freedom * each).sum()) + fault.cost
         z = float(np.sqrt((self.freedom * square.mean(axis=1)).sum() / self.freedom.sum()))
