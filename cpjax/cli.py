@@ -66,6 +66,7 @@ def crosscheck(
     geometry: Annotated[
         str | None, typer.Option(help="HEADS,NOPE,ROPE,VALUE of a model that is not known by name")
     ] = None,
+    shares: Annotated[int, typer.Option(help="how many of the tensor-parallel shares of the heads are computed")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="of the inputs, which are normally distributed")] = 0,
     keep: Annotated[Path | None, typer.Option(help="keep the case and the results in this folder")] = None,
     as_json: Json = False,
@@ -74,22 +75,23 @@ def crosscheck(
     from cpjax.crosscheck.backends import run_npu, run_spec
     from cpjax.crosscheck.case import write_case
     from cpjax.crosscheck.session import judge_folder
-    from cpjax.mindie.crosscheck import case_of
+    from cpjax.mindie.crosscheck import cases_of
 
     with _errors():
-        case, remarks = case_of(config, tokens=tokens, geometry=geometry, seed=seed)
+        cases, remarks = cases_of(config, tokens=tokens, geometry=geometry, seed=seed, shares=shares)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         with TemporaryDirectory(prefix="cpjax-") as temporary:
             folder = Path(temporary) if keep is None else keep
-            case = write_case(folder / "cases", case)
+            cases = [write_case(folder / "cases", case) for case in cases]
             with _progress() as advance:
-                advance("specification", 0, 1)
-                run_spec(case, folder / "results" / "spec")
-                advance("specification", 1, 1)
+                for done, case in enumerate(cases):
+                    advance("specification", done, len(cases))
+                    run_spec(case, folder / "results" / "spec")
+                advance("specification", len(cases), len(cases))
             run_npu(folder / "cases", folder / "results" / "npu")
             with _progress() as advance:
-                judged = list(judge_folder([case], folder / "results", advance))
+                judged = list(judge_folder(cases, folder / "results", advance))
         _show(judged, as_json)
 
 

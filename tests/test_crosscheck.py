@@ -275,6 +275,15 @@ def test_a_cp_that_the_vendor_does_not_document_is_computed_with_a_warning(tmp_p
     assert "the vendor documents 1 and 2" in run.stderr
 
 
+def test_several_tensor_parallel_shares_are_cases_of_their_own():
+    run = cpjax_command("crosscheck", *SMALL, "--shares", 2, "--json")
+    assert run.returncode == 0, run.stderr
+    assert "scaled down: 4 of 16 cards" in run.stderr
+    names = [(row["backend"], row["case"]) for row in json.loads(run.stdout)["results"]]
+    assert names == [(who, f"deepseek-r1-cp2-45-tp{share}") for who in ("npu", "spec") for share in (0, 1)]
+    one_line(cpjax_command("crosscheck", *SMALL, "--shares", 9))
+
+
 @pytest.mark.parametrize("command", [[], ["crosscheck"], ["judge"]])
 def test_help_shows_an_example(command):
     run = cpjax_command(*command, "--help")

@@ -1,4 +1,4 @@
-"""From a deployment to the case that each of its cards computes: attention of one layer, of one card's heads."""
+"""From a deployment to cases: attention of one layer, a case for each share of the heads that is computed."""
 
 from pathlib import Path
 
@@ -17,14 +17,15 @@ DOCUMENTED_CP = (1, 2)
 PRECISION = {"spec": "flash_fp16", "npu": "ring_mla_fp16"}
 
 
-def case_of(
-    config: Path | None, *, tokens: int | None = None, geometry: str | None = None, seed: int = 0
-) -> tuple[Case, list[str]]:
-    """The case of a config file (None: the vendor's example), and remarks for the user.
+def cases_of(
+    config: Path | None, *, tokens: int | None = None, geometry: str | None = None, seed: int = 0, shares: int = 1
+) -> tuple[list[Case], list[str]]:
+    """The cases of a config file (None: the vendor's example), and remarks for the user.
 
     Args:
       tokens: length of the prompt; None: the smaller of maxInputTokenLen and 2,048.
       geometry: HEADS,NOPE,ROPE,VALUE; None: by the model's name.
+      shares: of the tp shares of the heads so many are computed, a case each, with other inputs.
 
     Raises:
       InputError: what cannot be read or computed.
@@ -42,19 +43,24 @@ def case_of(
         raise InputError(f"--tokens is {tokens}; it must be from 1 to the config's maxSeqLen, {deployment.max_seq_len}")
     tokens = min(deployment.max_input_token_len, MOST_TOKENS) if tokens is None else tokens
     head_dim = shape.nope + shape.rope
-    if sizes.tp > 1:
+    if not 1 <= shares <= sizes.tp:
+        raise InputError(f"--shares is {shares}; it must be from 1 to the config's tp, {sizes.tp}")
+    if shares < sizes.tp:
         remarks.append(
-            f"computing what one card of each of the {sizes.cp} CP ranks does: {heads} of {shape.heads} heads; "
-            f"the other {sizes.tp - 1} tensor-parallel shares are the same on other heads"
+            f"scaled down: {shares * sizes.cp} of {sizes.cp * sizes.tp} cards are computed, {heads} heads each; other "
+            f"tensor-parallel shares do the same on other heads (--shares {sizes.tp} computes all)"
         )
     about = {"config": deployment.path.name, "model": deployment.model_name, "tp": sizes.tp, "tokens": tokens}
-    name = f"{deployment.path.stem}-{tokens}"
-    case = gaussian_case(
-        "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name),
-        (tokens, heads, heads, head_dim, shape.value_dim),
-        cp=sizes.cp,
-        precision=PRECISION,
-        seed=seed,
-        about=about,
-    )
-    return case, remarks
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in deployment.path.stem)
+    cases = [
+        gaussian_case(
+            f"{name}-{tokens}" + (f"-tp{share}" if shares > 1 else ""),
+            (tokens, heads, heads, head_dim, shape.value_dim),
+            cp=sizes.cp,
+            precision=PRECISION,
+            seed=seed + share,
+            about=about | {"tp_rank": share},
+        )
+        for share in range(shares)
+    ]
+    return cases, remarks
