@@ -64,6 +64,16 @@ class Arithmetic:
         return self.rows.seen.sum(axis=1)
 
     @cached_property
+    def _chunk_count(self) -> Int[np.ndarray, " R"]:
+        """Chunks that have any weight."""
+        return (self.rows.chunk_weight > 0).sum(axis=1)
+
+    @cached_property
+    def _beside(self) -> Float[np.ndarray, "R C V"]:
+        """How far each chunk pulls the output, B_c − a_c out: what an error of its weight is multiplied by."""
+        return self.rows.chunk_part - self.rows.chunk_weight[..., None] * self.rows.out[:, None]
+
+    @cached_property
     def _lse_size(self) -> Float[np.ndarray, " R"]:
         return np.where(self._seen_keys > 0, np.abs(self.rows.lse), 0.0)
 

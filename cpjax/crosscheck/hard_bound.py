@@ -55,7 +55,7 @@ class HardBound(Arithmetic):
         magnitude = rows.size
         growth = np.exp(np.minimum(self.score_bound, 50.0))
         several = (self._seen_keys > 1)[:, None]
-        chunks = (rows.chunk_weight > 0).sum(axis=1)[:, None]
+        chunks = self._chunk_count[:, None]
         p_error = growth * np.maximum(self._p.u * rows.weight, self._p.tiny / 2 * self._p_weight)
         moved = rows.weight * (growth - 1)
         # Weights that are off do not sum to one; all errors are relative to their sum.
@@ -80,6 +80,5 @@ class HardBound(Arithmetic):
     @cached_property
     def lse_bound(self) -> Float[np.ndarray, " R"]:
         """The most that rounding changes lse."""
-        chunks = (self.rows.chunk_weight > 0).sum(axis=1)
-        of_log = self._eps * (chunks + 2) * (2 * self._lse_size + 8)
+        of_log = self._eps * (self._chunk_count + 2) * (2 * self._lse_size + 8)
         return np.log1p(self.weight_distortion) + 2 * self._depth * self._eps + of_log

@@ -1,6 +1,7 @@
 """What the judge is asked, checked: the inputs of attention, and how it is said to have been computed."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -43,21 +44,28 @@ class Question:
         """Query heads that share a key/value head."""
         return self.query.shape[2] // self.key.shape[2]
 
-    @property
+    # Every tile of rows asks for these three again.
+
+    @cached_property
     def q_chunk(self) -> Int[np.ndarray, " T"]:
         """The chunk of every query."""
         if self.layout == "packed":
-            return pack.chunks(np.asarray(self.q_tokens.segment)[0], np.asarray(self.kv_tokens.segment)[0], self.cp)[0]
+            return self._pack_chunks[0]
         return chunk_of(self.query.shape[1], self.layout, self.cp)
 
-    @property
+    @cached_property
     def kv_chunk(self) -> Int[np.ndarray, " S"]:
         """The chunk of every key."""
         if self.layout == "packed":
-            return pack.chunks(np.asarray(self.q_tokens.segment)[0], np.asarray(self.kv_tokens.segment)[0], self.cp)[1]
+            return self._pack_chunks[1]
         return chunk_of(self.key.shape[1], self.layout, self.cp)
 
-    @property
+    @cached_property
+    def _pack_chunks(self) -> tuple[np.ndarray, np.ndarray]:
+        q_segment, kv_segment = (np.asarray(places.segment)[0] for places in (self.q_tokens, self.kv_tokens))
+        return pack.chunks(q_segment, kv_segment, self.cp)
+
+    @cached_property
     def merging(self) -> Int[np.ndarray, "Q C"] | None:
         """For each query chunk the order in which key/value chunks are merged; None if that is not known."""
         if self.order == "unknown":

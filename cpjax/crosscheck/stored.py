@@ -56,14 +56,16 @@ class Stored(Arithmetic):
     @cached_property
     def probability_variance(self) -> Float[np.ndarray, "R V"]:
         """p rounded to its format (§3.1). p = 1 is exact; what becomes 0 is in `one_signed`."""
-        p, worth = self._p_value, self._p_weight
-        step = np.where(p == 1.0, 0.0, self._p.spacing(p))
-        variance = self._variance_of(worth * step / np.sqrt(12), self._groups, center=False)
-        if self.precision.probability != "float16":
-            return variance
+        variance = self._variance_of(self._p_sigma, self._groups, center=False)
         for cell in self._least_cells:
             variance = variance + (self._p.tiny / 4 * (cell @ self.rows.value)) ** 2
         return variance
+
+    @cached_property
+    def _p_sigma(self) -> Float[np.ndarray, "R S"]:
+        """Standard deviation of each p's rounding, in units of the output."""
+        p = self._p_value
+        return self._p_weight * np.where(p == 1.0, 0.0, self._p.spacing(p)) / np.sqrt(12)
 
     @cached_property
     def _least_cells(self) -> list[Float[np.ndarray, "R S"]]:
@@ -128,19 +130,18 @@ class Stored(Arithmetic):
         return independent, repeated
 
     def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
-        merges = np.maximum((self.rows.chunk_weight > 0).sum(axis=1) - 1, 0)[:, None]
+        merges = np.maximum(self._chunk_count - 1, 0)[:, None]
         # A merge's share times the spacing of its running out is less than twice the unit roundoff of the largest.
         fmt = self._carry_format
         step = np.maximum(2 * fmt.u * self._largest_running, fmt.tiny)
-        a = self.rows.chunk_weight[..., None]
-        moved = 2 * np.abs(self.rows.chunk_part - a * self.rows.out[:, None])
+        moved = 2 * np.abs(self._beside)
         repeated = np.minimum(moved, 0.5 * step[:, None]).sum(axis=1) * (merges > 0)
         return merges * step**2 / 12, repeated
 
     @cached_property
     def last_variance(self) -> Float[np.ndarray, "R V"]:
         """The merged out rounded to the out format, where it was carried in a wider one (§3.4)."""
-        several = (self.rows.chunk_weight > 0).sum(axis=1) > 1
+        several = self._chunk_count > 1
         is_wider = self.precision.carry != self.precision.out
         return several[:, None] * is_wider * self._out.spacing(self.rows.out) ** 2 / 12
 

@@ -138,7 +138,9 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
     out_errors = RowErrors(table.mean_square, table.freedom, table.same)
     lse_errors = RowErrors(table.lse_square, table.lse_freedom, table.same)
     parts = list(_parts(question, table, has_lse))
-    scale_deviate, scale_error = _scale(table)
+    scale = _scale_score(table)
+    scale_deviate = float(deviate(scale))
+    scale_error = float(scale.value / scale.information) if scale.information > 0 else float("nan")
     failures: list[Failure] = []
     if out_of_range:
         failures.append(("range", f"out: {_count(out_of_range, row_count)} no average of the values it may see"))
@@ -150,7 +152,7 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
     failures += _worst_parts(parts)
     # A gross fault makes every directed test fail. It names itself only if it explains most of what is wrong.
     enough = _excess(table) / 2 if failures else 0.0
-    if not abs(scale_deviate) <= LIMIT + 1 and _gain(_scale_score(table)) >= enough:
+    if not abs(scale_deviate) <= LIMIT + 1 and _gain(scale) >= enough:
         failures.append(("scale", _scale_sentence(scale_error, scale_deviate)))
     failures += _keys(evidence, enough)
     failures += _bfloat16(evidence)
@@ -275,14 +277,9 @@ def _gain(score: Score) -> float:
 
 
 def _scale_score(table: RowTable) -> Score:
+    """The score test for the scale; value / information estimates by which fraction it is off."""
     columns = (table.scale_value, table.scale_variance, table.scale_bias, table.scale_information)
     return Score(*(np.asarray(column.sum()) for column in columns))
-
-
-def _scale(table: RowTable) -> tuple[float, float]:
-    """The score test's deviate for the scale, and the relative error of the scale that it estimates."""
-    score = _scale_score(table)
-    return float(deviate(score)), float(score.value / score.information) if score.information > 0 else float("nan")
 
 
 def _scale_sentence(error: float, deviate: float) -> str:

@@ -65,16 +65,13 @@ class Weighed(Stored):
     @cached_property
     def lse_rounding_variance(self) -> Float[np.ndarray, "R V"]:
         """Each chunk's lse rounded, which makes it weigh too much or too little in the merge (§3.8)."""
-        rows = self.rows
-        beside = rows.chunk_part - rows.chunk_weight[..., None] * rows.out[:, None]
-        return (beside**2 * self._chunk_lse_step[..., None] ** 2 / 12).sum(axis=1)
+        return (self._beside**2 * self._chunk_lse_step[..., None] ** 2 / 12).sum(axis=1)
 
     @cached_property
     def compute_variance(self) -> Float[np.ndarray, "R V"]:
         """What float32 does besides (§3.7): exponentials and products, sums over the keys, weights of the merge."""
         rows, eps = self.rows, self._eps
-        a = rows.chunk_weight[..., None]
-        spread = ((rows.chunk_part - a * rows.out[:, None]) ** 2).sum(axis=1)
+        spread = (self._beside**2).sum(axis=1)
         of_terms = 4 * eps * self._weighted_magnitude * (self._seen_keys > 1)[:, None]
         size = np.where(self._groups.is_repeated[:, None], self._weighted_magnitude, np.abs(rows.out))
         of_sums = self._sum_sigma[:, None] * size
@@ -104,9 +101,8 @@ class Weighed(Stored):
         variance = self._variance_of_sum(rows.weight * self._score_sigma, self._score_groups)
         for jump, weight, _ in self._rescales:
             variance = variance + (jump * weight) ** 2
-        merges = (rows.chunk_weight > 0).sum(axis=1)
         of_sum = np.where(n > 1, 4 * eps, 0.0) + self._sum_sigma
-        of_log = eps * (self._lse_size + 2) * np.sqrt(merges + 1)
+        of_log = eps * (self._lse_size + 2) * np.sqrt(self._chunk_count + 1)
         of_storing = (rows.chunk_weight**2 * self._chunk_lse_step**2).sum(axis=1) / 12
         return np.where(n > 0, variance + of_sum**2 + of_log**2 + of_storing + self.lse_one_signed**2, 0.0)
 
@@ -121,14 +117,12 @@ class Weighed(Stored):
         rows = self.rows
         along = per_out @ rows.value.T
         away = along - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
-        step = np.where(self._p_value == 1.0, 0.0, self._p.spacing(self._p_value))
-        variance = self._variance_of_sum(self._p_weight * step / np.sqrt(12) * along, self._groups)
+        variance = self._variance_of_sum(self._p_sigma * along, self._groups)
         variance += self._variance_of_sum(rows.weight * self._score_sigma * away, self._score_groups)
         for cell in self._least_cells:
             variance += (self._p.tiny / 4 * (cell * along).sum(axis=1)) ** 2
         # Errors of a merge's weights and of the row sum move all outputs of a row together.
-        beside = rows.chunk_part - rows.chunk_weight[..., None] * rows.out[:, None]
-        away_of_chunks = np.einsum("rv,rcv->rc", per_out, beside)
+        away_of_chunks = np.einsum("rv,rcv->rc", per_out, self._beside)
         variance += ((2 * self._eps * (self._lse_size + 2))[:, None] ** 2 * away_of_chunks**2).sum(axis=1)
         variance += (self._sum_sigma * (per_out * rows.out).sum(axis=1)) ** 2
         variance += (self._chunk_lse_step**2 * away_of_chunks**2).sum(axis=1) / 12
