@@ -64,24 +64,25 @@ def attend(
     query = without_pads(query, q_tokens).astype(compute)
     key, value = (without_pads(x, kv_tokens).astype(compute) for x in (key, value))
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    stacks = tiles((key, value, kv_tokens), KEY_TILE)
+    # Heads come before tokens from here on, so that no product has to transpose what it is given, tile after tile.
+    q_stacks = [(heads_first(q), places) for q, places in tiles((grouped, q_tokens), QUERY_TILE)]
+    kv_stacks = [(heads_first(k), heads_first(v), places) for k, v, places in tiles((key, value, kv_tokens), KEY_TILE)]
 
     def rows(tile: tuple[Array, Tokens]) -> tuple[Array, Array]:
-        return _attend_rows(*tile, stacks, attention)
+        return _attend_rows(*tile, kv_stacks, attention)
 
     # Each query's row is by itself; tiles of queries only keep the scores of a tile in a cache.
     parts = [
         lax.map(rows, stack) if len(stack[0]) > 1 else jax.tree.map(lambda x: x[None], rows(_only(stack)))
-        for stack in tiles((grouped, q_tokens), QUERY_TILE)
+        for stack in q_stacks
     ]
-    out = jnp.concatenate([_joined(out) for out, _ in parts], axis=1)
-    lse = jnp.concatenate([_joined(lse) for _, lse in parts], axis=1)
+    out, lse = tokens_first([out for out, _ in parts]), tokens_first([lse[..., None] for _, lse in parts])
     return Partial(out.reshape(batch, length, heads, value.shape[-1]), lse.reshape(batch, length, heads))
 
 
 def _attend_rows(
-    query: Float[Array, "B T K G H"], q_tokens: Tokens, stacks: list, attention: Attention
-) -> tuple[Float[Array, "B T K G V"], Float[Array, "B T K G"]]:
+    query: Float[Array, "B K G T H"], q_tokens: Tokens, stacks: list, attention: Attention
+) -> tuple[Float[Array, "B K G T V"], Float[Array, "B K G T"]]:
     """One tile of queries over all tiles of keys; a tile of which no query sees a key is left out."""
     precision = attention.precision
 
@@ -90,7 +91,7 @@ def _attend_rows(
         seen = jnp.asarray(visible(attention.mask, q_tokens, kv_tokens))[:, None, None]
         computed = lambda: accumulate(state, scores(query, key, seen, attention), value, precision)  # noqa: E731
         # A hidden tile would change no bit. The small ones, as in tests, are not worth a branch.
-        return lax.cond(seen.any(), computed, lambda: state) if key.shape[1] == KEY_TILE else computed()
+        return lax.cond(seen.any(), computed, lambda: state) if key.shape[2] == KEY_TILE else computed()
 
     state = _nothing_yet(query, stacks[0])
     for stack in stacks:
@@ -98,16 +99,15 @@ def _attend_rows(
             state, _ = lax.scan(lambda state, tile: (step(state, tile), None), state, stack)
         else:
             state = step(state, _only(stack))
-    out, lse = finish(state, precision)
-    return out.transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
+    return finish(state, precision)
 
 
 def scores(
-    query: Float[Array, "B T K G H"], key: Float[Array, "B S K H"], seen: Bool[Array, "B 1 1 T S"], attention: Attention
+    query: Float[Array, "B K G T H"], key: Float[Array, "B K S H"], seen: Bool[Array, "B 1 1 T S"], attention: Attention
 ) -> Float[Array, "B K G T S"]:
     """`scale · q·k` (through the softcap), rounded where the profile says, −inf where the key is not seen."""
     fmt = attention.precision.score
-    raw = rounded(jnp.einsum("BTKGH,BSKH->BKGTS", query, key, precision="highest"), fmt)
+    raw = rounded(jnp.einsum("BKGTH,BKSH->BKGTS", query, key, precision="highest"), fmt)
     scaled = rounded(raw * jnp.asarray(scale_in(attention.precision, attention.scale), raw.dtype), fmt)
     if attention.softcap is not None:
         scaled = rounded(attention.softcap * jnp.tanh(scaled / attention.softcap), fmt)
@@ -115,7 +115,7 @@ def scores(
 
 
 def accumulate(
-    state: Running, score: Float[Array, "B K G T S"], value: Float[Array, "B S K V"], precision: Precision
+    state: Running, score: Float[Array, "B K G T S"], value: Float[Array, "B K S V"], precision: Precision
 ) -> Running:
     """The state after one more tile: m' = max(m, max s), l' = l e^(m − m') + Σ e^(s − m'), acc' alike."""
     # No result depends on the maximum (it cancels), so no derivative goes through it.
@@ -123,7 +123,7 @@ def accumulate(
     base = finite(maximum)
     p = jnp.exp(rounded(score - base[..., None], precision.score))
     rescale = jnp.exp(rounded(state.maximum - base, precision.score))
-    weighted = jnp.einsum("BKGTS,BSKV->BKGTV", rounded(p, precision.probability), value, precision="highest")
+    weighted = jnp.einsum("BKGTS,BKSV->BKGTV", rounded(p, precision.probability), value, precision="highest")
     return Running(
         maximum,
         state.total * rescale + p.sum(axis=-1),
@@ -161,19 +161,24 @@ def tiles(block: tuple, tile: int) -> list:
     return ([part(0, whole, tile)] if whole else []) + rest
 
 
+def heads_first(stack: Float[Array, "n B T *heads X"]) -> Float[Array, "n B *heads T X"]:
+    """The same tiles with the tokens next to last."""
+    return jnp.moveaxis(stack, 2, -2)
+
+
+def tokens_first(stacks: list[Float[Array, "_n B *heads _T X"]]) -> Float[Array, "B T *heads X"]:
+    """The stacks of tiles joined again, tokens second: the inverse of `tiles` and `heads_first`."""
+    moved = [jnp.moveaxis(stack, (0, -2), (1, 2)) for stack in stacks]
+    return jnp.concatenate([x.reshape(x.shape[0], -1, *x.shape[3:]) for x in moved], axis=1)
+
+
 def _only(stack):
     return jax.tree.map(lambda x: x[0], stack)
 
 
-def _joined(stack: Float[Array, "n B T *rest"]) -> Float[Array, "B n*T *rest"]:
-    n, batch, length, *rest = stack.shape
-    return jnp.moveaxis(stack, 0, 1).reshape(batch, n * length, *rest)
-
-
-def _nothing_yet(query: Float[Array, "B T K G H"], stack: tuple[Array, Array, Tokens]) -> Running:
+def _nothing_yet(query: Float[Array, "B K G T H"], stack: tuple[Array, Array, Tokens]) -> Running:
     """The state before the first tile. Inside shard_map it must vary over the mesh as later states will."""
-    batch, length, kv_heads, group, _ = query.shape
-    rows = (batch, kv_heads, group, length)
+    rows = query.shape[:-1]
     over = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((query, stack))))
 
     def full(shape: tuple[int, ...], x: float) -> Array:

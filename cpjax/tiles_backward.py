@@ -16,7 +16,7 @@ from cpjax.attention import Attention
 from cpjax.mask import Tokens, visible
 from cpjax.partial import finite
 from cpjax.precision import scale_in
-from cpjax.tiles import KEY_TILE, scores, tiles, without_pads
+from cpjax.tiles import KEY_TILE, heads_first, scores, tiles, tokens_first, without_pads
 
 
 def attend_backward(
@@ -45,41 +45,38 @@ def attend_backward(
     query = without_pads(query, q_tokens).astype(compute)
     key, value = (without_pads(x, kv_tokens).astype(compute) for x in (key, value))
     grouped = (batch, length, kv_heads, heads // kv_heads)
-    query, dout = (x.reshape(*grouped, x.shape[-1]) for x in (query, dout))
+    query, dout = (heads_first(x.reshape(1, *grouped, x.shape[-1]))[0] for x in (query, dout))
     lse, delta = (x.reshape(grouped).transpose(0, 2, 3, 1) for x in (lse, delta))
 
     def tile(key: Array, value: Array, kv_tokens: Tokens):
         seen = jnp.asarray(visible(attention.mask, q_tokens, kv_tokens))[:, None, None]
         s = scores(query, key, seen, attention)
         p = jnp.exp(s - finite(lse)[..., None])
-        dv = jnp.einsum("BKGTS,BTKGV->BSKV", p, dout, precision="highest")
-        dp = jnp.einsum("BTKGV,BSKV->BKGTS", dout, value, precision="highest")
+        dv = jnp.einsum("BKGTS,BKGTV->BKSV", p, dout, precision="highest")
+        dp = jnp.einsum("BKGTV,BKSV->BKGTS", dout, value, precision="highest")
         ds = p * (dp - delta[..., None]) * scale
         if attention.softcap is not None:
             ds = ds * (1 - jnp.where(seen, s / attention.softcap, 0.0) ** 2)
-        dq = jnp.einsum("BKGTS,BSKH->BTKGH", ds, key, precision="highest")
-        return dq, jnp.einsum("BKGTS,BTKGH->BSKH", ds, query, precision="highest"), dv
+        dq = jnp.einsum("BKGTS,BKSH->BKGTH", ds, key, precision="highest")
+        return dq, jnp.einsum("BKGTS,BKGTH->BKSH", ds, query, precision="highest"), dv
 
     def step(dq: Array, block: tuple[Array, Array, Tokens]):
         more, dk, dv = tile(*block)
         return dq + more, (dk, dv)
 
     total, dks, dvs = None, [], []
-    for stack in tiles((key, value, kv_tokens), KEY_TILE):
+    for k, v, places in tiles((key, value, kv_tokens), KEY_TILE):
+        stack = heads_first(k), heads_first(v), places
         # The first tile is a step of its own: inside shard_map a scan's carry must vary over the mesh from the start.
         first, others = jax.tree.map(lambda x: x[0], stack), jax.tree.map(lambda x: x[1:], stack)
         dq, dk, dv = tile(*first)
         total = dq if total is None else total + dq
-        dks.append(dk)
-        dvs.append(dv)
+        dks.append(dk[None])
+        dvs.append(dv[None])
         if len(others[0]):
             total, (dk, dv) = lax.scan(step, total, others)
-            dks.append(_flat(dk))
-            dvs.append(_flat(dv))
+            dks.append(dk)
+            dvs.append(dv)
     assert total is not None  # there is at least one tile, if of length 0
-    dq = total.reshape(batch, length, heads, query.shape[-1])
-    return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
-
-
-def _flat(stack: Float[Array, "n B tile K X"]) -> Float[Array, "B n*tile K X"]:
-    return jnp.moveaxis(stack, 0, 1).reshape(stack.shape[1], -1, *stack.shape[3:])
+    dq = jnp.moveaxis(total, 3, 1).reshape(batch, length, heads, query.shape[-1])
+    return dq, tokens_first(dks), tokens_first(dvs)

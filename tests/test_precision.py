@@ -49,9 +49,7 @@ def one_of(found, make) -> None:
 def test_scores(name, seed, rule):
     rng = np.random.default_rng(seed)
     query, key, seen = exact(rng, T, 4), exact(rng, 9, 4), rng.random((T, 9)) < 0.7
-    found = staged(tiles.scores, 3)(
-        query[None, :, None, None], key[None, :, None], one_head(seen), attention(rule, name)
-    )
+    found = staged(tiles.scores, 3)(query[None, None, None], key[None, None], one_head(seen), attention(rule, name))
     stages = twin.PROFILES[name]
     one_of([found[0, 0, 0]], lambda v: [twin.scores(query, key, seen, SCALE, rule.softcap, stages, v)])
 
@@ -74,7 +72,7 @@ def test_accumulate(name, seed):
     score = np.where(rng.random((T, 2)) < 0.3, -np.inf, twin.to(3 * rng.normal(size=(T, 2)), stages.score))
     score, value = score.astype(np.float32), twin.to(rng.normal(size=(2, V)), "float16")
     running = tiles.Running(*map(one_head, map(jnp.asarray, before)))
-    after = staged(tiles.accumulate, 3)(running, one_head(score), value[None, :, None], profile(name))
+    after = staged(tiles.accumulate, 3)(running, one_head(score), value[None, None], profile(name))
     one_of([x[0, 0, 0] for x in after], lambda v: twin.accumulate(before, score, value, stages, v))
 
 
