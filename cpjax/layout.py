@@ -43,12 +43,20 @@ def order(layout: str, length: int, cp: int) -> Int[np.ndarray, " T"]:
 
 
 def inverse(permutation: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
-    """The permutation that undoes it: `x[permutation][inverse(permutation)] == x`."""
+    """The permutation that undoes it.
+
+    >>> zigzag = order("zigzag", 8, cp=2)
+    >>> zigzag[inverse(zigzag)]
+    array([0, 1, 2, 3, 4, 5, 6, 7])
+    """
     return np.argsort(permutation, kind="stable")
 
 
 def chunks_per_rank(layout: str) -> int:
     """Pieces of a shard that are runs of the sequence of their own, and are computed and merged one after the other.
+
+    >>> chunks_per_rank("zigzag"), chunks_per_rank("striped")
+    (2, 1)
 
     Raises:
       InputError: for an unknown layout; it lists the known ones.

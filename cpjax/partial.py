@@ -76,15 +76,27 @@ def sink_partial(sink: Float[jax.Array, " N"], like: Partial) -> Partial:
 
 
 def finite(m: jax.Array) -> jax.Array:
-    """A maximum that may be subtracted: exp(−inf − (−inf)) is NaN, exp(−inf − 0) is the 0 that is meant."""
+    """A maximum that may be subtracted: exp(−inf − (−inf)) is NaN, exp(−inf − 0) is the 0 that is meant.
+
+    >>> finite(jnp.array([-jnp.inf, -2.0])).tolist()
+    [0.0, -2.0]
+    """
     return jnp.where(jnp.isneginf(m), jnp.zeros_like(m), m)
 
 
 def divisor(total: jax.Array) -> jax.Array:
-    """A sum of weights that may be divided by: where nothing was seen the numerator is 0 and the answer is 0."""
+    """A sum of weights that may be divided by: where nothing was seen the numerator is 0 and the answer is 0.
+
+    >>> divisor(jnp.array([0.0, 3.0])).tolist()
+    [1.0, 3.0]
+    """
     return jnp.where(total == 0, jnp.ones_like(total), total)
 
 
 def log_sum(m: jax.Array, total: jax.Array) -> jax.Array:
-    """m + ln total, and −inf where total is 0; written so that the derivative there is 0 and not NaN."""
+    """m + ln total, and −inf where total is 0; written so that the derivative there is 0 and not NaN.
+
+    >>> log_sum(jnp.array([0.0, 3.0]), jnp.array([0.0, 1.0])).tolist()
+    [-inf, 3.0]
+    """
     return jnp.where(total == 0, -jnp.inf, m + jnp.log(divisor(total)))

@@ -50,7 +50,12 @@ def schedule(exchange: str, layout: str, cp: int, *, is_causal: bool, inner: int
 
 
 def show(ranks: tuple[tuple[Block, ...], ...]) -> str:
-    """The schedule as text, a rank a line: ■ whole block, ◣ triangle, ◺ triangle without its diagonal."""
+    """The schedule as text, a rank a line: ■ whole block, ◣ triangle, ◺ triangle without its diagonal.
+
+    >>> print(show(schedule("ring", "striped", 2, is_causal=True)))
+    rank 0   step 0: q0·k0◣first   step 1: q0·k1◺
+    rank 1   step 0: q1·k1◣first   step 1: q1·k0◣
+    """
     sign = {"none": "■", "triu": "◣", "strict": "◺"}
     lines = []
     for rank, blocks in enumerate(ranks):
@@ -67,7 +72,11 @@ def show(ranks: tuple[tuple[Block, ...], ...]) -> str:
 
 
 def block_mask(layout: str, query_chunk: int, kv_chunk: int) -> BlockMask | None:
-    """What a causal mask leaves of the block; None: nothing."""
+    """What a causal mask leaves of the block; None: nothing.
+
+    >>> [block_mask("zigzag", 1, kv_chunk) for kv_chunk in range(4)]
+    ['none', 'triu', None, None]
+    """
     if layout == "striped":
         # Token i of chunk c is at position c + cp·i, so later chunks are ahead by less than one step.
         return "triu" if kv_chunk <= query_chunk else "strict"

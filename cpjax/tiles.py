@@ -138,17 +138,26 @@ def finish(state: Running, precision: Precision) -> tuple[Float[Array, "B K G T 
 
 
 def without_pads(x: Float[Array, "B T *rest"], tokens: Tokens) -> Float[Array, "B T *rest"]:
-    """`x` with zeros in the rows of pads: a weight of 0 does not keep out a NaN, for 0 · NaN is NaN."""
+    """`x` with zeros in the rows of pads: a weight of 0 does not keep out a NaN, for 0 · NaN is NaN.
+
+    >>> from cpjax.mask import tokens
+    >>> without_pads(jnp.full((1, 2, 1), jnp.nan), tokens(1, 0, pads=2)).ravel().tolist()
+    [0.0, 0.0]
+    """
     pad = (tokens.segment == PAD).reshape(x.shape[:2] + (1,) * (x.ndim - 2))
     return jnp.where(pad, jnp.zeros_like(x), x)
 
 
-def tiles(block: tuple, tile: int) -> list:
-    """The arrays `[B, T, …]` cut along T into stacks `[n, B, tile, …]`: whole tiles, then the rest, if there is any.
+def tiles(block, tile: int) -> list:
+    """An array `[B, T, …]`, or a tuple of them, cut along T into stacks `[n, B, tile, …]`.
 
-    Nothing at all is one tile of length 0.
+    First a stack of all whole tiles, if there are any, then one of the rest, if there is one. Nothing at all is one
+    tile of length 0.
+
+    >>> [stack.shape for stack in tiles(jnp.zeros((1, 1100, 8)), 512)]
+    [(2, 1, 512, 8), (1, 1, 76, 8)]
     """
-    length = block[0].shape[1]
+    length = jax.tree.leaves(block)[0].shape[1]
     whole = length // tile * tile
 
     def part(start: int, stop: int, tile: int):
@@ -162,12 +171,21 @@ def tiles(block: tuple, tile: int) -> list:
 
 
 def heads_first(stack: Float[Array, "n B T *heads X"]) -> Float[Array, "n B *heads T X"]:
-    """The same tiles with the tokens next to last."""
+    """The same tiles with the tokens next to last.
+
+    >>> heads_first(jnp.zeros((2, 1, 512, 8, 64))).shape
+    (2, 1, 8, 512, 64)
+    """
     return jnp.moveaxis(stack, 2, -2)
 
 
 def tokens_first(stacks: list[Float[Array, "_n B *heads _T X"]]) -> Float[Array, "B T *heads X"]:
-    """The stacks of tiles joined again, tokens second: the inverse of `tiles` and `heads_first`."""
+    """The stacks of tiles joined again, tokens second: the inverse of `tiles` and `heads_first`.
+
+    >>> x = jnp.arange(10.0).reshape(1, 5, 2, 1)
+    >>> bool((tokens_first([heads_first(stack) for stack in tiles(x, 2)]) == x).all())
+    True
+    """
     moved = [jnp.moveaxis(stack, (0, -2), (1, 2)) for stack in stacks]
     return jnp.concatenate([x.reshape(x.shape[0], -1, *x.shape[3:]) for x in moved], axis=1)
 

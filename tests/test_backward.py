@@ -85,8 +85,9 @@ def test_so_has_every_exchange(exchange, p, seed):
     check(exchange, (2, 2) if exchange == "all_to_all_ring" else 4, p, seed)
 
 
-def test_across_key_tiles():
-    p = problem(0, "normal", tokens(1, 4, start=1396), tokens(1, 1400), RULES[0])
+@pytest.mark.parametrize("keys", [1400, 3072])  # on either of two ranks a whole tile and a rest, three whole tiles
+def test_across_key_tiles(keys):
+    p = problem(0, "normal", tokens(1, 4, start=keys - 4), tokens(1, keys), RULES[0])
     check("ring", 2, p, 0)
 
 

@@ -29,14 +29,10 @@ FILES = [f"cpjax.{name}" for layer in LAYERS for name in layer]
 INNER = {
     "blocks": {"fold", "finished", "pieces"},
     "checks": {"check_inputs", "check_mesh", "check_packed", "check_precision", "check_sink", "ranks"},
-    "partial": {"finite", "divisor", "log_sum"},
-    "tiles": {"scores", "accumulate", "finish", "without_pads", "tiles"},
+    "tiles": {"scores", "accumulate", "finish"},
     "tiles_backward": {"attend_backward"},
     "ring_backward": {"ring_backward"},
     "all_to_all": {"to_few_heads", "to_few_tokens"},
-    "layout": {"inverse", "chunks_per_rank"},
-    "schedule": {"show", "block_mask"},
-    "precision": {"scale_in"},
 }
 # One signature for all: the example is at `attention_on_device`, which calls them by name.
 EXCHANGES = {"ring", "ring_both_ways", "gather", "pass_query", "all_to_all", "all_to_all_ring"}
