@@ -8,9 +8,10 @@ errors within a row included.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.error_model import ErrorModel, Expected
+from cpjax.crosscheck.shared import Shared
 
 
 class Score(NamedTuple):
@@ -26,20 +27,29 @@ class Score(NamedTuple):
 
 
 def scale_score(
-    model: ErrorModel, expected: Expected, error: Float[np.ndarray, "R V"], lse_error: Float[np.ndarray, " R"] | None
-) -> Score:
-    """Is the scale off? With scale·(1 + ε): d out/dε = Σ A_j s_j (v_j − out), d lse/dε = Σ A_j s_j. Per row."""
+    model: ErrorModel,
+    expected: Expected,
+    error: Float[np.ndarray, "R V"],
+    lse_error: Float[np.ndarray, " R"] | None,
+    unjudged: Bool[np.ndarray, " R"],
+) -> tuple[Score, list[Shared]]:
+    """Is the scale off? With scale·(1 + ε): d out/dε = Σ A_j s_j (v_j − out), d lse/dε = Σ A_j s_j. Per row.
+
+    Rows that are `unjudged` count nothing. Returned besides is the part of the variance that rows may share (§3.10).
+    """
     rows = model.rows
     s = np.where(rows.seen, rows.score, 0.0)
     weighted = rows.weight * s
     mean_score = weighted.sum(axis=1)
     g = weighted @ rows.value - mean_score[:, None] * rows.out
+    g, mean_score = np.where(unjudged[:, None], 0.0, g), np.where(unjudged, 0.0, mean_score)
     per_out = g * _inverse_square(expected.sigma)
     per_lse = np.zeros(len(g)) if lse_error is None else mean_score * _inverse_square(expected.lse_sigma)
     value = (error * per_out).sum(axis=1) + (0.0 if lse_error is None else lse_error * per_lse)
-    bias = (np.abs(per_out) * model.one_signed).sum(axis=1) + np.abs(per_lse) * model.lse_one_signed
+    bias = (np.abs(per_out) * model.drift).sum(axis=1) + np.abs(per_lse) * model.lse_one_signed
     information = (g * per_out).sum(axis=1) + mean_score * per_lse
-    return Score(value, model.variance_along(per_out, per_lse), bias, information)
+    variance, shared = model.variance_along(per_out, per_lse)
+    return Score(value, variance, bias, information), shared
 
 
 def key_scores(
@@ -59,7 +69,7 @@ def key_scores(
     inverse = _inverse_square(expected.sigma)
     pull = error * inverse
     value = weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
-    drag = model.one_signed * inverse
+    drag = model.drift * inverse
     bias = weight * (drag @ rows.size.T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
     size = inverse @ rows.square.T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
     square = size - 2 * (inverse * rows.out) @ rows.value.T

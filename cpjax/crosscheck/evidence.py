@@ -19,6 +19,7 @@ from cpjax.crosscheck.directed import Score, key_scores, on_bfloat16_lattice, sc
 from cpjax.crosscheck.error_model import ErrorModel, Expected
 from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.shared import Shared, excess, merged
 from cpjax.crosscheck.statistic import effective_freedom
 from cpjax.mask import Tokens, visible
 
@@ -85,6 +86,8 @@ class Evidence:
     keys: Score
     """Arrays `[B, K, S]`: whether a key entered with another weight than its own."""
     lattice: Lattice
+    scale_excess: float
+    """Variance of the scale test beyond the sum of its rows', because rows share rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class _Found:
     table: RowTable
     keys: Int[np.ndarray, " n"]
     key_scores: Score
+    scale_shared: list[Shared]
     lattice: tuple[np.ndarray, np.ndarray]
 
 
@@ -121,10 +125,12 @@ def collect(
     keys = Score(*(np.zeros((batch, kv_heads, length)) for _ in Score._fields))
     lattice = Lattice(np.zeros(2**16, bool), np.zeros(2**16, bool))
     tables, done, total = [], 0, int(chosen.sum())
+    shared: list[Shared] = []
     for found in _each_tile(partial(_measure, question, out, lse), question, chosen):
         where = (found.tile.batch, found.tile.kv_head, found.keys)
         for sums, part in zip(keys, found.key_scores, strict=True):
             sums[where] += part
+        shared = merged(shared, found.scale_shared)
         expected, is_bfloat16 = found.lattice
         new = ~lattice.expected[expected]
         lattice.expected[expected[new]] = True
@@ -133,7 +139,9 @@ def collect(
         done += len(found.tile.position)
         progress(done, total)
     columns = {field.name: [getattr(table, field.name) for table in tables] for field in fields(RowTable)}
-    return Evidence(RowTable(**{name: np.concatenate(parts) for name, parts in columns.items()}), keys, lattice)
+    return Evidence(
+        RowTable(**{name: np.concatenate(parts) for name, parts in columns.items()}), keys, lattice, excess(shared)
+    )
 
 
 def _each_tile(
@@ -207,7 +215,8 @@ def _measure(
     mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
     rounded = np.where(unjudged, 0, rounded)
     freedom = np.where(rounded > 0, effective_freedom(_distinct(rows.out), expected.coherent), 0.0)
-    scale = scale_score(model, expected, error, lse_error)
+    scale, shared = scale_score(model, expected, error, lse_error, unjudged)
+    shared = [part._replace(variance=part.variance * tile.times) for part in shared]
     inflation = np.divide(rounded, freedom, out=np.ones_like(freedom), where=freedom > 0) * tile.times
     table = RowTable(
         batch=np.full(len(at), b),
@@ -222,14 +231,14 @@ def _measure(
         freedom=freedom,
         bias=bias,
         error=np.where(unjudged | np.isfinite(given).all(axis=1), np.abs(error).max(axis=1), np.inf),
-        scale_value=np.where(unjudged, 0.0, scale.value),
-        scale_variance=np.where(unjudged, 0.0, scale.variance * tile.times),
-        scale_bias=np.where(unjudged, 0.0, scale.bias),
-        scale_information=np.where(unjudged, 0.0, scale.information),
+        scale_value=scale.value,
+        scale_variance=scale.variance * tile.times,
+        scale_bias=scale.bias,
+        scale_information=scale.information,
         **lse_columns,
     )
     scores = key_scores(model, expected, error, lse_error, inflation * ~unjudged)
-    return _Found(tile, table, rows.index, scores, _lattice(question, rows, given, unjudged))
+    return _Found(tile, table, rows.index, scores, shared, _lattice(question, rows, given, unjudged))
 
 
 def _model(question: Question, key: np.ndarray, value: np.ndarray, tile: _Tile) -> tuple[Rows, ErrorModel]:

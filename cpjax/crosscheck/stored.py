@@ -14,6 +14,7 @@ from jaxtyping import Float
 from cpjax.crosscheck.arithmetic import Arithmetic
 from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.groups import Groups, groups_of, score_groups_of, sum_of_squares
+from cpjax.crosscheck.shared import Roundings
 from cpjax.tiles import KEY_TILE
 
 
@@ -57,7 +58,7 @@ class Stored(Arithmetic):
     def probability_variance(self) -> Float[np.ndarray, "R V"]:
         """p rounded to its format (§3.1). p = 1 is exact; what becomes 0 is in `one_signed`."""
         variance = self._variance_of(self._p_sigma, self._groups, center=False)
-        for cell in self._least_cells:
+        for cell in self._least_cells.values():
             variance = variance + (self._p.tiny / 4 * (cell @ self.rows.value)) ** 2
         return variance
 
@@ -68,21 +69,21 @@ class Stored(Arithmetic):
         return self._p_weight * np.where(p == 1.0, 0.0, self._p.spacing(p)) / np.sqrt(12)
 
     @cached_property
-    def _least_cells(self) -> list[Float[np.ndarray, "R S"]]:
-        """Worth of the keys whose p becomes n times the least number, for each n up to 16: they err alike (§3.2)."""
+    def _least_cells(self) -> dict[int, Float[np.ndarray, "R S"]]:
+        """Worth of the keys whose p becomes n times the least number, by n up to 16: they err alike (§3.2)."""
         if self.precision.probability != "float16":
-            return []
+            return {}
         n = np.where(self.rows.seen, np.round(self._p_value / self._p.tiny), 0.0)
-        return [np.where(n == k, self._p_weight, 0.0) for k in np.unique(n[(n >= 1) & (n <= 16)])]
+        return {int(k): np.where(n == k, self._p_weight, 0.0) for k in np.unique(n[(n >= 1) & (n <= 16)])}
 
     @property
     def chunk_variance(self) -> Float[np.ndarray, "R V"]:
         """Each chunk's out rounded to the out format, where these errors are random (§3.3)."""
-        return self._chunk[0]
+        return (self._chunk[0].sigma ** 2).sum(axis=1)
 
     @cached_property
-    def _chunk(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
-        """Variance of the chunks' random roundings, and the sum of those that are not.
+    def _chunk(self) -> tuple[Roundings, Float[np.ndarray, "R V"]]:
+        """The chunks' random roundings, and the sum of those that are not.
 
         The value of the chunk's best key is, once rounded, a number of the format. Where the chunk's out is nearer than
         a few spacings, it is rounded back to it, always against what the other keys added.
@@ -91,25 +92,32 @@ class Stored(Arithmetic):
         a = rows.chunk_weight[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
             out = np.where(a > 0, rows.chunk_part / a, 0.0)
+        moved = np.abs(out - self._best_value)
+        step = self._out.spacing(out)
+        free = moved >= 4 * step
+        random = Roundings(out, np.where(free, a * step / np.sqrt(12), 0.0))
+        return random, np.where(free, 0.0, a * np.minimum(moved, 0.5 * step)).sum(axis=1)
+
+    @cached_property
+    def _best_value(self) -> Float[np.ndarray, "R C V"]:
+        """The value of each chunk's best key, as a number of the out format."""
+        rows = self.rows
         top = np.stack(
             [start + rows.score[:, start:stop].argmax(axis=1) for start, stop in pairwise(rows.edges)], axis=1
         )
-        moved = np.abs(out - self._out.round(rows.value[top]))
-        step = self._out.spacing(out)
-        free = moved >= 4 * step
-        independent = np.where(free, a**2 * step**2 / 12, 0.0).sum(axis=1)
-        return independent, np.where(free, 0.0, a * np.minimum(moved, 0.5 * step)).sum(axis=1)
+        return self._out.round(rows.value[top])
 
     @property
     def carry_variance(self) -> Float[np.ndarray, "R V"]:
         """The running out rounded after each merge, where these errors are independent (§3.4)."""
-        return self._carry[0]
+        return (self._carry[0].sigma ** 2).sum(axis=1)
 
     @cached_property
-    def _carry(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
-        """Variance of the merges' independent roundings, and the sum of those that repeat.
+    def _carry(self) -> tuple[Roundings, Float[np.ndarray, "R V"]]:
+        """The merges' independent roundings, and the sum of those that repeat.
 
-        A merge that moves the running out by less than a few spacings rounds the same way again and again.
+        A merge that moves the running out by less than a few spacings rounds the same way again and again. One that
+        leaves it within a few spacings of the best key's value rounds it to that, as with a chunk's out.
         """
         rows = self.rows
         if self.merging is None:
@@ -123,20 +131,31 @@ class Stored(Arithmetic):
         moved = np.abs(np.diff(running, axis=1, prepend=0.0))
         merged = ((a > 0) & ~first)[..., None]  # the first chunk a row sees is merged with nothing
         step = self._carry_format.spacing(running)
-        free = merged & (moved >= 4 * step)
-        stuck = merged & (moved < 4 * step)
-        independent = np.where(free, done**2 * step**2 / 12, 0.0).sum(axis=1)
-        repeated = np.where(stuck, done * np.minimum(moved, 0.5 * step), 0.0).sum(axis=1)
-        return independent, repeated
+        beyond = np.abs(running - self._best_value_so_far)
+        stuck = np.maximum(np.where(moved < 4 * step, moved, 0.0), np.where(beyond < 4 * step, beyond, 0.0))
+        is_free = (moved >= 4 * step) & (beyond >= 4 * step)
+        random = Roundings(running, np.where(merged & is_free, done * step / np.sqrt(12), 0.0))
+        return random, np.where(merged, done * np.minimum(stuck, 0.5 * step), 0.0).sum(axis=1)
 
-    def _carry_of_any_order(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
+    @property
+    def _best_value_so_far(self) -> Float[np.ndarray, "R C V"]:
+        """The value of the best key of all chunks merged so far, in the order of merging."""
+        assert self.merging is not None  # asked only where the order is known
+        highest = np.take_along_axis(self.rows.chunk_max, self.merging, axis=1)
+        is_best = highest == np.maximum.accumulate(highest, axis=1)
+        latest = np.maximum.accumulate(np.where(is_best, np.arange(highest.shape[1]), 0), axis=1)
+        best = np.take_along_axis(self.merging, latest, axis=1)
+        return np.take_along_axis(self._best_value, best[..., None], axis=1)
+
+    def _carry_of_any_order(self) -> tuple[Roundings, Float[np.ndarray, "R V"]]:
         merges = np.maximum(self._chunk_count - 1, 0)[:, None]
         # A merge's share times the spacing of its running out is less than twice the unit roundoff of the largest.
         fmt = self._carry_format
         step = np.maximum(2 * fmt.u * self._largest_running, fmt.tiny)
         moved = 2 * np.abs(self._beside)
         repeated = np.minimum(moved, 0.5 * step[:, None]).sum(axis=1) * (merges > 0)
-        return merges * step**2 / 12, repeated
+        # Where the running out was on its way is not known; rows that end alike are taken to have come alike.
+        return Roundings(self.rows.out[:, None], (np.sqrt(merges / 12) * step)[:, None]), repeated
 
     @cached_property
     def last_variance(self) -> Float[np.ndarray, "R V"]:
@@ -145,18 +164,31 @@ class Stored(Arithmetic):
         is_wider = self.precision.carry != self.precision.out
         return several[:, None] * is_wider * self._out.spacing(self.rows.out) ** 2 / 12
 
-    @cached_property
+    @property
     def one_signed(self) -> Float[np.ndarray, "R V"]:
-        """Errors that all may have the same sign, at most: nothing averages them out.
+        """Typical size of the errors that all may have the same sign: nothing averages them out."""
+        return self._stuck + self._lost / np.sqrt(3)
 
-        Merges that move the running out by less than a few spacings, and round the same way each time (§3.4);
-        probabilities that become 0 (§3.2); terms that are too small for the sum they are added to (§3.7).
+    @property
+    def drift(self) -> Float[np.ndarray, "R V"]:
+        """The most that these errors can be."""
+        return self._stuck + self._lost
+
+    @cached_property
+    def _lost(self) -> Float[np.ndarray, "R V"]:
+        """Probabilities that become 0 (§3.2)."""
+        if self.precision.probability != "float16":
+            return np.zeros_like(self.rows.out)
+        lost = np.where(self._p_value < self._p.tiny / 2, self.rows.weight, 0.0)
+        return np.abs(lost @ self.rows.value)
+
+    @cached_property
+    def _stuck(self) -> Float[np.ndarray, "R V"]:
+        """Merges that move the running out by less than a few spacings, and round the same way each time (§3.4); terms
+        that are too small for the sum they are added to (§3.7).
         """
         rows = self.rows
         error = self._carry[1] + self._chunk[1]
-        if self.precision.probability == "float16":
-            lost = np.where(self._p_value < self._p.tiny / 2, rows.weight, 0.0)
-            error = error + np.abs(lost @ rows.value) / np.sqrt(3)
         absorbed = self._absorbed
         if absorbed.any():
             of_values = absorbed @ rows.size + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)

@@ -138,7 +138,7 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
     out_errors = RowErrors(table.mean_square, table.freedom, table.same)
     lse_errors = RowErrors(table.lse_square, table.lse_freedom, table.same)
     parts = list(_parts(question, table, has_lse))
-    scale = _scale_score(table)
+    scale = _scale_score(evidence)
     scale_deviate = float(deviate(scale))
     scale_error = float(scale.value / scale.information) if scale.information > 0 else float("nan")
     failures: list[Failure] = []
@@ -276,10 +276,12 @@ def _gain(score: Score) -> float:
     return float(score.value**2 / score.information) if score.information > 0 else 0.0
 
 
-def _scale_score(table: RowTable) -> Score:
+def _scale_score(evidence: Evidence) -> Score:
     """The score test for the scale; value / information estimates by which fraction it is off."""
-    columns = (table.scale_value, table.scale_variance, table.scale_bias, table.scale_information)
-    return Score(*(np.asarray(column.sum()) for column in columns))
+    table = evidence.rows
+    variance = table.scale_variance.sum() + evidence.scale_excess
+    columns = (table.scale_value.sum(), variance, table.scale_bias.sum(), table.scale_information.sum())
+    return Score(*(np.asarray(column) for column in columns))
 
 
 def _scale_sentence(error: float, deviate: float) -> str:

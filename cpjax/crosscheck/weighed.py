@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.formats import FORMATS
+from cpjax.crosscheck.shared import Roundings, Shared, by_cell
 from cpjax.crosscheck.stored import Stored
 from cpjax.tiles import KEY_TILE
 
@@ -23,7 +24,8 @@ class Weighed(Stored):
         rows, s = self.rows, np.where(self.rows.seen, self.rows.score, 0.0)
         below = np.where(rows.seen, rows.below, 0.0)
         computed = self._eps * (2 * np.abs(s) + 3 * np.abs(below) + rows.norms)
-        variance = computed**2 / 3
+        # A dot product that is added up term after term rounds a partial sum as large as itself each time.
+        variance = (computed**2 + self.head_dim * (self._eps * s) ** 2) / 3
         if self._low_precision_scores:
             fmt = FORMATS[self.precision.score]
             variance = variance + (self._scale * fmt.spacing(s / self._scale)) ** 2 / 12
@@ -108,24 +110,37 @@ class Weighed(Stored):
 
     def variance_along(
         self, per_out: Float[np.ndarray, "R V"], per_lse: Float[np.ndarray, " R"]
-    ) -> Float[np.ndarray, " R"]:
+    ) -> tuple[Float[np.ndarray, " R"], list[Shared]]:
         """Variance of per_out · (error of out) + per_lse · (error of lse) in each row, correlations included (§7).
 
         The errors of probabilities and of scores are shared by all outputs of a row, so they are added up first. What
-        is `one_signed` is left out: it is no random error.
+        is `one_signed` is left out: it is no random error. Also returned is the part of it that rows may share (§3.10).
         """
         rows = self.rows
         along = per_out @ rows.value.T
         away = along - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
-        variance = self._variance_of_sum(self._p_sigma * along, self._groups)
+        shared = self._shared_along(per_out, along)
+        variance = sum((part.variance for part in shared), np.zeros_like(per_lse))
         variance += self._variance_of_sum(rows.weight * self._score_sigma * away, self._score_groups)
-        for cell in self._least_cells:
-            variance += (self._p.tiny / 4 * (cell * along).sum(axis=1)) ** 2
         # Errors of a merge's weights and of the row sum move all outputs of a row together.
         away_of_chunks = np.einsum("rv,rcv->rc", per_out, self._beside)
         variance += ((2 * self._eps * (self._lse_size + 2))[:, None] ** 2 * away_of_chunks**2).sum(axis=1)
         variance += (self._sum_sigma * (per_out * rows.out).sum(axis=1)) ** 2
         variance += (self._chunk_lse_step**2 * away_of_chunks**2).sum(axis=1) / 12
-        stored = self.chunk_variance + self.carry_variance + self.compute_variance + self.last_variance
-        variance += (per_out**2 * stored).sum(axis=1)
-        return variance + per_lse**2 * self.lse_variance
+        variance += (per_out**2 * (self.compute_variance + self.last_variance)).sum(axis=1)
+        return variance + per_lse**2 * self.lse_variance, shared
+
+    def _shared_along(self, per_out: Float[np.ndarray, "R V"], along: Float[np.ndarray, "R S"]) -> list[Shared]:
+        """Errors of probabilities, of the least of them, of chunks and of merges: those that rows may share (§3.10)."""
+        probabilities = Roundings(self._p_value, self._p_sigma * along)
+        variance = self._variance_of_sum(probabilities.sigma, self._groups)
+        least = {n: self._p.tiny / 4 * (cell * along).sum(axis=1) for n, cell in self._least_cells.items()}
+        sums = np.zeros(17)
+        for n, of_row in least.items():
+            sums[n] = of_row.sum()
+        of_least = sum((of_row**2 for of_row in least.values()), np.zeros_like(variance))
+        found = [Shared(by_cell(probabilities, self._p), variance), Shared(sums, of_least)]
+        for (value, sigma), fmt in ((self._chunk[0], self._out), (self._carry[0], self._carry_format)):
+            stored = Roundings(value, sigma * per_out[:, None])
+            found.append(Shared(by_cell(stored, fmt), (stored.sigma**2).sum(axis=(1, 2))))
+        return found

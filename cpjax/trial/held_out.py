@@ -44,10 +44,38 @@ def eight_tokens(rng: np.random.Generator) -> Problem:
     return pose(rng, query, key[:, token], value[:, token])
 
 
-def small_integers(rng: np.random.Generator) -> Problem:
-    """Whole numbers from −2 to 2: exact scores, many ties, values on a coarse lattice."""
-    arrays = gaussians(rng, draw_shape(rng))
-    return pose(rng, *(np.clip(np.rint(x), -2, 2) for x in arrays))
+def coin_values(rng: np.random.Generator) -> Problem:
+    """Queries and values of ±1, keys in steps of 1/2: few different logits, so rows share roundings."""
+    query, key, value = gaussians(rng, draw_shape(rng))
+    return pose(rng, np.sign(query), np.rint(2 * key) / 2, np.sign(value) * rng.choice([1.0, 3.0, 0.1]))
+
+
+def sink_ladder(rng: np.random.Generator) -> Problem:
+    """Every n-th key is a sink, each a little lower than the one before; the rest lies 6 to 20 below the first."""
+    query, key, value = gaussians(rng, draw_shape(rng, keys=whole(rng, 2, 4096)), logits=0.5)
+    every, drop = whole(rng, 2, 512), rng.uniform(6.0, 20.0)
+    query[..., 0], key[..., 0] = query.shape[-1] ** 0.5, 0.0
+    rungs = key[:, rng.integers(every) % key.shape[1] :: every]
+    rungs[..., 0] = (drop - rng.uniform(0.0, 2.0) * np.arange(rungs.shape[1]))[:, None].clip(0.0)
+    return pose(rng, query, key, value * log_uniform(rng, 1e-2, 1e2))
+
+
+def staircase(rng: np.random.Generator) -> Problem:
+    """Logits that climb, or descend, in 2 to 40 steps of 0.5 to 4."""
+    shape = draw_shape(rng, keys=whole(rng, 2, 2048))
+    query, key, value = gaussians(rng, shape, logits=0.2, mean=rng.choice([0.0, 1.0]))
+    steps = np.arange(shape.keys) * whole(rng, 2, 40) // shape.keys * rng.choice([-1.0, 1.0])
+    query[..., -1], key[..., -1] = shape.head_dim**0.5, steps[:, None] * rng.uniform(0.5, 4.0)
+    return replace(pose(rng, query, key, value), cp=int(rng.choice([1, 4, 16])))
+
+
+def one_loud_dim(rng: np.random.Generator) -> Problem:
+    """One dim of queries and keys, anywhere, is 3 to 30 times as large as the others."""
+    query, key, value = gaussians(rng, draw_shape(rng), logits=log_uniform(rng, 0.03, 1.0))
+    loud = rng.integers(query.shape[-1])
+    query[..., loud] *= rng.uniform(3.0, 30.0)
+    key[..., loud] *= rng.uniform(1.0, 5.0)
+    return pose(rng, query, key, value)
 
 
 def shifted_rows(rng: np.random.Generator) -> Problem:
@@ -60,32 +88,11 @@ def shifted_rows(rng: np.random.Generator) -> Problem:
     return pose(rng, query, key, value)
 
 
-def sinks_anywhere(rng: np.random.Generator) -> Problem:
-    """One to four sinks at random places; the other keys lie 9 to 19 below, around FP16's underflow."""
-    query, key, value = gaussians(rng, draw_shape(rng, keys=whole(rng, 2, 4096)), logits=0.7)
-    sinks = rng.choice(key.shape[1], min(key.shape[1], rng.integers(1, 5)), replace=False)
-    drop = rng.uniform(9.0, 19.0)
-    query, key = query.copy(), key.copy()
-    query[..., 0], key[..., 0] = drop, 0.0
-    key[:, sinks, :, 0] = query.shape[-1] ** 0.5
-    return pose(rng, query, key, value * log_uniform(rng, 1e-2, 1e2))
-
-
 def chunk_offsets(rng: np.random.Generator) -> Problem:
     """Each chunk's values have a mean of their own, −30 to 30."""
     problem = pose(rng, *gaussians(rng, draw_shape(rng), logits=log_uniform(rng, 0.03, 3.0)))
     means = rng.uniform(-30, 30, (problem.chunk_count, problem.value.shape[-1])) * rng.choice([0.1, 1.0])
     return replace(problem, value=problem.value + means[chunk_of_key(problem)][None, :, None])
-
-
-def early_mass(rng: np.random.Generator) -> Problem:
-    """Weight falls steeply with position and values have a mean: late merges move the output by less than an ulp."""
-    return _slope(rng, -rng.uniform(3.0, 12.0), mean=rng.choice([0.0, 1.0]), cp=int(rng.choice([4, 16, 64])))
-
-
-def late_mass(rng: np.random.Generator) -> Problem:
-    """Weight rises steeply with position: every tile and every chunk has a new maximum."""
-    return _slope(rng, rng.uniform(3.0, 25.0), mean=rng.choice([0.0, 1.0]), cp=int(rng.choice([1, 4, 16])))
 
 
 def rotated(rng: np.random.Generator) -> Problem:
@@ -169,20 +176,11 @@ def blind_rows(rng: np.random.Generator) -> Problem:
     return replace(problem, is_causal=True, q_positions=places[None].astype(np.int32), kv_positions=everywhere)
 
 
-def _slope(rng: np.random.Generator, rise: float, mean: float, cp: int) -> Problem:
-    """Logits that rise by `rise` from the first key to the last, with some noise."""
-    shape = draw_shape(rng, keys=whole(rng, 2, 2048))
-    query, key, value = gaussians(rng, shape, logits=0.3, mean=mean)
-    query[..., 0] = shape.head_dim**0.5
-    key[..., 0] = np.linspace(0, rise, shape.keys)[:, None]
-    return replace(pose(rng, query, key, value), cp=cp)
-
-
 HELD_OUT: dict[str, Kind] = {
     kind.__name__: kind
     for kind in (
-        mixed_scales, heavy_tails, two_needles, equal_values, eight_tokens, small_integers, shifted_rows,
-        sinks_anywhere, chunk_offsets, early_mass, late_mass, rotated, column_scales, value_spikes, handful, long_row,
+        mixed_scales, heavy_tails, two_needles, equal_values, eight_tokens, coin_values, shifted_rows,
+        sink_ladder, chunk_offsets, staircase, one_loud_dim, rotated, column_scales, value_spikes, handful, long_row,
         hundreds_of_chunks, wide_heads, one_kv_head, packed, blind_rows,
     )
 }  # fmt: skip

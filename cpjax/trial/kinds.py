@@ -123,6 +123,33 @@ def windowed(rng: np.random.Generator) -> Problem:
     return replace(_natural(rng), window=whole(rng, 1, 64))
 
 
+def small_integers(rng: np.random.Generator) -> Problem:
+    """Whole numbers from −2 to 2: exact scores, many ties, values on a coarse lattice."""
+    arrays = gaussians(rng, draw_shape(rng))
+    return pose(rng, *(np.clip(np.rint(x), -2, 2) for x in arrays))
+
+
+def sinks_anywhere(rng: np.random.Generator) -> Problem:
+    """One to four sinks at random places; the other keys lie 9 to 19 below, around FP16's underflow."""
+    query, key, value = gaussians(rng, draw_shape(rng, keys=whole(rng, 2, 4096)), logits=0.7)
+    sinks = rng.choice(key.shape[1], min(key.shape[1], rng.integers(1, 5)), replace=False)
+    drop = rng.uniform(9.0, 19.0)
+    query, key = query.copy(), key.copy()
+    query[..., 0], key[..., 0] = drop, 0.0
+    key[:, sinks, :, 0] = query.shape[-1] ** 0.5
+    return pose(rng, query, key, value * log_uniform(rng, 1e-2, 1e2))
+
+
+def early_mass(rng: np.random.Generator) -> Problem:
+    """Weight falls steeply with position and values have a mean: late merges move the output by less than an ulp."""
+    return _slope(rng, -rng.uniform(3.0, 12.0), mean=rng.choice([0.0, 1.0]), cp=int(rng.choice([4, 16, 64])))
+
+
+def late_mass(rng: np.random.Generator) -> Problem:
+    """Weight rises steeply with position: every tile and every chunk has a new maximum."""
+    return _slope(rng, rng.uniform(3.0, 25.0), mean=rng.choice([0.0, 1.0]), cp=int(rng.choice([1, 4, 16])))
+
+
 def _natural(rng: np.random.Generator, most: int = 256) -> Problem:
     length = whole(rng, 1, most)
     shape = Shape(1, length, length, *[(1, 1), (2, 1)][rng.integers(2)], head_dim=32, value_dim=32)
@@ -149,10 +176,20 @@ def _with_constant(
     return query, key
 
 
+def _slope(rng: np.random.Generator, rise: float, mean: float, cp: int) -> Problem:
+    """Logits that rise by `rise` from the first key to the last, with some noise."""
+    shape = draw_shape(rng, keys=whole(rng, 2, 2048))
+    query, key, value = gaussians(rng, shape, logits=0.3, mean=mean)
+    query[..., 0] = shape.head_dim**0.5
+    key[..., 0] = np.linspace(0, rise, shape.keys)[:, None]
+    return replace(pose(rng, query, key, value), cp=cp)
+
+
 TUNING: dict[str, Kind] = {
     kind.__name__: kind
     for kind in (
         gaussian, flat, needle, equal, two_tokens, row_constant, sink_first, cancelling, stagnation, tiny_values,
-        one_key, few_keys, one_query, tiny_head_dims, many_chunks, latent, grouped, windowed,
+        one_key, few_keys, one_query, tiny_head_dims, many_chunks, latent, grouped, windowed, small_integers,
+        sinks_anywhere, early_mass, late_mass,
     )
 }  # fmt: skip

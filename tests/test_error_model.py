@@ -1,0 +1,121 @@
+"""Laws of the error model itself, whatever it is compared with: they hold or its numbers mean nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples
+
+from cpjax.crosscheck.attention64 import attention_rows
+from cpjax.crosscheck.error_model import ErrorModel
+from cpjax.crosscheck.formats import FORMATS
+from cpjax.crosscheck.shared import Roundings, Shared, by_cell, cells, excess, merged
+from cpjax.precision import PROFILES
+from cpjax.trial.emulators import PROFILES as ARITHMETIC
+from cpjax.trial.emulators import attend
+from cpjax.trial.problem import Problem
+
+SEED = st.integers(0, 2**32 - 1)
+NAMES = st.sampled_from(["flash_fp16", "ring_mla_fp16", "float32", "float64", "flash_bf16"])
+ROWS, KEYS, DIM, CHUNKS = 5, 24, 8, 4
+
+
+def model(seed, name, *, logits=1.0, values=1.0, keys=KEYS, order=None):
+    """The model of a few rows over `CHUNKS` chunks, every key seen; values have a mean."""
+    rng = np.random.default_rng(seed)
+    query, key, value = (rng.normal(size=(n, DIM)) for n in (ROWS, keys, keys))
+    value = (value + 0.5).astype(np.float16).astype(np.float64) * values
+    order = np.arange(keys) if order is None else order
+    chunk = np.arange(keys) * CHUNKS // keys
+    seen = np.ones((ROWS, keys), bool)
+    rows = attention_rows(logits * query, key[order], value[order], seen, chunk[order], DIM**-0.5)
+    merging = np.tile(np.arange(len(rows.chunks)), (ROWS, 1))
+    return ErrorModel(rows, PROFILES[name], merging, DIM, DIM**-0.5)
+
+
+@examples(0.5)
+@given(SEED, NAMES, st.sampled_from([0.01, 1.0, 8.0]))
+def test_a_standard_deviation_is_less_than_what_is_possible(seed, name, logits):
+    expected = model(seed, name, logits=logits).expected()
+    assert (expected.sigma <= expected.room).all()
+    assert (expected.lse_sigma <= expected.lse_bound).all()
+    assert (expected.low <= expected.high).all()
+
+
+@examples(0.5)
+@given(SEED, NAMES, st.integers(-3, 3))
+def test_values_twice_as_large_have_errors_twice_as_large(seed, name, power):
+    """A power of two changes no significand, and these values stay among the normal numbers."""
+    one, other = (model(seed, name, values=values).expected() for values in (1.0, 2.0**power))
+    np.testing.assert_allclose(other.lse_sigma, one.lse_sigma, rtol=1e-12)
+    normal = np.abs(one.low) > 2.0**-8  # also after scaling; tiny outputs have an absolute spacing
+    np.testing.assert_allclose(other.sigma[normal], one.sigma[normal] * 2.0**power, rtol=1e-2)
+
+
+@examples(0.5)
+@given(SEED, NAMES)
+def test_the_order_of_keys_within_a_chunk_changes_nothing(seed, name):
+    rng = np.random.default_rng(seed)
+    size = KEYS // CHUNKS
+    order = np.concatenate([c * size + rng.permutation(size) for c in range(CHUNKS)])
+    one, other = model(seed, name).expected(), model(seed, name, order=order).expected()
+    for field in ("sigma", "room", "lse_sigma", "lse_bound"):
+        np.testing.assert_allclose(getattr(other, field), getattr(one, field), rtol=1e-9)
+
+
+@given(SEED, st.sampled_from(["flash_fp16", "ring_mla_fp16"]))
+def test_one_key_has_no_room_for_an_error(seed, name):
+    rng = np.random.default_rng(seed)
+    query, key = rng.normal(size=(ROWS, DIM)), rng.normal(size=(1, DIM))
+    value = rng.normal(size=(1, DIM)).astype(np.float16).astype(np.float64)
+    rows = attention_rows(query, key, value, np.ones((ROWS, 1), bool), np.zeros(1, int), 1.0)
+    expected = ErrorModel(rows, PROFILES[name], np.zeros((ROWS, 1), int), DIM, 1.0).expected()
+    np.testing.assert_array_equal(expected.low, np.broadcast_to(value, (ROWS, DIM)))
+    np.testing.assert_array_equal(expected.high, expected.low)
+
+
+@examples(0.3)
+@given(SEED, st.sampled_from(["flash_fp16", "ring_mla_fp16", "float32"]), st.sampled_from([0.1, 2.0, 12.0]))
+def test_no_correct_result_leaves_the_bound_in_any_order_of_merging(seed, name, logits):
+    rng = np.random.default_rng(seed)
+    shapes = ((1, ROWS, 1, DIM), (1, KEYS, 1, DIM), (1, KEYS, 1, DIM))
+    query, key, value = (rng.normal(size=shape) for shape in shapes)
+    p = Problem(logits * query, key, value, DIM**-0.5, is_causal=False, cp=CHUNKS // 2).cast("float16")
+    if name == "float32":
+        p = p.cast("float32")
+    out, lse = attend(p, ARITHMETIC[name], tuple(int(c) for c in rng.permutation(p.chunk_count)))
+    chunk = np.arange(KEYS) * CHUNKS // KEYS
+    arrays = (x[0, :, 0].astype(np.float64) for x in (p.query, p.key, p.value))
+    rows = attention_rows(*arrays, np.ones((ROWS, KEYS), bool), chunk, p.scale)
+    expected = ErrorModel(rows, PROFILES[name], None, DIM, p.scale).expected()
+    assert (out[0, :, 0] >= expected.low).all()
+    assert (out[0, :, 0] <= expected.high).all()
+    assert (np.abs(lse[0, :, 0] - rows.lse) <= expected.lse_bound).all()
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@given(SEED)
+def test_numbers_of_one_cell_have_nearly_the_same_rounding_error(name, seed):
+    rng, fmt = np.random.default_rng(seed), FORMATS[name]
+    x = np.exp(rng.uniform(-20, 5, 400)) * rng.choice([-1.0, 1.0], 400)
+    near = x + rng.uniform(-0.2, 0.2, 400) * fmt.spacing(x)
+    together = (cells(x, fmt) == cells(near, fmt)) & (fmt.spacing(x) == fmt.spacing(near))
+    assert together.any()
+    apart = np.abs((x - fmt.round(x)) - (near - fmt.round(near))) / fmt.spacing(x)
+    apart = np.minimum(apart, np.abs(1 - apart))  # on either side of the middle between two numbers
+    assert (apart[together] <= 1 / 8 + 1e-9).all()
+    assert len(np.unique(cells(np.array([1.0, -1.0, 1.0 + 2 * fmt.spacing(np.ones(1))[0]]), fmt))) == 3
+
+
+@given(SEED, st.integers(1, 6))
+def test_equal_rows_have_one_error_and_different_ones_have_their_own(seed, times):
+    """n equal roundings have variance n², n different ones n; in however many parts they are met."""
+    rng, fmt = np.random.default_rng(seed), FORMATS["float16"]
+    value, c = rng.uniform(1.0, 2.0, 3), np.array([1.0, 2.0, -3.0])
+    value = np.array([1.1, 1.3, 1.7]) + 1e-6 * value
+    one = Shared(by_cell(Roundings(value, c), fmt), c**2)
+    assert excess([one]) == 0
+    all_rows: list[Shared] = []
+    for _ in range(times):
+        all_rows = merged(all_rows, [one])
+    np.testing.assert_allclose(excess(all_rows), (times**2 - times) * (c**2).sum())
