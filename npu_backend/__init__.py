@@ -21,6 +21,7 @@ Read in this order; each file imports only files above it:
     exchange.py    how keys and values travel: ring, gather, double ring
     prefix.py      cached prefixes: who holds which blocks
     ring.py        the algorithm, for one rank
+    decode.py      a KV cache cut by tokens: partials per rank, exchanged and merged
     profile.py     how much of the transfers was hidden
     provenance.py  what computed
     rank.py        one rank, one case: read, compute, join, write

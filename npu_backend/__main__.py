@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from npu_backend.decode import LSES, MERGES, Decoding
 from npu_backend.errors import InputError, RankError
 from npu_backend.families import FAMILIES
 from npu_backend.rank import Settings
@@ -60,6 +61,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--inner", type=int, metavar="N", help="ranks of a node in a double ring; under torchrun: those of this host"
     )
     command.add_argument(
+        "--lse", choices=LSES, default="float32", help="decode: how lse travels; MindIE: float16; default: float32"
+    )
+    command.add_argument(
+        "--merge",
+        choices=MERGES,
+        default="attention-update",
+        help="decode: without-maximum is MindIE's, it overflows at lse 88.7; default: attention-update",
+    )
+    command.add_argument(
         "--profile", action="store_true", help="write seconds of computing and waiting per step into the results"
     )
     command.add_argument(
@@ -79,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     arguments = _arguments(argv)
     try:
-        settings = Settings(_exchange(arguments), arguments.operators, arguments.profile)
+        decoding = Decoding(arguments.lse, arguments.merge)
+        settings = Settings(_exchange(arguments), arguments.operators, arguments.profile, decoding)
         outcomes = run(
             arguments.cases, arguments.results, device=arguments.device, timeout=arguments.timeout, settings=settings
         )

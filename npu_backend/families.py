@@ -43,7 +43,7 @@ def _fia(carried: tuple[Partial, ...] | None, query: Tensor, key: Tensor, value:
     return (*(carried or ()), fused_infer_block(query, key, value, **options))
 
 
-def _fia_finish(carried: tuple[Partial, ...]) -> Partial:
+def merge_all(carried: tuple[Partial, ...]) -> Partial:
     """One merge of all blocks; of more than the operator takes, groups of 15 into what is merged so far."""
     merged = merge_partials(carried[:PARTIALS])
     for start in range(PARTIALS, len(carried), PARTIALS - 1):
@@ -81,7 +81,7 @@ FAMILIES = {
             "192 and 128, or equal ones, a multiple of 16 up to 512",
             _latent_or_equal,
             _fia,
-            _fia_finish,
+            merge_all,
         ),
         Family(
             "fusion",

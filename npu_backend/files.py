@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from npu_backend.errors import InputError
 
 VERSION = "1"
-LAYOUTS = ("zigzag", "packed")
+LAYOUTS = ("zigzag", "packed", "decode")
 TENSORS = {
     "query": ("F16", "BTNH"),
     "key": ("F16", "BSKH"),
@@ -109,6 +109,8 @@ def _check_tensors(dtypes: dict[str, str], shapes: dict[str, list[int]]) -> None
     sizes: dict[str, tuple[int, str]] = {}
     for name, (dtype, letters) in TENSORS.items():
         shape = shapes[name]
+        if dtypes[name] == "BF16":
+            raise InputError(f"tensor {name!r} is BF16; MindIE's context parallelism is FP16 only: convert it to F16")
         if dtypes[name] != dtype:
             raise InputError(f"tensor {name!r} is {dtypes[name]}; it must be {dtype}")
         if len(shape) != len(letters) or 0 in shape:

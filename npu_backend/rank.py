@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from npu_backend.errors import LinkError, RankError
+from npu_backend.decode import Decoding, decode_attention
+from npu_backend.errors import InputError, LinkError, RankError
 from npu_backend.exchange import KeyValues, Link, Report
-from npu_backend.families import FAMILIES
+from npu_backend.families import FAMILIES, Family
 from npu_backend.files import Case, RankResult, read_case, write_result
 from npu_backend.operators import Partial
 from npu_backend.prefix import Prefix, gather_prefix, owned
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     exchange: Exchange = Exchange()
     operators: str = "ring_mla"
     profile: bool = False
+    decoding: Decoding = Decoding()
 
 
 def join(
@@ -75,14 +77,16 @@ def compute_case(
         raise RankError(f"{case.name} is for {case.cp} ranks, there are {cp}")
     report("wait", 0)
     _meet(case, cp)
+    if case.layout == "decode":
+        _decode(case, result_path, device, report, settings)
+        return
     ring = Ring(rank, cp, case.is_causal, case.scale, requests_of(case), settings.exchange, family)
     mine = shard(case, rank)
     alone = time_exchange(ring, mine, device, report) if settings.profile else None
     partial, clock = ring_attention(ring, mine, device, report, _prefix(ring, case, device, report))
     report("wait", cp)
     share = (_share(partial, mine), clock.step, None if alone is None else profile_of(clock, alone))
-    shares: list[Any] | None = [None] * cp if rank == 0 else None
-    _collective(dist.gather_object, share, shares, dst=0)
+    shares = _on_first_rank(share)
     if shares is not None:
         report("write", cp)
         results, seconds, profiles = zip(*shares, strict=True)
@@ -92,6 +96,59 @@ def compute_case(
             about["profile"] = [profile._asdict() for profile in profiles]
         order = settings.exchange.order
         write_result(result_path, case, list(results), precision=family.precision, order=order, about=about)
+
+
+def _decode(case: Case, result_path: Path, device: torch.device, report: Report, settings: Settings) -> None:
+    """Every rank has every result; all are written, so that a rank that merged otherwise is seen."""
+    rank, family = dist.get_rank(), FAMILIES[settings.operators]
+    partial, computing, waiting = decode_attention(case, rank, family, settings.decoding, device, report)
+    report("wait", case.cp)
+    result = RankResult(
+        partial.out.cpu().contiguous().numpy(), partial.lse.cpu().contiguous().numpy(), case.q_position, case.q_segment
+    )
+    shares = _on_first_rank((result, [computing + waiting]))
+    if shares is not None:
+        report("write", case.cp)
+        results, seconds = zip(*shares, strict=True)
+        about = provenance(device, family, Exchange("gather"))
+        about |= {"seconds_per_step": seconds, "seconds": max(map(sum, seconds)), "decode": settings.decoding._asdict()}
+        about["operators"] = list(decode_operators(family, settings.decoding))
+        precision = decode_precision(family, settings.decoding)
+        write_result(result_path, case, list(results), precision=precision, order="ascending", about=about)
+
+
+def decode_precision(family: Family, decoding: Decoding) -> str:
+    """The profile of docs/precision.md; MindIE's operator stores its lse in FP16 itself."""
+    return "decode_fp16_lse" if family.name == "ring_mla" or decoding.lse == "float16" else family.precision
+
+
+def decode_operators(family: Family, decoding: Decoding) -> tuple[str, ...]:
+    """What decode calls; the merge without a maximum is no operator that torch_npu offers."""
+    block = "atb::npu_multi_head_latent_attention.lse" if family.name == "ring_mla" else family.operators[0]
+    return (block, "npu::npu_attention_update") if decoding.merge == "attention-update" else (block,)
+
+
+def check_decoding(case: Case, settings: Settings) -> None:
+    """Refuse what does not go with decode, before anything is started.
+
+    Raises:
+      InputError: --profile, or a profile of precision that these operators and options do not have.
+    """
+    if settings.profile:
+        raise InputError(f"{case.name}: --profile times the steps of prefill; decode has one exchange, leave it out")
+    computes = decode_precision(FAMILIES[settings.operators], settings.decoding)
+    wanted = case.precision.get("npu", computes)
+    if wanted != computes:
+        raise InputError(
+            f"{case.name}: precision {str(wanted)[:40]!r} is wanted of backend npu; operators {settings.operators} "
+            f"with lse in {settings.decoding.lse} compute in {computes}"
+        )
+
+
+def _on_first_rank(share: Any) -> list[Any] | None:
+    shares: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    _collective(dist.gather_object, share, shares, dst=0)
+    return shares
 
 
 def _prefix(ring: Ring, case: Case, device: torch.device, report: Report) -> Prefix | None:

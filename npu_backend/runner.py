@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from npu_backend import vendor
 from npu_backend.errors import InputError, RankError
-from npu_backend.families import FAMILIES, Family
+from npu_backend.families import FAMILIES
 from npu_backend.files import finished, read_case
 from npu_backend.progress import Advance, progress
 from npu_backend.provenance import SOCS
-from npu_backend.rank import Settings, compute_case, join
+from npu_backend.rank import Settings, check_decoding, compute_case, decode_operators, join
 from npu_backend.schedule import check_exchange
 from npu_backend.shard import check_computable
 from npu_backend.workers import Listener, Workers
@@ -31,6 +31,7 @@ class Job(NamedTuple):
     case: Path
     result: Path
     is_finished: bool
+    operators: tuple[str, ...]
 
 
 class Outcome(NamedTuple):
@@ -64,10 +65,14 @@ def _job(path: Path, result: Path, settings: Settings) -> Job:
     case = read_case(path)
     check_computable(case, FAMILIES[settings.operators])
     check_exchange(settings.exchange, case.cp)
-    return Job(case.name, case.cp, path, result, finished(result, case) is not None)
+    operators = FAMILIES[settings.operators].operators
+    if case.layout == "decode":
+        check_decoding(case, settings)
+        operators = decode_operators(FAMILIES[settings.operators], settings.decoding)
+    return Job(case.name, case.cp, path, result, finished(result, case) is not None, operators)
 
 
-def check_device(device: str, ranks: int, family: Family) -> None:
+def check_device(device: str, ranks: int, operators: tuple[str, ...]) -> None:
     """Refuse a device that is not there, or on which the operators are not.
 
     Raises:
@@ -77,7 +82,7 @@ def check_device(device: str, ranks: int, family: Family) -> None:
         return
     if vendor.TORCH_NPU_PROBLEM is not None:
         raise InputError(f"device npu: {vendor.TORCH_NPU_PROBLEM}; use --device cpu, or install CANN and torch_npu")
-    for operator in family.operators:
+    for operator in operators:
         vendor.require(operator, torch.device("npu"))
     npu = torch.get_device_module("npu")
     count = npu.device_count()
@@ -86,7 +91,7 @@ def check_device(device: str, ranks: int, family: Family) -> None:
     soc = npu.get_device_name(0)
     if not soc.startswith(SOCS):
         raise InputError(
-            f"device npu: {soc} does not support {family.operators[0]}; the vendor's context parallelism runs on "
+            f"device npu: {soc} does not support {operators[0]}; the vendor's context parallelism runs on "
             f"Atlas 800I A2 and A3 ({', '.join(SOCS)})"
         )
 
@@ -111,7 +116,8 @@ def run(
     if distributed:
         _check_world(jobs)
     ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if distributed else max(job.cp for job in jobs)
-    check_device(device, ranks, FAMILIES[settings.operators])
+    operators = tuple(dict.fromkeys(name for job in jobs for name in job.operators))
+    check_device(device, ranks, operators)
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from npu_backend.contracts.latent import HEADS
 from npu_backend.errors import InputError
 from npu_backend.families import FAMILIES, Family
 from npu_backend.files import Case
@@ -72,6 +73,9 @@ def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
       InputError: one line with the rule and the fix.
     """
     name, (_, tokens, heads, head_dim), value_dim = case.name, case.query.shape, case.value.shape[3]
+    if case.layout == "decode":
+        _check_decode(case, family)
+        return
     if not family.takes(head_dim, value_dim):
         raise InputError(
             f"{name}: head dims are {head_dim} (query, key) and {value_dim} (value); "
@@ -100,6 +104,42 @@ def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
         _check_pack(case)
     else:
         _check_rows(case)
+
+
+def _check_decode(case: Case, family: Family) -> None:
+    """One row; requests 0, 1, … one after the other, of each its last tokens as queries and all as keys; no pads."""
+    name, (_, _, heads, head_dim), (_, _, kv_heads, value_dim) = case.name, case.query.shape, case.value.shape
+    if family.name == "ring_mla":
+        if (head_dim, value_dim, kv_heads) != (576, 512, 1) or heads not in HEADS:
+            raise InputError(
+                f"{name}: {heads} heads on {kv_heads}, head dims {head_dim} and {value_dim}; decode by "
+                f"atb::npu_multi_head_latent_attention takes the latent, 576 and 512 of 1 head, for {HEADS} query heads"
+            )
+        if not np.array_equal(case.value, case.key[..., :512]):
+            raise InputError(f"{name}: values are not the first 512 of the keys' 576, as in a cached latent")
+        if not 0 < case.scale <= 1:
+            raise InputError(f"{name}: scale {case.scale:g}; the decode operator takes more than 0 and at most 1")
+    elif not (family.takes(head_dim, value_dim) or (family.name == "fia" and (head_dim, value_dim) == (576, 512))):
+        raise InputError(f"{name}: head dims are {head_dim} and {value_dim}; {family.operators[0]} takes {family.dims}")
+    if case.query.shape[0] != 1 or not case.is_causal:
+        raise InputError(f"{name}: decode is one causal row of requests; it has {case.query.shape[0]} rows")
+    lengths = np.bincount(np.maximum(case.kv_segment[0], 0))
+    queries = np.bincount(np.maximum(case.q_segment[0], 0), minlength=len(lengths))
+    if len(queries) != len(lengths) or (queries < 1).any() or (queries > lengths).any():
+        raise InputError(f"{name}: {queries} new tokens of requests of {lengths}; each has at least one, all cached")
+    wanted = [
+        (
+            np.repeat(np.arange(len(n)), n),
+            np.concatenate([np.arange(a, b) for a, b in zip(start, lengths, strict=True)]),
+        )
+        for n, start in ((queries, lengths - queries), (lengths, 0 * lengths))
+    ]
+    found = (case.q_segment[0], case.q_position[0]), (case.kv_segment[0], case.kv_position[0])
+    if not all(np.array_equal(a, b) for x, y in zip(wanted, found, strict=True) for a, b in zip(x, y, strict=True)):
+        raise InputError(
+            f"{name}: decode takes requests 0, 1, … one after the other without pads, as keys positions 0, 1, …, as "
+            f"queries the last of them"
+        )
 
 
 def _check_rows(case: Case) -> None:

@@ -51,3 +51,13 @@ def test_the_example_of_the_readme():
     # A process of its own: it sets the number of devices, as a user would.
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+ATLAS = (ROOT / "docs" / "atlas.md").read_text()
+
+
+@pytest.mark.parametrize("line", re.findall(r"(?m)^    (?:python -m|torchrun .*-m) npu_backend (.*)$", ATLAS))
+def test_commands_for_an_atlas_host_are_understood(line):
+    from npu_backend.__main__ import _arguments
+
+    assert _arguments(line.split()).device == "npu"

@@ -1,9 +1,12 @@
 """Ranks that die, hang, or send the wrong thing, at every step: named in time, nothing half-written, nobody left.
 
-Real processes; faults are timed by what ranks report before they begin something.
+Real processes. Faults are timed by what ranks report before they begin something; a fault that has to happen inside a
+rank is put there by a pool of processes that replaces one function before it serves.
 """
 
+import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -12,6 +15,8 @@ import pytest
 from npu_strategies import problem, write_case
 from safetensors.numpy import load_file
 
+from npu_backend import workers as workers_module
+from npu_backend.__main__ import main
 from npu_backend.errors import RankError
 from npu_backend.rank import Settings
 from npu_backend.schedule import Exchange
@@ -86,3 +91,201 @@ def test_a_rank_that_hangs_is_named_with_its_step_within_the_timeout(tmp_path, w
 def test_a_rank_that_is_killed_in_any_exchange_is_named(tmp_path, exchange, step):
     text = faulty(tmp_path, signal.SIGKILL, 1, "compute", step, exchange)
     assert text == "rank 1: died (killed by signal 9)"
+
+
+def serve_with(fault, victim, rank, *arguments):
+    """What a process of the pool runs, with one function replaced on the victim."""
+    if rank == victim:
+        fault()
+    workers_module._serve(rank, *arguments)
+
+
+class Faulty(Workers):
+    """A pool in which one rank's code is broken: `fault` replaces something in its process."""
+
+    def __init__(self, fault, victim, **options):
+        super().__init__(CP, timeout=10, **options)
+        self.fault, self.victim = fault, victim
+
+    def _start(self):
+        spawn = multiprocessing.get_context("spawn")
+        real, fault, victim = spawn.Process, self.fault, self.victim
+
+        def process(target, args, **options):
+            return real(target=serve_with, args=(fault, victim, *args), **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(multiprocessing, "get_context", lambda name: _Context(spawn, process))
+            super()._start()
+
+
+class _Context:
+    def __init__(self, real, process):
+        self.Pipe, self.Process = real.Pipe, process
+
+
+def sends_another_place():
+    """The tokens that the victim sends are said to be one place further."""
+    from npu_backend import ring
+
+    real = ring.travel
+
+    def wrong(exchange, link, mine):
+        return real(exchange, link, mine._replace(places=mine.places + 1))
+
+    ring.travel = wrong
+
+
+def sends_a_permuted_block():
+    """The victim's two chunks are exchanged, places and all."""
+    from npu_backend import ring
+
+    real = ring.travel
+
+    def wrong(exchange, link, mine):
+        half = mine.key.shape[1] // 2
+        return real(exchange, link, type(mine)(*(x.roll(half, dims=2 - (x.dim() == 4)) for x in mine)))
+
+    ring.travel = wrong
+
+
+def raises_while_it_computes():
+    from npu_backend import ring
+
+    def broken(*arguments):
+        raise RuntimeError("a kernel failed")
+
+    ring._attend = broken
+
+
+def reads_another_case():
+    from npu_backend import rank
+
+    real = rank.read_case
+
+    def other(path):
+        return real(path)._replace(digest="f" * 64)
+
+    rank.read_case = other
+
+
+def exits():
+    import os
+
+    from npu_backend import ring
+
+    ring._attend = lambda *arguments: os._exit(7)
+
+
+FAULTS = [
+    (sends_another_place, r"step \d+: a wrong block"),
+    (sends_a_permuted_block, r"step \d+: a wrong block"),
+    (raises_while_it_computes, "rank 1: RuntimeError: a kernel failed"),
+    (reads_another_case, "ranks have read different files as case c"),
+    (exits, r"rank 1: died \(exit code 7\)"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("exchange", [Exchange("ring"), Exchange("gather")])
+@pytest.mark.parametrize(("fault", "text"), FAULTS)
+def test_a_rank_whose_code_is_broken_is_named_and_nothing_is_written(tmp_path, fault, text, exchange):
+    case = write_case(tmp_path, small(), "c")
+    with Faulty(fault, 1, settings=Settings(exchange)) as workers:
+        with pytest.raises(RankError, match=text):
+            workers.run(case, tmp_path / "r.safetensors")
+        assert workers.pids == []
+    assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_case_for_another_number_of_ranks_is_refused_by_every_rank(tmp_path, ranks):
+    case = write_case(tmp_path, small(), "c")
+    with Workers(ranks, timeout=10) as workers, pytest.raises(RankError, match=f"is for 3 ranks, there are {ranks}"):
+        workers.run(case, tmp_path / "r.safetensors")
+    assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def refusal(capsys, *arguments):
+    assert main(["run", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
+def test_what_cannot_be_computed_is_refused_before_any_process_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Workers, "_start", lambda self: pytest.fail("a process was started"))
+    case = write_case(tmp_path, small(), "c")
+    assert "do not divide 3 ranks" in refusal(capsys, case, tmp_path / "r", "--exchange", "double-ring", "--inner", "2")
+    assert "needs --inner" in refusal(capsys, case, tmp_path / "r", "--exchange", "double-ring")
+    assert "has no nodes" in refusal(capsys, case, tmp_path / "r", "--inner", "3")
+    assert "compute in flash_fp16" in refusal(capsys, case, tmp_path / "r", "--operators", "fia")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "is for 3 ranks but torchrun has started 2" in refusal(capsys, case, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_an_unreadable_case_and_a_folder_without_write_permission(tmp_path, capsys):
+    case = write_case(tmp_path, small(1), "c")
+    case.chmod(0)
+    assert "c.safetensors" in refusal(capsys, case, tmp_path / "r")
+
+
+class Npu:
+    """An NPU module of a host that has one."""
+
+    def __init__(self, name, count=8):
+        self.get_device_name, self.device_count = lambda index: name, lambda: count
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "missing", "text"),
+    [
+        ("Ascend310P3", 8, (), "Ascend310P3 does not support atb::npu_ring_mla"),
+        ("Ascend910B3", 2, (), "3 ranks need as many NPUs, this host has 2"),
+        ("Ascend910B3", 8, ("atb::npu_ring_mla",), "the installed torch_npu does not have it"),
+    ],
+)
+def test_an_npu_that_cannot_compute_is_refused(tmp_path, capsys, monkeypatch, name, count, missing, text):
+    from npu_backend import runner, vendor
+
+    monkeypatch.setattr(vendor, "TORCH_NPU_PROBLEM", None)
+    monkeypatch.setattr(vendor, "DECLARED_HERE", frozenset(missing))
+    monkeypatch.setattr(runner.torch, "get_device_module", lambda device: Npu(name, count))
+    monkeypatch.setattr(runner.torch, "device", lambda kind: type("Device", (), {"type": kind}))
+    assert text in refusal(capsys, write_case(tmp_path, small(), "c"), tmp_path / "r", "--device", "npu")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """Files of the pool may have 20 kB at most, as on a full disk."""
+    case = write_case(tmp_path, problem(0, "normal", (2, 1), (120,), 120, is_causal=True, cp=CP), "c")
+    with Faulty(fills_the_disk, 0) as workers, pytest.raises(RankError, match=r"rank 0: .*could not be written"):
+        workers.run(case, tmp_path / "r.safetensors")
+    assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def fills_the_disk():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_result_in_the_way_is_an_error_and_stays(tmp_path):
+    case, result = write_case(tmp_path, small(), "c"), tmp_path / "r.safetensors"
+    result.write_bytes(b"mine")
+    with Workers(CP, timeout=10) as workers, pytest.raises(RankError, match=r"rank 0: .*no whole result"):
+        workers.run(case, result)
+    assert result.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 64])
+def test_a_case_that_cannot_be_read_is_an_error_of_every_rank(tmp_path, content):
+    case = tmp_path / "c.safetensors"
+    case.write_bytes(content)
+    with Workers(2, timeout=10) as workers, pytest.raises(RankError, match="not a whole safetensors file"):
+        workers.run(case, tmp_path / "r.safetensors")
+    assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cpjax.crosscheck.decode import check_decode
 from cpjax.crosscheck.pack import check_pack
 from cpjax.errors import InputError
 from cpjax.mask import Tokens
@@ -54,7 +55,7 @@ class Case:
     digest: str = ""
     """SHA-256 of the content; set by `write_case` and `read_case`."""
     layout: str = "zigzag"
-    """Or "packed" (`cpjax.crosscheck.pack`)."""
+    """Or "packed" (`cpjax.crosscheck.pack`), or "decode" (`cpjax.crosscheck.decode`)."""
 
 
 class _Description(BaseModel):
@@ -64,7 +65,7 @@ class _Description(BaseModel):
     scale: StrictFloat | StrictInt = Field(allow_inf_nan=False)
     is_causal: StrictBool
     cp: StrictInt = Field(ge=1, le=2**16)
-    layout: str = Field(pattern="^(zigzag|packed)$")
+    layout: str = Field(pattern="^(zigzag|packed|decode)$")
     precision: dict[str, str]
     about: dict[str, Any]
 
@@ -146,6 +147,8 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         raise InputError(f"precision {unknown[0][:40]!r} is unknown; known are {', '.join(PROFILES)}")
     if said.layout == "packed":
         check_pack(tensors["q_segment"], tensors["kv_segment"], said.cp)
+    if said.layout == "decode":
+        check_decode(tensors["q_segment"], tensors["kv_segment"])
     return Case(
         name,
         tensors["query"],

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from cpjax.crosscheck import pack
+from cpjax.crosscheck import decode, pack
 from cpjax.crosscheck.order import chunk_of, merge_orders
 from cpjax.layout import chunks_per_rank
 from cpjax.mask import PAD, Mask, Tokens
@@ -51,6 +51,8 @@ class Question:
         """The chunk of every query."""
         if self.layout == "packed":
             return self._pack_chunks[0]
+        if self.layout == "decode":
+            return np.asarray(self.q_tokens.segment)[0]
         return chunk_of(self.query.shape[1], self.layout, self.cp)
 
     @cached_property
@@ -58,6 +60,8 @@ class Question:
         """The chunk of every key."""
         if self.layout == "packed":
             return self._pack_chunks[1]
+        if self.layout == "decode":
+            return decode.chunks(np.asarray(self.kv_tokens.segment)[0], self.cp)
         return chunk_of(self.key.shape[1], self.layout, self.cp)
 
     @cached_property
@@ -73,6 +77,8 @@ class Question:
         if self.layout == "packed":
             requests = len(pack.bounds(np.asarray(self.q_tokens.segment)[0], self.cp))
             return pack.merging(merge_orders(self.order, "zigzag", self.cp), requests)
+        if self.layout == "decode":
+            return decode.merging(int(np.asarray(self.kv_tokens.segment).max()) + 1, self.cp)
         return merge_orders(self.order, self.layout, self.cp)
 
     @property
@@ -106,7 +112,7 @@ def question(
     precision = _profile(query, precision)
     if not isinstance(cp, int) or not 1 <= cp <= MOST_CP:
         raise ValueError(f"cp is {cp!r}; it is a number of ranks, a whole number from 1 to {MOST_CP}")
-    if layout != "packed":
+    if layout not in ("packed", "decode"):
         chunks_per_rank(layout)
     if query.ndim == 4 and key.ndim == 4 and is_causal and query.shape[1] != key.shape[1]:
         for name, given in (("q_positions", q_positions), ("kv_positions", kv_positions)):
@@ -125,9 +131,11 @@ def question(
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
-    merge_orders(order, "zigzag" if layout == "packed" else layout, 1)
+    merge_orders(order, "zigzag" if layout in ("packed", "decode") else layout, 1)
     if layout == "packed":
         pack.check_pack(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment), cp)
+    if layout == "decode":
+        decode.check_decode(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
     mask = Mask(is_causal=is_causal, window=window)
     return Question(
         query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, cp, layout, order

@@ -85,7 +85,7 @@ def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) ->
         missing, extra = sorted(expected - tensors.keys())[:4], sorted(tensors.keys() - expected)[:4]
         raise InputError(f"missing tensors {missing}, unknown tensors {extra}; cp is {case.cp}")
     batch, length, heads, _ = case.query.shape
-    share = length // case.cp
+    share = length if case.layout == "decode" else length // case.cp
     shapes = {
         "out": (batch, share, heads, case.value.shape[3]),
         "lse": (batch, share, heads),
@@ -105,6 +105,12 @@ def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) ->
     for rank, held in enumerate(rows):
         _check_places(tensors, case, rank, held)
         for field, whole in joined.items():
+            if (
+                case.layout == "decode"
+                and rank
+                and not np.array_equal(whole.view(np.uint8), tensors[f"{field}.{rank}"].view(np.uint8))
+            ):
+                raise InputError(f"{field} of rank {rank} is not rank 0's; in decode all ranks hold the same results")
             whole[:, held] = tensors[f"{field}.{rank}"]
     return joined
 
@@ -126,4 +132,6 @@ def _held(case: Case) -> np.ndarray:
     """Which tokens each rank holds, `[cp, t]`."""
     if case.layout == "packed":
         return pack.held(np.asarray(case.q_tokens.segment)[0], case.cp)
+    if case.layout == "decode":
+        return np.tile(np.arange(case.query.shape[1]), (case.cp, 1))
     return layout_order("zigzag", case.query.shape[1], case.cp).reshape(case.cp, -1)
