@@ -21,6 +21,7 @@ import typer
 
 from cpjax.crosscheck import judge
 from cpjax.crosscheck.diagnosis import Cause, Diagnosis, diagnose
+from cpjax.crosscheck.diagnosis.words import UNKNOWN
 from cpjax.crosscheck.evidence import collect
 from cpjax.crosscheck.judge import chosen_rows
 from cpjax.crosscheck.question import question
@@ -36,6 +37,11 @@ CHUNK = 16
 
 ENOUGH = 3
 """From `out` alone, a query chunk that sees one key/value chunk shows no weight, one that sees two their ratio."""
+
+
+FORCED = 100
+
+FEW = ", few chunks"
 
 
 class Place(NamedTuple):
@@ -149,23 +155,20 @@ def count_one(task: tuple[int, bool, str, Place, int, float]) -> dict[str, str]:
     said = {"key": f"{cp} {'causal' if is_causal else 'full'} ×{logits:g} {kind}"}
     every = set(range(2 * cp))
     few = {chunk for chunk in every if is_causal and chunk + 1 < ENOUGH}
-    for name, with_lse, query_chunks in (
-        ("with lse", True, every), ("out alone", False, every - few), ("out alone, few chunks", False, few),
-    ):  # fmt: skip
-        if not query_chunks:
-            continue
-        if name != "out alone, few chunks":
-            judged = verdict(bench, wrong, with_lse=with_lse)
-        answer = unseen(bench, wrong, judged, with_lse=with_lse) or outcome(cp, judged, place, kind, query_chunks)
-        if answer is not None:
-            said[name] = answer
+    for name, with_lse, groups in (("with lse", True, {"": every}), ("out alone", False, {"": every - few, FEW: few})):
+        judged = verdict(bench, wrong, with_lse=with_lse)
+        why = unseen(bench, wrong, judged, with_lse=with_lse)
+        for more, query_chunks in groups.items():
+            answer = why or outcome(cp, judged, place, kind, query_chunks)
+            if query_chunks and answer is not None:
+                said[name + more] = answer
     if {"wrong", "refused"} & set(said.values()):
         said["task"] = f"{task[:3]} {place} seed {seed}"
     return said
 
 
 def count_correct(task: tuple[int, int, float]) -> Counter:
-    """A correct result, judged; and diagnosed all the same, as if it had failed."""
+    """A correct result, judged; one in `FORCED` is diagnosed all the same, as if it had failed: is a fault named?"""
     cp, seed, logits = task
     rng = np.random.default_rng(seed)
     profile, order = str(rng.choice(["flash_fp16", "ring_mla_fp16", "float32"])), str(rng.choice(["ring", "gather"]))
@@ -174,8 +177,11 @@ def count_correct(task: tuple[int, int, float]) -> Counter:
     out, lse = attend(p, PROFILES[profile], order)
     given = lse if rng.random() < 0.5 else None
     said = judge(p.query, p.key, p.value, out, given, **p.question(), precision=profile, order=order)
-    forced = diagnose_anyway(p, out, given, precision=profile, order=order)
-    return Counter(failed=int(not said.passed), diagnoses=len(said.diagnosis), forced=len(forced.sentences))
+    count = Counter(failed=int(not said.passed), diagnoses=len(said.diagnosis))
+    if seed % FORCED == 0:
+        forced = diagnose_anyway(p, out, given, profile, order).sentences
+        count += Counter(forced=1, named=sum(not sentence.startswith(UNKNOWN) for sentence in forced))
+    return count
 
 
 def diagnose_anyway(p: Problem, out: np.ndarray, lse: np.ndarray | None, precision: str, order: str) -> Diagnosis:
@@ -202,25 +208,28 @@ def main(
     logits: Annotated[list[float] | None, typer.Option(help="Size of the logits; may be repeated. [1, 4]")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     every: Annotated[int, typer.Option(min=1, help="Only one in so many of the faults.")] = 1,
-    correct: Annotated[int, typer.Option(min=0, help="Correct results to judge and to diagnose instead.")] = 0,
+    correct: Annotated[int, typer.Option(min=0, help="Judge so many correct results instead.")] = 0,
     workers: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Count, and print JSON lines: what was not localised, then the counts. Example: … localise --cp 2 --logits 4."""
     sizes, logits = cp or [2, 4, 8], logits or [1.0, 4.0]
     if correct:
         draws = [(sizes[i % len(sizes)], seed + i, logits[i % len(logits)]) for i in range(correct)]
-        print(json.dumps({"correct results": correct, **sum(each(count_correct, draws, workers, chunk=8), Counter())}))
+        total = {name: 0 for name in ("failed", "diagnoses", "forced", "named")}
+        for count in each(count_correct, draws, workers, chunk=8):
+            total |= {name: total[name] + count[name] for name in total}
+        print(json.dumps({"correct results": correct, **total}))
         return
     counts: dict[tuple[str, str], Counter] = {}
     for said in each(count_one, tasks_of(sizes, logits, seed)[::every], workers):
         if "task" in said:
             print(json.dumps(said, ensure_ascii=False), flush=True)
-        for name in ("with lse", "out alone", "out alone, few chunks"):
+        for name in ("with lse", "out alone", "out alone" + FEW):
             if name in said:
                 counts.setdefault((said["key"], name), Counter())[said[name]] += 1
     for (key, name), count in sorted(counts.items()):
         print(json.dumps({"cp, mask, logits, kind": key, "judged": name, **count}, ensure_ascii=False))
-    for name in ("with lse", "out alone", "out alone, few chunks"):
+    for name in ("with lse", "out alone", "out alone" + FEW):
         total = sum((count for (_, judged), count in counts.items() if judged == name), Counter())
         print(json.dumps({"all": name, **total}))
 
