@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import minimize_scalar
 
 from cpjax.crosscheck.diagnosis import words
 from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault, chunk_faults, pairs_of, rank_faults, whole_faults
+from cpjax.crosscheck.diagnosis.fitted import with_numbers
+from cpjax.crosscheck.diagnosis.measure import Fit, Measured
 from cpjax.crosscheck.diagnosis.permutation import chunks_from, heads_from
-from cpjax.crosscheck.diagnosis.predict import Fit, Measured, lse_off, scaled, with_weight
 from cpjax.crosscheck.diagnosis.sample import samples, suspects
-from cpjax.crosscheck.diagnosis.weights import chunk_weights
+from cpjax.crosscheck.diagnosis.weights import chunk_weights, with_weight
 from cpjax.crosscheck.directed import deviate
 from cpjax.crosscheck.evidence import Evidence
 from cpjax.crosscheck.question import Question
@@ -64,7 +64,7 @@ def diagnose(question: Question, evidence: Evidence, out: np.ndarray, lse: np.nd
     if not measured:
         return Diagnosis([words.UNKNOWN, *scope], weights)
     whole = list(whole_faults(question, has_lse=lse is not None, suspects=_keys(evidence, measured)))
-    whole += _fitted(wrong, question)
+    whole += with_numbers(wrong)
     fits: dict[str, dict[int, Fit]] = defaultdict(dict)
     for fault in whole:
         for one in wrong:
@@ -81,7 +81,7 @@ def _cause(one: Measured, question: Question, whole: list[Fit]) -> Cause:
     faults = [*chunk_faults(one.sample, question), *rank_faults(one.sample, question)]
     sets = pairs_of(one.sample, question)
     price = 2 * np.log(max(len(sets), 1)) + FITTED
-    faults += [with_weight("weight", chunks, one.weight_of(chunks), price) for chunks in sets]
+    faults += [with_weight(one, chunks, price) for chunks in sets]
     merges = len(one.model.rows.chunks)
     if question.order != "unknown" and merges > 1:
         steps = [(k,) for k in range(1, merges)] + ([tuple(range(1, merges))] if merges > 2 else [])
@@ -149,47 +149,6 @@ def gain_of(measured: list[Measured]) -> float:
 
 def _label(fault: Fault) -> str:
     return f"{fault.kind} {fault.mask} {fault.key} {fault.scale:.9g}"
-
-
-def _fitted(wrong: list[Measured], question: Question) -> list[Fault]:
-    """Faults with a number that is common to all chunks: the scale, an offset of lse, the size of other errors."""
-    found = []
-    factor = _fit_scale(wrong)
-    if factor is not None:
-        found.append(Fault("scale", scale=factor, number=factor, cost=FITTED))
-    offsets = [fault for one in wrong if (fault := lse_off(one.sample, one.model)) is not None]
-    if offsets:
-        found.append(offsets[0]._replace(number=float(np.median([fault.number for fault in offsets]))))
-    sizes = 2.0 ** np.arange(-16, -5)
-    trials = [Fault("inexact exponentials", noise="inexact exponentials", number=s, cost=FITTED) for s in sizes]
-    best = min(trials, key=lambda fault: sum(one.fit(fault).deviance for one in wrong[:4]))
-    return [*found, best]
-
-
-def _fit_scale(wrong: list[Measured]) -> float | None:
-    """The factor on the scale that makes the outputs of (at most four) wrong chunks likeliest."""
-    some = [one for one in wrong if (one.sample.seen.sum(axis=1) > 1).any()][:4]
-    if not some:
-        return None
-
-    def misfit(log_factor: float) -> float:
-        total = 0.0
-        for one in some:
-            out, lse = scaled(one.sample, float(np.exp(log_factor)))
-            total += float(((one.sample.out - out) ** 2 / np.maximum(one.expected.sigma, 1e-7) ** 2).mean())
-            if one.sample.lse is not None:
-                with np.errstate(invalid="ignore"):
-                    off = np.where(np.isfinite(lse), one.sample.lse - lse, 0.0)
-                total += float((off**2 / np.maximum(one.expected.lse_sigma, 2.0**-24) ** 2).mean())
-        return total
-
-    grid = np.concatenate([np.linspace(-2, 2, 17), np.array([-0.02, -2e-3, 2e-3, 0.02])])
-    grid.sort()
-    values = [misfit(x) for x in grid]
-    i = int(np.argmin(values))
-    low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
-    best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-10})
-    return float(np.exp(best.x))
 
 
 def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float]]:

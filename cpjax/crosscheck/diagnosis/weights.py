@@ -8,7 +8,8 @@ weight is taken to be 1. A sum that was never rescaled is not an average, and ob
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.diagnosis.predict import MOST_Z, Measured
+from cpjax.crosscheck.diagnosis.dictionary import Block, Fault
+from cpjax.crosscheck.diagnosis.measure import MOST_Z, Measured
 from cpjax.crosscheck.formats import FORMATS
 
 UNSURE = 0.05
@@ -68,3 +69,28 @@ def _homogeneous(matrix: np.ndarray, a: np.ndarray, width: int) -> tuple[np.ndar
 def _deviation(matrix: np.ndarray, singular: np.ndarray) -> np.ndarray:
     _, _, vectors = np.linalg.svd(matrix, full_matrices=False)
     return np.sqrt((vectors**2 / np.maximum(singular[:, None], 1e-300) ** 2).sum(axis=0))
+
+
+def with_weight(measured: Measured, chunks: tuple[int, ...], cost: float) -> Fault:
+    """The fault that these chunks enter with the weight, common to them, that fits best."""
+    weight = _common(measured, list(chunks))
+    changes = tuple((c, Block(c, "visible", max(weight, 0.0))) for c in chunks)
+    return Fault("weight", chunks, changes=changes, number=weight, cost=cost)
+
+
+def _common(measured: Measured, chunks: list[int]) -> float:
+    """Linear least squares, weighted by 1/σ."""
+    sample, expected = measured.sample, measured.expected
+    sums = sample.sums["visible"]
+    mass, part = sums[0].sum(axis=1), sums[1].sum(axis=1)
+    a, b = sums[0][:, chunks].sum(axis=1), sums[1][:, chunks].sum(axis=1)
+    # The sums are in units of exp(base), so the deviation of Σ w (B − a out′) is that of out times the whole mass.
+    sigma = np.maximum(expected.sigma, measured.floor) * np.maximum(mass, 1e-300)[:, None]
+    x = ((b - a[:, None] * sample.out) / sigma).ravel()
+    y = ((mass[:, None] * sample.out - part) / sigma).ravel()
+    if sample.lse is not None:
+        total = np.exp(np.minimum(sample.lse - sample.base, 600.0))
+        of_lse = np.maximum(expected.lse_sigma, 1e-9) * total
+        x, y = np.append(x, a / of_lse), np.append(y, (total - mass) / of_lse)
+    square = float(x @ x)
+    return 1.0 + float(x @ y) / square if square > 0 else 1.0

@@ -4,10 +4,9 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from cpjax.crosscheck.diagnosis.dictionary import Fault
-from cpjax.crosscheck.diagnosis.predict import numbers
 from cpjax.crosscheck.evidence import RowTable
 from cpjax.crosscheck.question import Question
 
@@ -163,3 +162,18 @@ def chunks(question: Question, source: np.ndarray) -> str:
         for i in moved[:8]
     ]
     return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > 8 else ''}."
+
+
+def numbers(x: Int[np.ndarray, " n"]) -> str:
+    """Whole numbers as a person writes them.
+
+    >>> numbers(np.array([0, 1, 2, 5]))
+    '0–2, 5'
+    """
+    x = np.unique(x)
+    if len(x) == 0:
+        return "none"
+    runs = np.split(x, np.flatnonzero(np.diff(x) != 1) + 1)
+    return ", ".join(
+        f"{run[0]}" if len(run) == 1 else f"{run[0]}{'–' if len(run) > 2 else ', '}{run[-1]}" for run in runs
+    )

@@ -1,0 +1,62 @@
+"""Faults with a number that is fitted: the scale, a constant in lse, the size of other errors."""
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault
+from cpjax.crosscheck.diagnosis.measure import Measured
+from cpjax.crosscheck.diagnosis.predict import glance
+from cpjax.crosscheck.diagnosis.sample import Sample
+from cpjax.crosscheck.error_model import ErrorModel
+
+
+def with_numbers(wrong: list[Measured]) -> list[Fault]:
+    """Faults with a number that is common to all chunks: the scale, an offset of lse, the size of other errors."""
+    found = []
+    factor = _fit_scale(wrong)
+    if factor is not None:
+        found.append(Fault("scale", scale=factor, number=factor, cost=FITTED))
+    offsets = [fault for one in wrong if (fault := lse_off(one.sample, one.model)) is not None]
+    if offsets:
+        found.append(offsets[0]._replace(number=float(np.median([fault.number for fault in offsets]))))
+    sizes = 2.0 ** np.arange(-16, -5)
+    trials = [Fault("inexact exponentials", noise="inexact exponentials", number=s, cost=FITTED) for s in sizes]
+    best = min(trials, key=lambda fault: sum(one.fit(fault).deviance for one in wrong[:4]))
+    return [*found, best]
+
+
+def _fit_scale(wrong: list[Measured]) -> float | None:
+    """The factor on the scale that makes the outputs of (at most four) wrong chunks likeliest."""
+    some = [one for one in wrong if (one.sample.seen.sum(axis=1) > 1).any()][:4]
+    if not some:
+        return None
+
+    def misfit(log_factor: float) -> float:
+        total = 0.0
+        for one in some:
+            out, _, lse = glance(one.sample, one.question, Fault("scale", scale=float(np.exp(log_factor))))
+            total += float(((one.sample.out - out) ** 2 / np.maximum(one.expected.sigma, 1e-7) ** 2).mean())
+            if one.sample.lse is not None:
+                with np.errstate(invalid="ignore"):
+                    off = np.where(np.isfinite(lse), one.sample.lse - lse, 0.0)
+                total += float((off**2 / np.maximum(one.expected.lse_sigma, 2.0**-24) ** 2).mean())
+        return total
+
+    grid = np.concatenate([np.linspace(-2, 2, 17), np.array([-0.02, -2e-3, 2e-3, 0.02])])
+    grid.sort()
+    values = [misfit(x) for x in grid]
+    i = int(np.argmin(values))
+    low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+    best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-10})
+    return float(np.exp(best.x))
+
+
+def lse_off(sample: Sample, model: ErrorModel) -> Fault | None:
+    """lse off by a constant, the median of its errors."""
+    if sample.lse is None:
+        return None
+    with np.errstate(invalid="ignore"):
+        off = sample.lse - model.rows.lse
+    if not np.isfinite(off).any():
+        return None
+    return Fault("lse off by a constant", lse="off", number=float(np.median(off[np.isfinite(off)])), cost=6.0)

@@ -1,0 +1,131 @@
+"""How well a fault explains a sample: the likelihood of what was handed over, had the fault happened."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
+from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled
+from cpjax.crosscheck.diagnosis.sample import Sample
+from cpjax.crosscheck.formats import FORMATS
+from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.statistic import effective_freedom
+
+MOST_Z = 2.0
+"""A fault whose residual is larger than this many standard deviations explains nothing."""
+
+FAR = 20.0
+"""With more standard deviations than this in the median row, roughly computed, a fault is not computed exactly."""
+
+EVEN = 0.1
+"""More noise is in every row: if half of the rows have less than this share of the variance, it was not that."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a fault explains a sample."""
+
+    fault: Fault
+    deviance: float
+    """−2 ln(likelihood), up to a constant of the sample, plus the cost of the fault."""
+    z: float
+    """RMS(residual / σ) of out and lse, the larger."""
+    freedom: float
+    """Effective number of independent residuals."""
+    lse_is_right: bool = False
+    """lse is that of the correct result, only out is not."""
+
+    @property
+    def explains(self) -> bool:
+        """No residual is left."""
+        return self.z <= MOST_Z
+
+
+class Measured:
+    """A sample with the model of the correct result; scores faults."""
+
+    def __init__(self, sample: Sample, question: Question):
+        """Computes the correct result once."""
+        self.sample, self.question = sample, question
+        self.model = exact_model(sample, question)
+        self.expected = self.model.expected()
+        distinct = 1 + (np.diff(np.sort(self.model.rows.out, axis=1), axis=1) != 0).sum(axis=1)
+        self.freedom = np.maximum(effective_freedom(distinct, self.expected.coherent), 1.0)
+        self.right = self.fit(RIGHT)
+
+    def fit(self, fault: Fault) -> Fit:
+        """Exactly, by the error model of the changed computation."""
+        plain = not (fault.changes or fault.mask or fault.scale != 1.0 or fault.key >= 0)
+        if not plain and not fault.changes and (far := self._far(fault)) is not None:
+            return far
+        model = self.model if plain else exact_model(self.sample, self.question, fault)
+        expected = self.expected if plain else model.expected()
+        out, lse, variance = model.rows.out, model.rows.lse, expected.sigma**2
+        if fault.unrescaled:
+            out = unrescaled(model, self.question, fault.unrescaled)
+            variance = variance * np.maximum(1.0, (out / np.where(model.rows.out == 0, 1, model.rows.out)) ** 2)
+        if fault.noise:
+            variance = noisier(model, expected.sigma**2, fault)
+        if fault.lse:
+            lse = changed_lse(model.rows, fault)
+        return self._score(fault, out, variance, lse, expected.lse_sigma)
+
+    def screen(self, faults: list[Fault]) -> list[Fault]:
+        """The faults in the order of how well they fit, roughly: by sums over chunks, without touching a key."""
+        sums = self.sample.sums
+        mass, part = (x.sum(axis=1) for x in sums["visible"])
+        rough = []
+        for fault in faults:
+            m, p = mass.copy(), part.copy()
+            for slot, block in fault.changes:
+                m += block.weight * sums[block.extent][0][:, block.source] - sums["visible"][0][:, slot]
+                p += block.weight * sums[block.extent][1][:, block.source] - sums["visible"][1][:, slot]
+            m = np.maximum(m, 1e-300)
+            out = np.clip(p / m[:, None], -1e100, 1e100)  # a row that loses all its keys is no output at all
+            with np.errstate(over="ignore"):
+                growth = np.minimum(np.maximum(1.0, mass / m), 1e6)
+            step = FORMATS[self.question.precision.out].spacing(out)
+            variance = (self.expected.sigma * growth[:, None]) ** 2 + step**2 / 6
+            lse = self.sample.base + np.log(m)
+            rough.append(self._score(fault, out, variance, lse, self.expected.lse_sigma * growth).deviance)
+        return [faults[i] for i in np.argsort(rough, kind="stable")]
+
+    def _far(self, fault: Fault) -> Fit | None:
+        """The fit of a fault that changes the mask, the scale or a key, if a glance shows that it explains nothing."""
+        out, mass, lse = glance(self.sample, self.question, fault)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            growth = np.minimum(np.maximum(1.0, self.sample.sums["visible"][0].sum(axis=1) / mass), 1e6)
+        step = FORMATS[self.question.precision.out].spacing(out)
+        variance = (self.expected.sigma * np.nan_to_num(growth, nan=1.0)[:, None]) ** 2 + step**2 / 6
+        each = ((self.sample.out - out) ** 2 / variance).mean(axis=1)
+        if not np.median(each) > FAR**2:
+            return None
+        return replace(self._score(fault, out, variance, lse, self.expected.lse_sigma), z=float("inf"))
+
+    @property
+    def floor(self) -> np.ndarray:
+        """Outputs that must be exact still get a deviation, a thousandth of a spacing."""
+        return FORMATS[self.question.precision.out].spacing(self.model.rows.out) * 1e-3
+
+    def _score(self, fault: Fault, out: np.ndarray, variance: np.ndarray, lse: np.ndarray, sigma: np.ndarray) -> Fit:
+        sample = self.sample
+        variance = np.maximum(variance, self.floor**2)
+        with np.errstate(over="ignore"):
+            square = (sample.out - out) ** 2 / variance
+        square = np.where(square < 1e18, square, 1e18)  # a NaN explains nothing either
+        each = (square + np.log(variance)).mean(axis=1)
+        deviance = float((self.freedom * each).sum()) + fault.cost
+        z = float(np.sqrt((self.freedom * square.mean(axis=1)).sum() / self.freedom.sum()))
+        if fault.noise and np.median(square.mean(axis=1)) < EVEN:
+            z = float("inf")
+        if sample.lse is None:
+            return Fit(fault, deviance, z, float(self.freedom.sum()))
+        choices = []
+        for is_right, expected, s in ((False, lse, sigma), (True, self.model.rows.lse, self.expected.lse_sigma)):
+            s = np.maximum(s, 2.0**-24)
+            with np.errstate(invalid="ignore"):
+                off = np.where(sample.lse == expected, 0.0, sample.lse - expected)
+            of_lse = np.minimum(np.nan_to_num((off / s) ** 2, nan=1e18), 1e18)
+            choices.append((float((of_lse + 2 * np.log(s)).sum()) + 2.0 * is_right, of_lse.mean() ** 0.5, is_right))
+        best = min(choices if not fault.lse else choices[:1])
+        return Fit(fault, deviance + best[0], max(z, float(best[1])), float(self.freedom.sum()), bool(best[2]))
