@@ -6,8 +6,9 @@ hard_bound, error_model                 a standard deviation and a bound
 statistic, directed                     from errors to deviates; tests for single faults
 question, extremes, evidence            the inputs, checked; every row in range; every judged row measured
 verdict, judge                          the decision, in words
-case, result                            what goes to a backend and comes back, as files (docs/formats.md)
-backends, session                       who computes a case; cases and results judged and shown
+case, result, outcome                   what goes to a backend and comes back, as files (docs/formats.md)
+conformance, checksums, readings        the cases a kernel author runs, and what they say in words
+backends, session                       who computes a case (docs/backends.md); cases and results judged and shown
 """
 
 from cpjax.crosscheck.judge import judge as judge

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from cpjax.crosscheck.decode import check_decode
 from cpjax.crosscheck.pack import check_pack
@@ -228,9 +228,20 @@ def write_whole(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, unfinished, metadata)
+        content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
+        unfinished.write_bytes(_in_order(content))
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({next(iter(str(error).splitlines()), '')})") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes them in another order in every process."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the arrays stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]

@@ -27,9 +27,10 @@ class Result:
     order: str
     out: np.ndarray
     """`[B, T, N, V]` float16."""
-    lse: np.ndarray
-    """`[B, T, N]` float32."""
+    lse: np.ndarray | None
+    """`[B, T, N]` float32, natural logarithm; None where the backend does not give it."""
     about: dict[str, Any]
+    """Where it comes from: versions, device; free, but JSON."""
 
 
 def write_result(folder: Path, case: Case, result: Result) -> Path:
@@ -41,7 +42,9 @@ def write_result(folder: Path, case: Case, result: Result) -> Path:
     rows = _held(case)
     arrays = {}
     for rank, held in enumerate(rows):
-        arrays[f"out.{rank}"], arrays[f"lse.{rank}"] = result.out[:, held], result.lse[:, held]
+        arrays[f"out.{rank}"] = result.out[:, held]
+        if result.lse is not None:
+            arrays[f"lse.{rank}"] = result.lse[:, held]
         arrays[f"positions.{rank}"] = case.q_tokens.position[:, held]
         arrays[f"segments.{rank}"] = case.q_tokens.segment[:, held]
     metadata = {"format": "cpjax.result", "version": VERSION, "name": case.name, "digest": case.digest}
@@ -76,11 +79,12 @@ def read_result(path: Path, case: Case) -> Result:
         about = None
     if not isinstance(about, dict):
         raise InputError("metadata 'about' is no JSON object")
-    return Result(backend, precision, order, joined["out"], joined["lse"], about)
+    return Result(backend, precision, order, joined["out"], joined.get("lse"), about)
 
 
 def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) -> dict[str, np.ndarray]:
-    expected = {f"{field}.{rank}" for field in FIELDS for rank in range(case.cp)}
+    present = [field for field in FIELDS if field != "lse" or any(name.startswith("lse.") for name in tensors)]
+    expected = {f"{field}.{rank}" for field in present for rank in range(case.cp)}
     if tensors.keys() != expected:
         missing, extra = sorted(expected - tensors.keys())[:4], sorted(tensors.keys() - expected)[:4]
         raise InputError(f"missing tensors {missing}, unknown tensors {extra}; cp is {case.cp}")
@@ -98,10 +102,9 @@ def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) ->
             wanted = f"{FIELDS[field]} {list(shapes[field])}"
             raise InputError(f"tensor {name!r} is {dtypes[name]} {list(array.shape)}; it must be {wanted}")
     rows = _held(case)
-    joined = {
-        "out": np.empty((batch, length, heads, case.value.shape[3]), np.float16),
-        "lse": np.empty((batch, length, heads), np.float32),
-    }
+    joined: dict[str, np.ndarray] = {"out": np.empty((batch, length, heads, case.value.shape[3]), np.float16)}
+    if "lse" in present:
+        joined["lse"] = np.empty((batch, length, heads), np.float32)
     for rank, held in enumerate(rows):
         _check_places(tensors, case, rank, held)
         for field, whole in joined.items():

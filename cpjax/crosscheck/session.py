@@ -4,13 +4,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cpjax.crosscheck.case import Case, read_case
+from cpjax.crosscheck.checksums import verify
 from cpjax.crosscheck.judge import judge
+from cpjax.crosscheck.outcome import read_note
+from cpjax.crosscheck.readings import read
 from cpjax.crosscheck.result import read_result
 from cpjax.crosscheck.verdict import Verdict
 from cpjax.errors import InputError
@@ -18,12 +21,14 @@ from cpjax.errors import InputError
 Progress = Callable[[str, int, int], None]
 """Called with what is judged, rows done, and their total."""
 
-BACKENDS = {"spec": "specification", "npu": "NPU backend"}
+Outcome = Literal["pass", "fail", "unsupported", "error"]
+
+BACKENDS = {"spec": "specification", "npu": "NPU backend", "sdpa": "PyTorch SDPA"}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One result and the verdict on it; `problem` where there is no result that could be judged."""
+    """One result and the verdict on it; `problem` or `unsupported` where there is no result that could be judged."""
 
     case: str
     backend: str
@@ -32,6 +37,20 @@ class Judged:
     seconds_per_step: list[list[float]] | None
     verdict: Verdict | None
     problem: str | None = None
+    """What went wrong before there was a result."""
+    unsupported: str | None = None
+    """Why the backend does not compute this case."""
+    remarks: tuple[str, ...] = ()
+    """What a diagnostic case says of the result (`cpjax.crosscheck.readings`)."""
+    about: dict[str, Any] | None = None
+    """Provenance, as the result states it."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Exactly one of four; only a verdict passes."""
+        if self.verdict is not None:
+            return "pass" if self.verdict.passed else "fail"
+        return "unsupported" if self.unsupported is not None and self.problem is None else "error"
 
     @property
     def passed(self) -> bool:
@@ -41,7 +60,9 @@ class Judged:
     @property
     def reasons(self) -> list[str]:
         """Why not."""
-        return self.verdict.reasons if self.verdict is not None else [self.problem or "there is no result"]
+        if self.verdict is not None:
+            return self.verdict.reasons
+        return [self.problem or self.unsupported or "there is no result"]
 
     def as_json(self) -> dict[str, Any]:
         """An object for machines; numbers that are not finite are null or "inf"."""
@@ -59,43 +80,80 @@ class Judged:
             "compared_with": "dense (float64)",
             "precision": self.precision,
             "order": self.order,
+            "outcome": self.outcome,
             "passed": self.passed,
             "reasons": self.reasons,
-            "seconds_per_step": self.seconds_per_step,
+            "remarks": list(self.remarks),
+            "seconds_per_step": _plain(self.seconds_per_step),
+            "about": _plain(self.about),
             "verdict": _plain(numbers) if numbers else None,
         }
 
 
 def judge_result(case: Case, path: Path, progress: Progress = lambda what, done, total: None) -> Judged:
-    """Judge the result of a case at `path`; whatever is wrong with the file is a failure, never an exception."""
-    backend = path.parent.name
+    """Judge the result of a case at `path`; whatever is wrong with the file is an error, never an exception.
+
+    A note in its place (`path` with the suffix .json) says why there is none.
+    """
+    backend, note = path.parent.name, path.with_suffix(".json")
     try:
+        if note.exists() and path.exists():
+            raise InputError(f"is there, and a note that there is none ({note.name}); remove one of them")
+        if note.exists():
+            return _without_result(case, note)
         result = read_result(path, case)
     except InputError as error:
         return Judged(case.name, backend, None, None, None, None, f"{path.name} {error}")
-    verdict = judge(
-        case.query,
-        case.key,
-        case.value,
-        result.out,
-        result.lse,
-        scale=case.scale,
-        is_causal=case.is_causal,
-        q_positions=case.q_tokens.position,
-        kv_positions=case.kv_tokens.position,
-        segment_ids=(case.q_tokens.segment, case.kv_tokens.segment),
-        cp=case.cp,
-        layout=case.layout,
-        precision=result.precision,
-        order=result.order,
-        progress=lambda done, total: progress(result.backend, done, total),
+    try:
+        verdict = judge(
+            case.query,
+            case.key,
+            case.value,
+            result.out,
+            result.lse,
+            **how(case),
+            precision=result.precision,
+            order=result.order,
+            progress=lambda done, total: progress(result.backend, done, total),
+        )
+    except ValueError as error:  # the case itself cannot be judged
+        return Judged(case.name, result.backend, result.precision, result.order, None, None, str(error))
+    return Judged(
+        case.name,
+        result.backend,
+        result.precision,
+        result.order,
+        result.about.get("seconds_per_step"),
+        verdict,
+        remarks=tuple(read(case, result)),
+        about=result.about,
     )
-    seconds = result.about.get("seconds_per_step")
-    return Judged(case.name, result.backend, result.precision, result.order, seconds, verdict)
+
+
+def how(case: Case) -> dict[str, Any]:
+    """What the judge has to know of a case besides its arrays: arguments of `cpjax.crosscheck.judge`."""
+    return {
+        "scale": case.scale,
+        "is_causal": case.is_causal,
+        "q_positions": case.q_tokens.position,
+        "kv_positions": case.kv_tokens.position,
+        "segment_ids": (case.q_tokens.segment, case.kv_tokens.segment),
+        "cp": case.cp,
+        "layout": case.layout,
+    }
+
+
+def _without_result(case: Case, path: Path) -> Judged:
+    try:
+        backend, note = read_note(path, case)
+    except InputError as error:
+        return Judged(case.name, path.parent.name, None, None, None, None, f"{path.name} {error}")
+    problem, unsupported = (note.reason, None) if note.outcome == "error" else (None, note.reason)
+    return Judged(case.name, backend, case.precision.get(backend), None, None, None, problem, unsupported)
 
 
 def read_cases(folder: Path) -> list[Case]:
-    """All cases of a folder, or one case file.
+    """All cases of a folder, or one case file. Checksums (`SHA256SUMS`) are verified where the folder has some.
 
     Raises:
       InputError: there is none, or one of them is wrong.
@@ -105,6 +163,7 @@ def read_cases(folder: Path) -> list[Case]:
     paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not paths:
         raise InputError(f"{folder} holds no case (*.safetensors)")
+    verify(paths[0].parent)
     return [read_case(path) for path in paths]
 
 
@@ -116,7 +175,12 @@ def result_folders(results: Path) -> list[Path]:
     """
     if not results.is_dir():
         raise InputError(f"{results} is no folder; give the folder that the results were written to")
-    folders = [folder for folder in sorted(results.iterdir()) if folder.is_dir() and any(folder.glob("*.safetensors"))]
+    kinds = ("*.safetensors", "*.json")
+    folders = [
+        folder
+        for folder in sorted(results.iterdir())
+        if folder.is_dir() and any(path for kind in kinds for path in folder.glob(kind))
+    ]
     return folders if folders and not any(results.glob("*.safetensors")) else [results]
 
 
@@ -133,7 +197,7 @@ def table_of(judged: list[Judged]) -> Table:
     title = f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, held against dense attention in float64"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("case", "computed by", "precision")[len(names) == 1 :]:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", min_width=13)
     for heading in ("max error", "of bound", "z", "lse error", "of bound", "z"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -153,6 +217,8 @@ def _numbers(verdict: Verdict | None) -> list[str]:
 
 
 def _word(one: Judged) -> str:
+    if one.outcome in ("unsupported", "error"):
+        return {"unsupported": "[cyan]unsupported[/]", "error": "[red]ERROR[/]"}[one.outcome]
     if one.verdict is not None and not one.verdict.judgeable:
         return "[yellow]not judgeable[/]"
     return "[green]agrees[/]" if one.passed else "[red]WRONG[/]"
@@ -160,19 +226,31 @@ def _word(one: Judged) -> str:
 
 def sentence(judged: list[Judged]) -> str:
     """The last line: what all this means."""
-    failed = [one for one in judged if not one.passed]
+    of = {outcome: [one for one in judged if one.outcome == outcome] for outcome in get_args(Outcome)}
     if not judged:
         return "Nothing was judged."
-    if failed:
-        names = ", ".join(sorted({one.case for one in failed}))
-        return (
-            f"{len(failed)} of {len(judged)} results are NOT what correct arithmetic in their precision gives: {names}."
-        )
-    names = sorted({BACKENDS.get(one.backend, one.backend) for one in judged}, reverse=True)
+    said = []
+    for outcome, are in (("fail", "NOT what correct arithmetic in their precision gives"), ("error", "errors")):
+        if of[outcome]:
+            names = ", ".join(sorted({one.case for one in of[outcome]}))
+            said.append(f"{len(of[outcome])} of {len(judged)} results are {are}: {names}.")
+    if said:
+        return " ".join(said)
+    if not of["pass"]:
+        return "Nothing was judged: no backend supports any of the cases."
+    names = sorted({BACKENDS.get(one.backend, one.backend) for one in of["pass"]}, reverse=True)
     agree = {1: "agrees", 2: "both agree"}.get(len(names), "all agree")
+    where = f" in {len(of['pass'])} of {len(judged)} cases; the rest is unsupported" if of["unsupported"] else ""
     return (
-        f"The {' and the '.join(names)} {agree} with dense attention, within what their rounding explains and no more."
+        f"The {' and the '.join(names)} {agree} with dense attention, within what their rounding explains and no "
+        f"more{where}."
     )
+
+
+def all_passed(judged: list[Judged]) -> bool:
+    """Whether everything that is supported passed, and something did."""
+    outcomes = {one.outcome for one in judged}
+    return "pass" in outcomes and outcomes <= {"pass", "unsupported"}
 
 
 def _share(ratio: float) -> str:

@@ -1,0 +1,181 @@
+"""Any backend through an entry point: four outcomes, and none of a backend's doings is a pass or a crash."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import backend_package
+import numpy as np
+import pytest
+
+import cpjax
+from cpjax.crosscheck import backends
+from cpjax.crosscheck.backends.compute import compute
+from cpjax.crosscheck.case import gaussian_case, read_case, write_case
+from cpjax.crosscheck.conformance import conformance_cases
+from cpjax.crosscheck.outcome import Note, write_note
+from cpjax.crosscheck.session import all_passed, judge_folder, judge_result, read_cases, sentence
+from cpjax.errors import InputError
+
+ROOT = Path(cpjax.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    return backend_package.install(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    made = gaussian_case("c", (60, 2, 1, 16, 16), cp=2, precision={}, seed=3, about={})
+    return write_case(tmp_path_factory.mktemp("cases"), made)
+
+
+@pytest.fixture(scope="module")
+def cases_folder(case, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("a", "b"):
+        write_case(folder, gaussian_case(name, (60, 2, 1, 16, 16), cp=2, precision={}, seed=3, about={}))
+    return folder
+
+
+@pytest.fixture
+def installed(package, monkeypatch):
+    monkeypatch.syspath_prepend(package)
+    yield
+    sys.modules.pop("their_backends", None)
+
+
+def command(package, *arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
+    line = [sys.executable, "-m", "cpjax", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+
+def test_ours_are_entry_points_like_any_other(installed):
+    found = backends.installed()
+    assert {"spec", "npu", "sdpa", "dense"} <= set(found)
+    assert backends.about(found["dense"])["package"] == "their-backends"
+    assert isinstance(backends.load("dense"), backends.Backend)
+
+
+@pytest.mark.parametrize("name", [*backend_package.PASS, *backend_package.FAIL])
+def test_a_result_is_judged(installed, case, tmp_path, name):
+    compute(name, backends.load(name.lower()), [case], tmp_path / name)
+    judged = judge_result(case, tmp_path / name / "c.safetensors")
+    assert judged.outcome == ("pass" if name in backend_package.PASS else "fail"), judged.reasons
+    assert judged.backend == name  # that of the entry point, whatever the result says
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in backend_package.ERROR if name not in ("Dies", "NoBackend", "Missing")]
+)
+def test_whatever_a_backend_does_is_an_error_and_never_a_pass(installed, case, tmp_path, name, capsys):
+    compute(name, backends.load(name.lower()), [case], tmp_path)
+    judged = judge_result(case, tmp_path / "c.safetensors")
+    assert (judged.outcome, judged.passed, judged.verdict) == ("error", False, None)
+    assert judged.reasons[0]
+    assert not all_passed([judged])
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_what_is_no_backend_or_not_there_is_refused(installed):
+    with pytest.raises(TypeError, match="no backend"):
+        backends.load("nobackend")
+    with pytest.raises(AttributeError):
+        backends.load("missing")
+    with pytest.raises(InputError, match="installed are"):
+        backends.load("nowhere")
+
+
+def test_four_outcomes_by_the_command(package, cases_folder, tmp_path):
+    names = ("dense", "unsupported", "dies", "forgetsakey", "nobackend", "missing")
+    words = [word for name in names for word in ("--backend", name)]
+    run = command(package, "crosscheck", "--cases", cases_folder, *words, "--keep", tmp_path / "k", "--json")
+    assert run.returncode == 1, run.stderr
+    outcomes = {(row["backend"], row["case"]): row["outcome"] for row in json.loads(run.stdout)["results"]}
+    expected = dict(zip(names, ("pass", "unsupported", "error", "fail", "error", "error"), strict=True))
+    assert outcomes == {(name, case): expected[name] for name in names for case in ("a", "b")}
+    table = command(package, "judge", cases_folder, tmp_path / "k" / "results")
+    assert table.returncode == 1
+    for word in ("agrees", "unsupported", "ERROR", "WRONG", "SIGABRT", "only on <Tuesdays>"):
+        assert word in table.stdout
+
+
+def test_exit_status(package, cases_folder, tmp_path):
+    both = command(package, "crosscheck", "--cases", cases_folder, "--backend", "dense", "--backend", "unsupported")
+    assert both.returncode == 0, both.stdout
+    assert "unsupported" in both.stdout
+    nobody = command(package, "crosscheck", "--cases", cases_folder, "--backend", "unsupported")
+    assert nobody.returncode == 1
+    assert "Nothing was judged" in nobody.stdout
+    for words in (["--backend", "nowhere"], ["--backend", "dense", "--cases", cases_folder, "--tokens", 8]):
+        wrong = command(package, "crosscheck", *words)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    listed = command(package, "backends", "--json")
+    assert {row["name"] for row in json.loads(listed.stdout)} >= {"spec", "npu", "sdpa", "dense"}
+
+
+def test_a_note_is_believed_only_if_it_is_one(case, tmp_path):
+    path = write_note(tmp_path, case, "x", Note("unsupported", "head dim"))
+    result = tmp_path / "c.safetensors"
+    assert judge_result(case, result).outcome == "unsupported"
+    said = json.loads(path.read_text())
+    for change in ({"digest": "0" * 64}, {"outcome": "pass"}, {"reason": ""}, {"more": 1}, {"version": 1}):
+        path.write_text(json.dumps(said | change))
+        assert judge_result(case, result).outcome == "error"
+    for content in (b"", b"[]", b"\xff\xfe", b"[" * 10**5):
+        path.write_bytes(content)
+        assert judge_result(case, result).outcome == "error"
+    path.write_text(json.dumps(said))
+    result.write_bytes(b"")
+    assert "remove one" in judge_result(case, result).reasons[0]
+
+
+def test_pytorch_and_the_specification_on_a_case(tmp_path):
+    pytest.importorskip("torch", reason="the backend sdpa is PyTorch")
+    made = gaussian_case("c", (61, 4, 2, 16, 16), cp=2, precision={}, seed=5, about={})
+    made = write_case(tmp_path / "cases", made)
+    for name in ("sdpa", "spec"):
+        compute(name, backends.load(name), [made], tmp_path / "results" / name)
+    judged = list(judge_folder([made], tmp_path / "results", lambda *_: None))
+    assert [(one.backend, one.outcome) for one in judged] == [("sdpa", "pass"), ("spec", "pass")]
+    assert "agree" in sentence(judged)
+    assert np.isnan(judged[0].verdict.lse_z)
+
+
+def test_pytorch_reads_packed_prefixes_and_pads(tmp_path):
+    """Its mask is made of positions and segments, so every layout is the same to it."""
+    pytest.importorskip("torch", reason="the backend sdpa is PyTorch")
+    wanted = [
+        case for case in conformance_cases() if "prefix" in case.name or "decode" in case.name or "pads" in case.name
+    ]
+    cases = [write_case(tmp_path / "cases", case) for case in wanted]
+    compute("sdpa", backends.load("sdpa"), cases, tmp_path / "sdpa")
+    assert [one.outcome for one in judge_folder(cases, tmp_path / "sdpa", lambda *_: None)] == ["pass"] * 6
+
+
+def test_the_example_of_the_page(case, tmp_path):
+    """docs/backends.md: its code is a backend that passes."""
+    page = (ROOT / "docs" / "backends.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "def supports" in block]
+    names: dict = {}
+    exec(code, names)
+    compute("mine", names["MyBackend"](), [case], tmp_path)
+    assert judge_result(case, tmp_path / "c.safetensors").outcome == "pass"
+
+
+def test_the_foreign_reader_of_the_page(cases_folder, tmp_path):
+    """docs/formats.md is enough for a program that knows nothing of safetensors, NumPy or this package."""
+    script = ROOT / "examples" / "foreign.py"
+    text = script.read_text()
+    assert set(re.findall(r"(?m)^(?:import|from) (\w+)", text)) == {"json", "math", "pathlib", "struct", "sys"}
+    line = [sys.executable, "-I", script, cases_folder, tmp_path / "foreign"]
+    run = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    judged = list(judge_folder(read_cases(cases_folder), tmp_path / "foreign", lambda *_: None))
+    assert [one.outcome for one in judged] == ["pass", "pass"], judged[0].reasons
+    assert read_case(cases_folder / "a.safetensors").digest
