@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpjax.crosscheck.consistent import consistent_with
 from cpjax.crosscheck.dumps import LAYOUTS, read_tensor
 from cpjax.crosscheck.judge import judge
 from cpjax.crosscheck.order import ORDERS
-from cpjax.crosscheck.question import PROFILE_OF
+from cpjax.crosscheck.question import PROFILE_OF, question
 from cpjax.crosscheck.verdict import Verdict
 from cpjax.errors import InputError
 from cpjax.precision import PROFILES
@@ -82,7 +83,24 @@ def judge_dump(
     choice, verdict, dump = min(
         found, key=lambda entry: (not entry[1].passed, profiles.index(entry[0][1]), _badness(entry[1]))
     )
-    return Said(verdict, _remarks(choice, verdict, found, layout, precision, order), dump)
+    remarks = _remarks(choice, verdict, found, layout, precision, order)
+    if verdict.passed:
+        remarks += _computes(dump, _places(dump, positions, lengths, is_causal=is_causal), scale, is_causal=is_causal)
+    return Said(verdict, remarks, dump)
+
+
+def _computes(dump: Dump, places: dict, scale: float, *, is_causal: bool) -> list[str]:
+    """What was computed, and with which precisions the result is consistent."""
+    places = {"q_positions": None, "kv_positions": None, "segment_ids": None, **places}
+    asked = question(
+        dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=1, layout="zigzag",
+        precision="float32", order="ascending", **places,
+    )  # fmt: skip
+    names = consistent_with(asked, scale, dump.out, dump.lse)
+    what = (
+        f"computes: {'causal' if is_causal else 'full'} attention, {dump.query.shape[2]} heads on {dump.key.shape[2]}"
+    )
+    return [f"{what}; consistent with {'; or '.join(names)}"] if names else [what]
 
 
 def _badness(verdict: Verdict) -> float:
