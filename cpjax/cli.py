@@ -54,6 +54,9 @@ the absorbed query, and the latent as key. Layout, precision and order of mergin
 Example: cpjax judge-dump --query q.npy --key k.npy --value v.npy --out o.npy --scale 0.125 --causal
 """
 
+Report = Annotated[
+    Path | None, typer.Option(help="write a page, DIR/index.html; nothing is overwritten", metavar="DIR")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -77,6 +80,7 @@ def crosscheck(
     given: Annotated[
         Path | None, typer.Option("--cases", help="compute the cases of this folder instead of a deployment's")
     ] = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """See CROSSCHECK_HELP."""
@@ -89,6 +93,7 @@ def crosscheck(
     names = list(dict.fromkeys(backend or ["spec", "npu"]))
     with _errors():
         check_names(names)
+        _free(report)
         if given is None:
             cases, remarks = cases_of(config, tokens=tokens, geometry=geometry, seed=seed, shares=shares)
         elif (config, tokens, geometry, seed, shares) == (None, None, None, 0, 1):
@@ -104,7 +109,8 @@ def crosscheck(
             for name in names:
                 launch(name, given or folder / "cases", folder / "results" / name, cases)
             with _progress() as advance:
-                judged = list(judge_folder(cases, folder / "results", advance))
+                judged = list(judge_folder(cases, folder / "results", advance, draw=report is not None))
+        _report(report, judged, "cpjax crosscheck")
         _show(judged, as_json)
 
 
@@ -112,15 +118,18 @@ def crosscheck(
 def judge(
     cases: Annotated[Path, typer.Argument(metavar="CASES", help="a folder of case files, or one")],
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="the folder with the results")],
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """See JUDGE_HELP."""
     from cpjax.crosscheck.session import judge_folder, read_cases
 
     with _errors():
+        _free(report)
         found = read_cases(cases)
         with _progress() as advance:
-            judged = list(judge_folder(found, results, advance))
+            judged = list(judge_folder(found, results, advance, draw=report is not None))
+        _report(report, judged, "cpjax judge")
         _show(judged, as_json)
 
 
@@ -215,13 +224,18 @@ def judge_dump(
     cp: Annotated[int, typer.Option(min=1, max=2**16, help="ranks; keys were cut into 2·cp chunks")] = 1,
     precision: Annotated[str | None, typer.Option(help="a profile, see docs/precision.md")] = None,
     order: Annotated[str | None, typer.Option(help="of merging: ring, gather, ascending, unknown")] = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """See DUMP_HELP."""
+    from dataclasses import replace
+
     from cpjax.crosscheck import dumped
+    from cpjax.crosscheck.report.dump import dumped_figures
     from cpjax.crosscheck.session import Judged
 
     with _errors():
+        _free(report)
         try:
             several = None if lengths is None else [int(n) for n in lengths.split(",")]
         except ValueError:
@@ -233,6 +247,10 @@ def judge_dump(
         for remark in said.remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, None, said.verdict)
+        if report is not None:
+            drawn = dumped_figures(said, scale=scale, is_causal=causal, positions=positions, lengths=several, cp=cp)
+            judged = replace(judged, figures=drawn, remarks=tuple(said.remarks))
+        _report(report, [judged], "cpjax judge-dump")
         _show([judged], as_json)
 
 
@@ -269,6 +287,21 @@ def _progress() -> Iterator:
             bar.update(tasks[what], completed=done, total=total)
 
         yield advance
+
+
+def _free(report: Path | None) -> None:
+    """Refuse a report that would overwrite something before anything is computed."""
+    if report is not None:
+        from cpjax.crosscheck.report.page import check_free
+
+        check_free(report)
+
+
+def _report(report: Path | None, judged: list, title: str) -> None:
+    if report is not None:
+        from cpjax.crosscheck.report.page import write_report
+
+        print(f"cpjax: report: {write_report(report, judged, title)}", file=sys.stderr)
 
 
 def _show(judged: list, as_json: bool) -> None:

@@ -64,7 +64,7 @@ def judge_dump(
     dumps = _readable(query, key, value, out, lse, layout)
     found: list[tuple[tuple, Verdict, Dump]] = []
     for dump in dumps:
-        places = _places(dump, positions, lengths, is_causal=is_causal)
+        places = places_of(dump, positions, lengths, is_causal=is_causal)
         profiles = [precision] if precision else _profiles(dump)
         for profile in profiles:
             for one in [order] if order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"]):
@@ -85,7 +85,7 @@ def judge_dump(
     )
     remarks = _remarks(choice, verdict, found, layout, precision, order)
     if verdict.passed:
-        remarks += _computes(dump, _places(dump, positions, lengths, is_causal=is_causal), scale, is_causal=is_causal)
+        remarks += _computes(dump, places_of(dump, positions, lengths, is_causal=is_causal), scale, is_causal=is_causal)
     return Said(verdict, remarks, dump)
 
 
@@ -170,7 +170,7 @@ def _in_layout(query: list[Path], key: list[Path], value: Path, out: Path, lse: 
     return Dump(q, k, v, o, None if summed is None else summed.astype(np.float32), layout)
 
 
-def _places(dump: Dump, positions: Path | None, lengths: list[int] | None, *, is_causal: bool) -> dict:
+def places_of(dump: Dump, positions: Path | None, lengths: list[int] | None, *, is_causal: bool) -> dict:
     """Positions and segments as `judge` takes them."""
     batch, length = dump.query.shape[:2]
     keys = dump.key.shape[1]

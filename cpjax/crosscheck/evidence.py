@@ -91,7 +91,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """Some judged rows of the query heads that share one key/value head."""
 
     batch: int
@@ -105,7 +105,7 @@ class _Tile:
 
 @dataclass(frozen=True)
 class _Found:
-    tile: _Tile
+    tile: Tile
     table: RowTable
     keys: Int[np.ndarray, " n"]
     key_scores: Score
@@ -145,7 +145,7 @@ def collect(
 
 
 def _each_tile(
-    measure: Callable[[np.ndarray, np.ndarray, _Tile], _Found], question: Question, chosen: Bool[np.ndarray, "B T N"]
+    measure: Callable[[np.ndarray, np.ndarray, Tile], _Found], question: Question, chosen: Bool[np.ndarray, "B T N"]
 ) -> Iterator[_Found]:
     """Measure all tiles; large problems on all processors, since NumPy works outside Python's lock."""
     is_large = chosen.sum() * question.key.shape[1] >= 16 * ELEMENTS
@@ -156,7 +156,7 @@ def _each_tile(
             yield from each(partial(measure, key, value), tiles)
 
 
-def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[_Tile]:
+def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
     batch, position, head = np.nonzero(chosen)
     query, same = _same_rows(question, batch, position, head)
     times = np.bincount(query)[query]
@@ -168,7 +168,7 @@ def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[_T
     for start, stop in zip(groups, [*groups[1:], len(order)], strict=True):
         for first in range(start, stop, size):
             at = order[first : min(first + size, stop)]
-            yield _Tile(int(batch[at[0]]), int(kv_head[at[0]]), position[at], head[at], same[at], times[at])
+            yield Tile(int(batch[at[0]]), int(kv_head[at[0]]), position[at], head[at], same[at], times[at])
 
 
 def _same_rows(
@@ -196,11 +196,11 @@ def _numbered(rows: np.ndarray) -> Int[np.ndarray, " R"]:
 
 
 def _measure(
-    question: Question, out: np.ndarray, lse: np.ndarray | None, key: np.ndarray, value: np.ndarray, tile: _Tile
+    question: Question, out: np.ndarray, lse: np.ndarray | None, key: np.ndarray, value: np.ndarray, tile: Tile
 ) -> _Found:
     """The evidence of one tile; `key` and `value` of its head in float64."""
     b, at = tile.batch, tile.position
-    rows, model = _model(question, key, value, tile)
+    rows, model = model_of(question, key, value, tile)
     expected = model.expected()
     given = out[b, at, tile.head].astype(np.float64)
     unjudged = ~(expected.distortion <= 0.5) | ~np.isfinite(expected.low).all(1) | ~np.isfinite(expected.high).all(1)
@@ -214,7 +214,7 @@ def _measure(
     mean_square, rounded, bias = _spread(error, np.where(expected.sigma > least, expected.sigma, 0.0))
     mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
     rounded = np.where(unjudged, 0, rounded)
-    freedom = np.where(rounded > 0, effective_freedom(_distinct(rows.out), expected.coherent), 0.0)
+    freedom = np.where(rounded > 0, effective_freedom(distinct(rows.out), expected.coherent), 0.0)
     scale, shared = scale_score(model, expected, error, lse_error, unjudged)
     shared = [part._replace(variance=part.variance * tile.times) for part in shared]
     inflation = np.divide(rounded, freedom, out=np.ones_like(freedom), where=freedom > 0) * tile.times
@@ -241,7 +241,8 @@ def _measure(
     return _Found(tile, table, rows.index, scores, shared, _lattice(question, rows, given, unjudged))
 
 
-def _model(question: Question, key: np.ndarray, value: np.ndarray, tile: _Tile) -> tuple[Rows, ErrorModel]:
+def model_of(question: Question, key: np.ndarray, value: np.ndarray, tile: Tile) -> tuple[Rows, ErrorModel]:
+    """Exact attention of a tile's rows, and the error model of the arithmetic that is asked about."""
     b, at = tile.batch, tile.position
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
@@ -267,7 +268,7 @@ def _spread(
     return (deviation**2).sum(axis=1) / np.maximum(count, 1), count, deviation.sum(axis=1) / np.maximum(count, 1)
 
 
-def _distinct(x: Float[np.ndarray, "R V"]) -> Int[np.ndarray, " R"]:
+def distinct(x: Float[np.ndarray, "R V"]) -> Int[np.ndarray, " R"]:
     """Different numbers in each row."""
     return 1 + (np.diff(np.sort(x, axis=1), axis=1) != 0).sum(axis=1)
 

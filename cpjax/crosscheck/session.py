@@ -13,7 +13,9 @@ from cpjax.crosscheck.case import Case, read_case
 from cpjax.crosscheck.checksums import verify
 from cpjax.crosscheck.judge import judge
 from cpjax.crosscheck.outcome import read_note
+from cpjax.crosscheck.question import question
 from cpjax.crosscheck.readings import read
+from cpjax.crosscheck.report.figures import Figures, figures
 from cpjax.crosscheck.result import read_result
 from cpjax.crosscheck.verdict import Verdict
 from cpjax.errors import InputError
@@ -44,6 +46,8 @@ class Judged:
     """What a diagnostic case says of the result (`cpjax.crosscheck.readings`)."""
     about: dict[str, Any] | None = None
     """Provenance, as the result states it."""
+    figures: Figures | None = None
+    """What a report draws; only if asked for."""
 
     @property
     def outcome(self) -> Outcome:
@@ -90,7 +94,9 @@ class Judged:
         }
 
 
-def judge_result(case: Case, path: Path, progress: Progress = lambda what, done, total: None) -> Judged:
+def judge_result(
+    case: Case, path: Path, progress: Progress = lambda what, done, total: None, *, draw: bool = False
+) -> Judged:
     """Judge the result of a case at `path`; whatever is wrong with the file is an error, never an exception.
 
     A note in its place (`path` with the suffix .json) says why there is none.
@@ -118,6 +124,12 @@ def judge_result(case: Case, path: Path, progress: Progress = lambda what, done,
         )
     except ValueError as error:  # the case itself cannot be judged
         return Judged(case.name, result.backend, result.precision, result.order, None, None, str(error))
+    drawn = None
+    if draw:
+        asked = question(
+            case.query, case.key, case.value, **how(case), window=None, precision=result.precision, order=result.order
+        )
+        drawn = figures(asked, result.out)
     return Judged(
         case.name,
         result.backend,
@@ -127,6 +139,7 @@ def judge_result(case: Case, path: Path, progress: Progress = lambda what, done,
         verdict,
         remarks=tuple(read(case, result)),
         about=result.about,
+        figures=drawn,
     )
 
 
@@ -184,11 +197,11 @@ def result_folders(results: Path) -> list[Path]:
     return folders if folders and not any(results.glob("*.safetensors")) else [results]
 
 
-def judge_folder(cases: list[Case], results: Path, progress: Progress) -> Iterator[Judged]:
+def judge_folder(cases: list[Case], results: Path, progress: Progress, *, draw: bool = False) -> Iterator[Judged]:
     """Judge every case's result in every folder of results; a missing one is a failure."""
     for folder in result_folders(results):
         for case in cases:
-            yield judge_result(case, folder / f"{case.name}.safetensors", progress)
+            yield judge_result(case, folder / f"{case.name}.safetensors", progress, draw=draw)
 
 
 def table_of(judged: list[Judged]) -> Table:

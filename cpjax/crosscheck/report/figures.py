@@ -1,0 +1,96 @@
+"""What a report draws, measured on a sample of rows: it illustrates, and decides nothing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from cpjax.crosscheck.evidence import Tile, distinct, model_of
+from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.statistic import effective_freedom
+
+ROWS = 16
+"""Rows of each query chunk, head and batch row that are looked at, at most."""
+
+SCORES = 2**25
+"""Scores that are looked at, at most; with very long keys fewer rows."""
+
+EDGES = np.linspace(-5, 5, 41)
+"""Of the histogram, in σ; what lies outside is counted in the outermost bins."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """NaN where nothing was measured or nothing is visible."""
+
+    spread: Float[np.ndarray, "Q N"]
+    """RMS(error/σ) for each query chunk and head."""
+    pull: Float[np.ndarray, "Q C"]
+    """By how many standard deviations the errors point along the contribution of a key/value chunk: beyond ±6 it
+    entered with another weight than 1, or with other keys."""
+    steps: Float[np.ndarray, "R S"] | None
+    """Largest |pull| for each rank and ring step; None where the order has no steps."""
+    histogram: Float[np.ndarray, " bins"]
+    """Share of the error/σ in each bin of `EDGES`."""
+    rows: int
+    """Rows that were looked at."""
+
+
+def figures(question: Question, out: np.ndarray, seed: int = 0) -> Figures:
+    """The figures of a result `[B, T, N, V]` that has the right shape."""
+    heads = question.query.shape[2]
+    chunks = int(question.q_chunk.max()) + 1, int(question.kv_chunk.max()) + 1
+    squares, counts = np.zeros((chunks[0], heads)), np.zeros((chunks[0], heads))
+    value, variance, deviations, looked = np.zeros(chunks), np.zeros(chunks), [], 0
+    for tile in _sample(question, seed):
+        key, val = (x[tile.batch, :, tile.kv_head].astype(np.float64) for x in (question.key, question.value))
+        rows, model = model_of(question, key, val, tile)
+        expected = model.expected()
+        given = out[tile.batch, tile.position, tile.head].astype(np.float64)
+        usable = (expected.sigma > 0) & np.isfinite(given) & model.in_range[:, None]
+        with np.errstate(invalid="ignore"):
+            deviation = np.divide(given - rows.out, expected.sigma, out=np.zeros_like(given), where=usable)
+        chunk = int(question.q_chunk[tile.position[0]])
+        np.add.at(squares[chunk], tile.head, (deviation**2).sum(axis=1))
+        np.add.at(counts[chunk], tile.head, usable.sum(axis=1))
+        deviations.append(deviation[usable])
+        inflation = usable.sum(axis=1) / np.maximum(effective_freedom(distinct(rows.out), expected.coherent), 1)
+        weight = np.divide(1.0, expected.sigma, out=np.zeros_like(given), where=usable)
+        for c, number in enumerate(rows.chunks):
+            along = (rows.chunk_part[:, c] - rows.chunk_weight[:, c, None] * rows.out) * weight
+            value[chunk, number] += (along * deviation).sum()
+            variance[chunk, number] += ((along**2).sum(axis=1) * np.maximum(inflation, 1)).sum()
+        looked += len(tile.position)
+    spread = np.sqrt(np.divide(squares, counts, out=np.full_like(squares, np.nan), where=counts > 0))
+    pull = np.divide(value, np.sqrt(variance), out=np.full_like(value, np.nan), where=variance > 0)
+    everything = np.clip(np.concatenate([*deviations, np.zeros(0)]), EDGES[0], EDGES[-1])
+    histogram = np.histogram(everything, EDGES)[0] / max(len(everything), 1)
+    return Figures(spread, pull, _steps(question, pull), histogram, looked)
+
+
+def _sample(question: Question, seed: int):
+    """Some rows of each query chunk, batch row and key/value head, of all heads that share it."""
+    rng = np.random.default_rng(seed)
+    batch, _, heads, _ = question.query.shape
+    count = int(question.q_chunk.max()) + 1
+    most = max(1, min(ROWS, SCORES // (question.key.shape[1] * count * batch * heads)))
+    for b, c, k in np.ndindex(batch, count, question.key.shape[2]):
+        at = np.flatnonzero((question.q_chunk == c) & question.is_judged[b])
+        at = np.sort(rng.permutation(at)[:most])
+        if len(at):
+            own = np.arange(k * question.group, (k + 1) * question.group)
+            position, head = np.repeat(at, len(own)), np.tile(own, len(at))
+            one = np.ones_like(position)
+            yield Tile(b, k, position, head, np.arange(len(position)), one)
+
+
+def _steps(question: Question, pull: np.ndarray) -> np.ndarray | None:
+    if question.layout != "zigzag" or question.order not in ("ring", "gather") or question.cp == 1:
+        return None
+    cp, last = question.cp, 2 * question.cp - 1
+    steps = np.full((cp, cp), np.nan)
+    for q, c in np.ndindex(pull.shape):
+        rank, source = min(q, last - q), min(c, last - c)
+        step = (rank - source) % cp if question.order == "ring" else source
+        steps[rank, step] = np.fmax(steps[rank, step], abs(pull[q, c]))
+    return steps

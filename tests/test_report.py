@@ -1,0 +1,159 @@
+"""The page: complete, alone (nothing is fetched), and what comes from files is text in it, never markup."""
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cpjax.cli import app
+from cpjax.crosscheck import judge
+from cpjax.crosscheck.question import question
+from cpjax.crosscheck.report.figures import figures
+from cpjax.crosscheck.report.page import html, write_report
+from cpjax.crosscheck.session import Judged
+from cpjax.errors import InputError
+from cpjax.trial.emulators import PROFILES, attend, chunk_results, cut, fold, visits
+from cpjax.trial.problem import Problem
+
+EVIL = "<script>alert(1)</script>"
+
+
+def judged(*, wrong: bool, is_causal: bool = False) -> Judged:
+    """A judged result at cp 2; wrong: chunk 2 of the keys was left out of chunk 1 of the queries."""
+    rng = np.random.default_rng(0)
+    shapes = (64, 2, 16), (64, 2, 16), (64, 2, 8)
+    p = Problem(*(rng.normal(size=(1, *shape)) for shape in shapes), 0.25, is_causal=is_causal, cp=2).cast("float16")
+    out, lse = attend(p, PROFILES["flash_fp16"], "ring")
+    if wrong:
+        blocks = chunk_results(p, PROFILES["flash_fp16"], cut(64, 4))
+        order = np.array([c for c in visits(p, "ring")[16] if c != 2])  # a row of chunk 1
+        without = fold(blocks, np.broadcast_to(order, (64, len(order))), PROFILES["flash_fp16"])
+        out[:, 16:32], lse[:, 16:32] = without[0][:, 16:32], without[1][:, 16:32]
+    options = {**p.question(), "layout": "zigzag", "precision": "flash_fp16", "order": "ring"}
+    verdict = judge(p.query, p.key, p.value, out, lse, **options)
+    drawn = figures(question(p.query, p.key, p.value, **options), out)
+    about = {"torch": "2.13.0", EVIL: EVIL}
+    return Judged(EVIL, EVIL, "flash_fp16", "ring", None, verdict, remarks=(EVIL,), about=about, figures=drawn)
+
+
+class Page(HTMLParser):
+    """What the page holds; unclosed tags are an error."""
+
+    VOID = frozenset({"meta", "line", "rect", "polyline", "text"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tags: set[str] = set()
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def wrong():
+    return judged(wrong=True)
+
+
+def test_the_page_is_whole_and_needs_no_network(wrong):
+    text = html([wrong, judged(wrong=False)], "cpjax judge")
+    page = Page(text)
+    assert page.open == []
+    assert not page.tags & {"script", "link", "img", "iframe", "object"}
+    links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href", "action")]
+    assert links
+    assert all(link is not None and link.startswith("#") for link in links)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_it_says_what_the_verdict_says(wrong):
+    words = " ".join(" ".join(Page(html([wrong], "cpjax judge")).words).split())
+    assert wrong.verdict is not None
+    for number in (f"{wrong.verdict.z:.3f}", f"{wrong.verdict.max_error:.3g}", f"{wrong.verdict.hard_ratio:.3g}"):
+        assert number in words
+    for sentence in (*wrong.verdict.reasons, *wrong.verdict.diagnosis, EVIL, "NOT PASSED", "2.13.0"):
+        assert " ".join(sentence.split()) in words
+    assert wrong.verdict.diagnosis
+
+
+def test_a_right_result_has_no_diagnosis_and_passes():
+    words = " ".join(Page(html([judged(wrong=False)], "cpjax judge")).words)
+    assert "PASSED" in words
+    assert "NOT PASSED" not in words
+    assert "Diagnosis" not in words
+
+
+def test_the_maps_point_at_the_fault(wrong):
+    """Chunk 2 was left out of query chunk 1: there the errors point along it; rank 1 met it at step 0."""
+    drawn = wrong.figures
+    assert np.unravel_index(np.nanargmax(np.abs(drawn.pull)), drawn.pull.shape) == (1, 2)
+    assert np.unravel_index(np.nanargmax(drawn.steps), drawn.steps.shape) == (1, 0)
+    assert drawn.spread[1].min() > 3 > 1.3 > np.delete(drawn.spread, 1, axis=0).max()
+    assert abs(drawn.histogram.sum() - 1) < 1e-9
+    right = judged(wrong=False).figures
+    assert right is not None
+    assert np.nanmax(np.abs(right.pull)) < 6
+
+
+def test_what_nobody_sees_stays_empty():
+    drawn = judged(wrong=False, is_causal=True).figures
+    assert drawn is not None
+    seen = np.tri(4, dtype=bool)
+    assert np.isnan(drawn.pull[~seen]).all()
+    assert np.isfinite(drawn.pull[np.tri(4, k=-1, dtype=bool)]).all()
+
+
+def test_results_that_cannot_be_drawn_are_still_on_the_page(wrong):
+    refused = Judged("a", "npu", None, None, None, None, "no such file")
+    words = " ".join(Page(html([refused, replace(wrong, figures=None)], "t")).words)
+    assert "no such file" in words
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, wrong, monkeypatch):
+    page = write_report(tmp_path / "r", [wrong], "t")
+    before = page.read_bytes()
+    with pytest.raises(InputError, match="nothing is overwritten"):
+        write_report(tmp_path / "r", [wrong], "t")
+    assert page.read_bytes() == before
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="No space left"):
+        write_report(tmp_path / "s", [wrong], "t")
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_by_the_command(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(1, 32, 2, 8)).astype(np.float16) for name in ("q", "k", "v")}
+    p = Problem(arrays["q"], arrays["k"], arrays["v"], 0.25, is_causal=True).cast("float16")
+    arrays["o"] = attend(p, PROFILES["flash_fp16"])[0]
+    for name, x in arrays.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    files = [f"--{name}={tmp_path / name[0]}.npy" for name in ("query", "key", "value", "out")]
+    line = ["judge-dump", *files, "--scale=0.25", "--causal", "--layout-of=bsnd", "--report", str(tmp_path / "r")]
+    said = CliRunner().invoke(app, line)
+    assert said.exit_code == 0, said.output
+    assert Page((tmp_path / "r" / "index.html").read_text()).open == []
+    said = CliRunner().invoke(app, line)
+    assert said.exit_code == 2
+    assert "nothing is overwritten" in said.stderr
