@@ -4,8 +4,8 @@ Alone, this process starts the ranks of each case itself (one pool per cp). Unde
 """
 
 import os
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -120,8 +120,10 @@ def run(
     check_device(device, ranks, operators)
     try:
         results.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=results):  # else a folder that cannot be written is only noticed after the computing
+            pass
     except OSError as error:
-        raise InputError(f"{results} cannot be made ({error.strerror})") from None
+        raise InputError(f"{results} cannot be made or written ({error.strerror}); choose another folder") from None
     compute = _as_one_rank if distributed else _alone
     errors = compute(todo, device, timeout, settings)
     return [_outcome(job, errors.get(job.name)) for job in jobs] if is_first_rank() else []
@@ -180,11 +182,18 @@ def _as_one_rank(todo: list[Job], device: str, timeout: float, settings: Setting
     todo = agreed[0]
     with progress(sum(job.cp for job in todo), visible=rank == 0) as advance:
         for number, job in enumerate(todo):
-            listener = partial(_listener(advance, job.name, number * job.cp), rank)
+            advance_step = _listener(advance, job.name, number * job.cp)
+            last = ["start", 0]
+
+            def listen(what: str, step: int, last: list = last, advance_step: Listener = advance_step) -> None:
+                last[:] = what, step
+                advance_step(rank, what, step)
+
             try:
-                compute_case(job.case, job.result, place, listener, settings)
+                compute_case(job.case, job.result, place, listen, settings)
             except (RankError, OSError) as error:
-                raise RankError(f"{job.name}: rank {rank}: {error}") from error
+                where = f"{last[0]}, step {last[1]}"
+                raise RankError(f"{job.name}: rank {rank}: {error} (last heard: {where})") from error
             advance(job.name, (number + 1) * job.cp)
     dist.destroy_process_group()
     return {}

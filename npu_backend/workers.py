@@ -159,7 +159,10 @@ class Workers:
         if failures:
             first = min(failure.blame for failure in failures.values())
             to_blame = [rank for rank in sorted(failures) if failures[rank].blame == first]
-            raise RankError("; ".join(f"rank {rank}: {failures[rank].text}" for rank in to_blame))
+            texts = (
+                f"{failures[rank].text} (last heard: {doing[rank].what}, step {doing[rank].step})" for rank in to_blame
+            )
+            raise RankError("; ".join(f"rank {rank}: {text}" for rank, text in zip(to_blame, texts, strict=True)))
 
     def _receive(self, rank: int) -> Any:
         try:
@@ -168,14 +171,14 @@ class Workers:
             process = self._processes[rank]
             process.join(GRACE_SECONDS)
             code = process.exitcode
-            how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-            return _Failed(_DIED, f"died ({how})")
+            how = f"was killed by signal {-code}" if code is not None and code < 0 else f"died with exit code {code}"
+            return _Failed(_DIED, how)
 
 
 def _silent(doing: _Doing, timeout: float) -> _Failed:
     """A rank that waits for another is not the one to blame."""
     blame = _LINK if doing.what == "wait" else _SILENT
-    return _Failed(blame, f"silent for {timeout:g} s (last heard: {doing.what}, step {doing.step})")
+    return _Failed(blame, f"silent for {timeout:g} s")
 
 
 def _serve(rank: int, cp: int, device: str, init_method: str, timeout: float, connection: Connection) -> None:

@@ -99,7 +99,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_computed(tmp_path, 
     assert "device npu: torch_npu is not installed" in refused(capsys, cases, results, "--device", "npu")
     assert not results.exists()
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in refused(capsys, cases, tmp_path / "file" / "results")
+    assert "cannot be made or written" in refused(capsys, cases, tmp_path / "file" / "results")
 
 
 def test_a_result_of_another_case_is_never_overwritten(tmp_path, capsys):
@@ -146,7 +146,7 @@ def test_ranks_that_die_fail_or_hang_are_named_and_nobody_is_left(files, tmp_pat
         first = workers.pids
 
         os.kill(first[1], signal.SIGKILL)
-        with pytest.raises(RankError, match=r"rank 1: died \(killed by signal 9\)"):
+        with pytest.raises(RankError, match=r"rank 1: was killed by signal 9"):
             workers.run(case, result)
         assert workers.pids == []
         assert not any(map(alive, first))
