@@ -1,6 +1,7 @@
 """Each profile rounds where it says, bit for bit with a NumPy twin, stage by stage, under `jit`."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,13 @@ def one_of(found, make) -> None:
 def test_scores(name, seed, rule):
     rng = np.random.default_rng(seed)
     query, key, seen = exact(rng, T, 4), exact(rng, 9, 4), rng.random((T, 9)) < 0.7
-    found = staged(tiles.scores, 3)(query[None, None, None], key[None, None], one_head(seen), attention(rule, name))
+    # With a power of two nobody would miss the rounding of q·k. With another, XLA may join it with the softcap.
+    scale = 0.3 if rule.softcap is None else SCALE
+    found = staged(tiles.scores, 3)(
+        query[None, None, None], key[None, None], one_head(seen), replace(attention(rule, name), scale=scale)
+    )
     stages = twin.PROFILES[name]
-    one_of([found[0, 0, 0]], lambda v: [twin.scores(query, key, seen, SCALE, rule.softcap, stages, v)])
+    one_of([found[0, 0, 0]], lambda v: [twin.scores(query, key, seen, scale, rule.softcap, stages, v)])
 
 
 def state(rng, stages):
