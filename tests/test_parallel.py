@@ -54,13 +54,16 @@ def test_on_a_mesh_with_tp_and_dp(p, exchange):
 
 
 @pytest.mark.parametrize("exchange", ["ring", "gather"])
-def test_tp_and_dp_change_no_bit(exchange):
+def test_tp_and_dp_change_nothing(exchange):
+    """But the order in which XLA adds up a product: with fewer heads a device it takes another matrix kernel."""
     place = tokens(2, 16)
     p = problem(0, "normal", place, place, RULES[0], heads=(4, 2))
-    p = p._replace(**{name: getattr(p, name).astype(np.float16) for name in ("query", "key", "value")})
-    alone = run(p, cp_mesh(2), precision="flash_fp16", exchange=exchange)
-    mesh = mesh_of(dp=2, cp=2, tp=2)
-    equal_bits(run(p, mesh, head_axis="tp", batch_axis="dp", precision="flash_fp16", exchange=exchange), alone)
+    with jax.enable_x64(True):
+        alone = run(p, cp_mesh(2), precision="float64", exchange=exchange)
+        mesh = mesh_of(dp=2, cp=2, tp=2)
+        found = run(p, mesh, head_axis="tp", batch_axis="dp", precision="float64", exchange=exchange)
+    for x, y in zip(found, alone, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-14 * np.abs(p.value).max())
 
 
 def test_one_rank_is_one_block_bit_for_bit():
