@@ -3,6 +3,7 @@
 import os
 
 import jax
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX is first used
@@ -23,3 +24,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_report_header() -> str:
     """How many examples each property gets, unless it says otherwise itself."""
     return f"hypothesis: profile {settings.get_current_profile_name()}, {settings().max_examples} examples a property"
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """A persistent pool of processes of the NPU backend for each cp; they start when they are first used."""
+    from npu_backend.workers import Workers
+
+    found = {cp: Workers(cp, timeout=60) for cp in (1, 2, 3, 4)}
+    yield found
+    for workers in found.values():
+        workers.close()

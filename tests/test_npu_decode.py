@@ -24,18 +24,9 @@ from npu_backend.families import FAMILIES
 from npu_backend.operators import Partial
 from npu_backend.rank import Settings
 from npu_backend.shard import check_computable
-from npu_backend.workers import Workers
 
 CP = (1, 2, 3, 4)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def pools():
-    found = {cp: Workers(cp, timeout=60) for cp in CP}
-    yield found
-    for workers in found.values():
-        workers.close()
 
 
 def write_decode(folder, lengths, new, *, cp, seed=0, dims=(576, 512), heads=(8, 1), name="decode", **changes):
@@ -121,7 +112,8 @@ def test_ranks_without_a_token_change_nothing(tmp_path):
         assert (lse == -torch.inf).all()
     for how in decode.MERGES:
         out, lse = merge(partials, how)
-        torch.testing.assert_close(out, partials[0].out, rtol=2e-3, atol=0)
+        # One merge: out moves by a place of FP16 at most, lse by a few roundings of float32's exp and log.
+        torch.testing.assert_close(out, partials[0].out, rtol=2.0**-10, atol=0)
         torch.testing.assert_close(lse, partials[0].lse, rtol=1e-6, atol=1e-6)
     nobody = merge(partials[1:], "attention-update")  # NaN in the operator itself
     assert (nobody.out == 0).all()

@@ -18,18 +18,9 @@ from npu_backend.errors import InputError
 from npu_backend.families import FAMILIES
 from npu_backend.rank import Settings
 from npu_backend.schedule import Exchange, blocks, check_exchange, source
-from npu_backend.workers import Workers
 
 CP = (1, 2, 3, 4)
 PRECISION = {name: family.precision for name, family in FAMILIES.items()}
-
-
-@pytest.fixture(scope="module")
-def pools():
-    found = {cp: Workers(cp, timeout=60) for cp in CP}
-    yield found
-    for workers in found.values():
-        workers.close()
 
 
 def exchanges(cp):
