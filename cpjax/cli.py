@@ -179,8 +179,9 @@ def backends(as_json: Json = False) -> None:
         rows = [about(entry) for entry in installed().values()]
     if as_json:
         print(json.dumps(rows, indent=2))
-    for row in [] if as_json else rows:
-        print(f"{row['name']:<12} {row['package']} {row['version']}  {row['value']}")
+    else:
+        for row in rows:
+            print(f"{row['name']:<12} {row['package']} {row['version']}  {row['value']}")
 
 
 BENCH_HELP = """Time the forward pass beside PyTorch's fused kernel and dense JAX: interleaved, medians.
@@ -231,7 +232,7 @@ def judge_dump(
     from dataclasses import replace
 
     from cpjax.crosscheck import dumped
-    from cpjax.crosscheck.report.dump import dumped_figures
+    from cpjax.crosscheck.report.figures import figures
     from cpjax.crosscheck.session import Judged
 
     with _errors():
@@ -248,7 +249,8 @@ def judge_dump(
             print(f"cpjax: {remark}", file=sys.stderr)
         judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, None, said.verdict)
         if report is not None:
-            drawn = dumped_figures(said, scale=scale, is_causal=causal, positions=positions, lengths=several, cp=cp)
+            # What is no result at all, by its form, cannot be drawn.
+            drawn = None if "form" in said.verdict.failed_tests else figures(said.asked, said.dump.out)
             judged = replace(judged, figures=drawn, remarks=tuple(said.remarks))
         _report(report, [judged], "cpjax judge-dump")
         _show([judged], as_json)

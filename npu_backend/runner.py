@@ -182,21 +182,24 @@ def _as_one_rank(todo: list[Job], device: str, timeout: float, settings: Setting
     todo = agreed[0]
     with progress(sum(job.cp for job in todo), visible=rank == 0) as advance:
         for number, job in enumerate(todo):
-            advance_step = _listener(advance, job.name, number * job.cp)
-            last = ["start", 0]
-
-            def listen(what: str, step: int, last: list = last, advance_step: Listener = advance_step) -> None:
-                last[:] = what, step
-                advance_step(rank, what, step)
-
-            try:
-                compute_case(job.case, job.result, place, listen, settings)
-            except (RankError, OSError) as error:
-                where = f"{last[0]}, step {last[1]}"
-                raise RankError(f"{job.name}: rank {rank}: {error} (last heard: {where})") from error
+            _my_share(job, rank, place, _listener(advance, job.name, number * job.cp), settings)
             advance(job.name, (number + 1) * job.cp)
     dist.destroy_process_group()
     return {}
+
+
+def _my_share(job: Job, rank: int, place: torch.device, listener: Listener, settings: Settings) -> None:
+    last = ("start", 0)
+
+    def listen(what: str, step: int) -> None:
+        nonlocal last
+        last = what, step
+        listener(rank, what, step)
+
+    try:
+        compute_case(job.case, job.result, place, listen, settings)
+    except (RankError, OSError) as error:
+        raise RankError(f"{job.name}: rank {rank}: {error} (last heard: {last[0]}, step {last[1]})") from error
 
 
 def _outcome(job: Job, error: str | None) -> Outcome:

@@ -7,6 +7,7 @@ statistic, directed                     from errors to deviates; tests for singl
 question, extremes, evidence            the inputs, checked; every row in range; every judged row measured
 verdict, judge                          the decision, in words
 case, result, outcome                   what goes to a backend and comes back, as files (docs/formats.md)
+whole                                   files and folders that are whole or not there
 conformance, checksums, readings        the cases a kernel author runs, and what they say in words
 backends, session                       who computes a case (docs/backends.md); cases and results judged and shown
 """

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.numpy import save
 
 from cpjax.crosscheck.decode import check_decode
 from cpjax.crosscheck.pack import check_pack
+from cpjax.crosscheck.whole import whole
 from cpjax.errors import InputError
 from cpjax.mask import Tokens
 from cpjax.precision import PROFILES
@@ -225,16 +225,12 @@ def write_whole(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
     """
     if path.exists():
         raise InputError(f"{path} is there already; nothing is overwritten, move it away")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
-        unfinished.write_bytes(_in_order(content))
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
+            unfinished.write_bytes(_in_order(content))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({next(iter(str(error).splitlines()), '')})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _in_order(content: bytes) -> bytes:

@@ -4,8 +4,6 @@ The same bytes on every machine: numbers are made of SHAKE-256 and integers, by 
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.case import Case, write_case
 from cpjax.crosscheck.checksums import write_sums
+from cpjax.crosscheck.whole import is_free, whole
 from cpjax.errors import InputError
 from cpjax.mask import PAD, Tokens
 
@@ -45,17 +44,14 @@ def write_conformance(folder: Path) -> list[Case]:
     Raises:
       InputError: the folder is there and not empty, or cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not is_free(folder):
         raise InputError(f"{folder} is there already; nothing is overwritten, name another folder")
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        cases = [write_case(unfinished, case) for case in conformance_cases()]
-        write_sums(unfinished, f"cpjax conformance set, version {VERSION}")
-        os.replace(unfinished, folder)
+        with whole(folder) as unfinished:
+            cases = [write_case(unfinished, case) for case in conformance_cases()]
+            write_sums(unfinished, f"cpjax conformance set, version {VERSION}")
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return cases
 
 

@@ -35,7 +35,7 @@ def consistent_with(asked: Question, scale: float, out: np.ndarray, lse: np.ndar
     """The likeliest precision in words, and what cannot be told apart from it; empty where none explains the result.
 
     Args:
-      asked: the question; its precision and its cp do not matter.
+      asked: the question; its precision, cp and order do not matter.
       scale: as it was stated, not rounded.
     """
     if out.dtype.name not in ("float16", "bfloat16", "float32"):
@@ -44,7 +44,7 @@ def consistent_with(asked: Question, scale: float, out: np.ndarray, lse: np.ndar
     places = np.flatnonzero(asked.is_judged[0])
     chosen[0, np.random.default_rng(seed).permutation(places)[:ROWS], 0] = True
     named = {
-        name: replace(asked, precision=precision, scale=scale_in(precision, scale), cp=1)
+        name: replace(asked, precision=precision, scale=scale_in(precision, scale), cp=1, order="ascending")
         for name, precision in candidates(out.dtype.name).items()
     }
     # All are asked about the same rows.

@@ -9,7 +9,7 @@ from cpjax.crosscheck.consistent import consistent_with
 from cpjax.crosscheck.dumps import LAYOUTS, read_tensor
 from cpjax.crosscheck.judge import judge
 from cpjax.crosscheck.order import ORDERS
-from cpjax.crosscheck.question import PROFILE_OF, question
+from cpjax.crosscheck.question import PROFILE_OF, Question, question
 from cpjax.crosscheck.verdict import Verdict
 from cpjax.errors import InputError
 from cpjax.precision import PROFILES
@@ -32,6 +32,8 @@ class Said(NamedTuple):
     verdict: Verdict
     remarks: list[str]
     dump: Dump
+    asked: Question
+    """What the verdict answers."""
 
 
 def judge_dump(
@@ -62,9 +64,9 @@ def judge_dump(
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"--layout-of {layout!r} is unknown; known are {', '.join(LAYOUTS)}")
     dumps = _readable(query, key, value, out, lse, layout)
-    found: list[tuple[tuple, Verdict, Dump]] = []
+    found: list[tuple[tuple, Verdict, Dump, dict]] = []
     for dump in dumps:
-        places = places_of(dump, positions, lengths, is_causal=is_causal)
+        places = _places(dump, positions, lengths, is_causal=is_causal)
         profiles = [precision] if precision else _profiles(dump)
         for profile in profiles:
             for one in [order] if order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"]):
@@ -77,29 +79,28 @@ def judge_dump(
                     )  # fmt: skip
                 except ValueError as error:
                     raise InputError(f"{next(iter(str(error).splitlines()), '')}") from None
-                found.append(((dump.layout, profile, one), verdict, dump))
+                found.append(((dump.layout, profile, one), verdict, dump, places))
     # If nothing passes the strictest precision is taken: a laxer one would only make the failure look smaller.
     profiles = list(dict.fromkeys(entry[0][1] for entry in found))
-    choice, verdict, dump = min(
+    choice, verdict, dump, places = min(
         found, key=lambda entry: (not entry[1].passed, profiles.index(entry[0][1]), _badness(entry[1]))
     )
     remarks = _remarks(choice, verdict, found, layout, precision, order)
-    if verdict.passed:
-        remarks += _computes(dump, places_of(dump, positions, lengths, is_causal=is_causal), scale, is_causal=is_causal)
-    return Said(verdict, remarks, dump)
-
-
-def _computes(dump: Dump, places: dict, scale: float, *, is_causal: bool) -> list[str]:
-    """What was computed, and with which precisions the result is consistent."""
-    places = {"q_positions": None, "kv_positions": None, "segment_ids": None, **places}
+    _, profile, one = choice
     asked = question(
-        dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=1, layout="zigzag",
-        precision="float32", order="ascending", **places,
+        dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=cp, layout="zigzag",
+        precision=profile, order=one, **{"q_positions": None, "kv_positions": None, "segment_ids": None, **places},
     )  # fmt: skip
+    if verdict.passed:
+        remarks += _computes(dump, asked, scale)
+    return Said(verdict, remarks, dump, asked)
+
+
+def _computes(dump: Dump, asked: Question, scale: float) -> list[str]:
+    """What was computed, and with which precisions the result is consistent."""
     names = consistent_with(asked, scale, dump.out, dump.lse)
-    what = (
-        f"computes: {'causal' if is_causal else 'full'} attention, {dump.query.shape[2]} heads on {dump.key.shape[2]}"
-    )
+    mask = "causal" if asked.mask.is_causal else "full"
+    what = f"computes: {mask} attention, {dump.query.shape[2]} heads on {dump.key.shape[2]}"
     return [f"{what}; consistent with {'; or '.join(names)}"] if names else [what]
 
 
@@ -170,7 +171,7 @@ def _in_layout(query: list[Path], key: list[Path], value: Path, out: Path, lse: 
     return Dump(q, k, v, o, None if summed is None else summed.astype(np.float32), layout)
 
 
-def places_of(dump: Dump, positions: Path | None, lengths: list[int] | None, *, is_causal: bool) -> dict:
+def _places(dump: Dump, positions: Path | None, lengths: list[int] | None, *, is_causal: bool) -> dict:
     """Positions and segments as `judge` takes them."""
     batch, length = dump.query.shape[:2]
     keys = dump.key.shape[1]

@@ -1,13 +1,13 @@
 """What stands in the place of a result where there is none: a note that says why (docs/formats.md)."""
 
 import json
-import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cpjax.crosscheck.case import VERSION, Case
+from cpjax.crosscheck.whole import whole
 from cpjax.errors import InputError
 
 MOST_BYTES = 2**20
@@ -44,15 +44,11 @@ def write_note(folder: Path, case: Case, backend: str, note: Note) -> Path:
         raise InputError(f"{path} is there already; nothing is overwritten, move it away")
     content = {"format": "cpjax.outcome", "version": VERSION, "name": case.name, "digest": case.digest}
     content |= {"backend": backend, "outcome": note.outcome, "reason": note.reason}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -1,7 +1,6 @@
 """`python -m cpjax.trial`: the judge on trial."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from cpjax.crosscheck.whole import whole
 from cpjax.errors import InputError
 from cpjax.trial import activations, detection, tables
 from cpjax.trial.emulators import PROFILES
@@ -141,9 +141,8 @@ def _must_not_exist(path: Path | None) -> None:
 def _write(path: Path | None, report: dict[str, Any]) -> None:
     if path is None:
         return
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1))
-    os.replace(part, path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from cpjax.crosscheck.backends import load
-from cpjax.crosscheck.backends.compute import FAILURES, compute
+from cpjax.crosscheck.backends.compute import FAILURES, compute, one_line
 from cpjax.crosscheck.backends.launch import REFUSED, owed
 from cpjax.crosscheck.outcome import Note, write_note
 from cpjax.crosscheck.session import read_cases
@@ -18,7 +18,7 @@ def main(name: str, cases: Path, results: Path) -> int:
         try:
             backend = load(name)
         except FAILURES as error:
-            note = Note("error", " ".join(f"it cannot be loaded: {type(error).__name__}: {error}".split())[:500])
+            note = Note("error", one_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
             for case in todo:
                 write_note(results, case, name, note)
             return 0

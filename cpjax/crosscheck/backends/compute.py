@@ -56,7 +56,7 @@ def asked(backend: Backend, case: Case) -> Note | None:
         return None
     if not isinstance(reason, str) or not reason.strip():
         return Note("error", f"supports() returned {reason!r:.60}; it must be None or a reason in words")
-    return Note("unsupported", _line(reason))
+    return Note("unsupported", one_line(reason))
 
 
 def _answer(name: str, backend: Backend, case: Case) -> Result | Note:
@@ -98,8 +98,9 @@ def _array(name: str, given: Any, dtype: str, shape: tuple[int, ...]) -> np.ndar
 def _said(error: BaseException, where: str) -> Note:
     """The note on an exception; its traceback goes to stderr."""
     traceback.print_exception(error)
-    return Note("error", _line(f"{where}() raised {type(error).__name__}: {error}"))
+    return Note("error", one_line(f"{where}() raised {type(error).__name__}: {error}"))
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text as a note takes it."""
     return " ".join(text.split())[:500]

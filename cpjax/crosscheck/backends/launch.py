@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpjax.crosscheck.case import Case
 from cpjax.crosscheck.outcome import Note, write_note
+from cpjax.crosscheck.whole import is_free
 from cpjax.errors import InputError
 
 REFUSED = 77
@@ -22,7 +23,7 @@ def launch(name: str, cases: Path, results: Path, all_cases: list[Case]) -> None
     Raises:
       InputError: `results` holds something already, or cannot be written.
     """
-    if results.exists() and not (results.is_dir() and not any(results.iterdir())):
+    if not is_free(results):
         raise InputError(f"{results} is there already; nothing is overwritten, move it away")
     while owed(all_cases, results):
         line = [sys.executable, "-m", "cpjax.crosscheck.backends", name, str(cases), str(results)]

@@ -7,6 +7,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled
 from cpjax.crosscheck.diagnosis.sample import Sample
+from cpjax.crosscheck.evidence import distinct
 from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Question
 from cpjax.crosscheck.statistic import effective_freedom
@@ -49,8 +50,7 @@ class Measured:
         self.sample, self.question = sample, question
         self.model = exact_model(sample, question)
         self.expected = self.model.expected()
-        distinct = 1 + (np.diff(np.sort(self.model.rows.out, axis=1), axis=1) != 0).sum(axis=1)
-        self.freedom = np.maximum(effective_freedom(distinct, self.expected.coherent), 1.0)
+        self.freedom = np.maximum(effective_freedom(distinct(self.model.rows.out), self.expected.coherent), 1.0)
         self.right = self.fit(RIGHT)
 
     def fit(self, fault: Fault) -> Fit:

@@ -1,9 +1,7 @@
 """The page. Everything that comes from a file is escaped by the template; nothing is fetched, no script runs."""
 
 import json
-import os
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 
 from cpjax.crosscheck.report.figures import EDGES, Figures
 from cpjax.crosscheck.session import BACKENDS, Judged, all_passed, sentence
+from cpjax.crosscheck.whole import is_free, whole
 from cpjax.errors import InputError
 
 WORDS = {"pass": "agrees", "fail": "WRONG", "unsupported": "unsupported", "error": "ERROR"}
@@ -21,7 +20,7 @@ MOST_CELLS = 4096
 
 def check_free(folder: Path) -> None:
     """Raise InputError if a report would overwrite something; asked before anything is computed."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not is_free(folder):
         raise InputError(f"--report {folder} is there already; nothing is overwritten, name another folder")
 
 
@@ -32,15 +31,12 @@ def write_report(folder: Path, judged: list[Judged], title: str) -> Path:
       InputError: the folder is there and not empty, or cannot be written.
     """
     check_free(folder)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        unfinished.mkdir(parents=True)
-        (unfinished / "index.html").write_text(html(judged, title), encoding="utf-8")
-        os.replace(unfinished, folder)
+        with whole(folder) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "index.html").write_text(html(judged, title), encoding="utf-8")
     except OSError as error:
         raise InputError(f"--report {folder} cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder / "index.html"
 
 
