@@ -78,6 +78,7 @@ def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
         "weight": f"{place}: {theirs} entered {mine} with weight {np.mean(weights):.4g} instead of 1",
         "stale": f"{place}: in the place of {theirs} the data of chunk {_list(fault.sources)} entered {mine} (stale)",
         "exchanged": f"{place}: key/value chunks {_list(fault.chunks)} were exchanged in {mine}",
+        "masked": f"{place}: a causal mask was applied in {theirs}, which {mine} sees whole",
         "unmasked": f"{place}: {mine} sees all of its own chunk: no causal mask on the diagonal",
         "shown": f"{place}: {mine} sees {theirs}, which the causal mask hides",
         "not rescaled": f"{place}: {mine} was not rescaled at merge {_list(fault.unrescaled)} of its order",
@@ -90,27 +91,17 @@ def _list(values: tuple[int, ...]) -> str:
 
 
 def _whole(fault: Fault) -> str:
-    k = int(fault.number) if np.isfinite(fault.number) and fault.mask else 0
-    sees = (
-        f"queries see {k} token{'s' * (k > 1)} of the future"
-        if k > 0
-        else f"queries miss their last {-k} key{'s' * (k < -1)}"
-    )
+    if fault.mask:
+        return _mask(fault)
+    if fault.precision is not None:
+        return f"consistent with {fault.kind.removeprefix('precision: ')}"
     texts = {
-        "causal mask absent": "no causal mask was applied",
-        "causal mask applied": "a causal mask was applied where there should be none",
-        "causal mask shifted": f"the causal mask is shifted by {k:+d}: {sees}",
-        "window": "the window was not applied" if k == 0 else f"the window is {k:+d} off",
-        "pads leaked": "pads leaked: keys of pad tokens were seen",
-        "requests mixed": "requests of a packed batch see each other's keys",
-        "prefix dropped": "the keys before the first query (a cached prefix) were dropped",
         "scale": f"the scale is {fault.number:.6g} times the stated one ({fault.number - 1:+.3%})",
+        "scale negated": "the scale has the other sign",
         "scale zero": "queries and keys were ignored: out is the plain average of the visible values",
-        "probabilities in BF16": "consistent with probabilities rounded to BF16",
-        "stored results in BF16": "consistent with chunk results stored in BF16",
-        "probabilities and stored results in BF16": "consistent with BF16 probabilities and results (flash_bf16)",
         "inexact exponentials": f"consistent with exponentials (or scores) that err by about {fault.number:.2g}",
         "lse log2": "lse is the logarithm to base two",
+        "lse log10": "lse is the logarithm to base ten",
         "lse negated": "lse has the other sign",
         "lse maximum only": "lse is the row maximum; the logarithm of the sum was not added",
         "lse without its maximum": "lse is the logarithm of the sum; the row maximum was not added",
@@ -121,6 +112,39 @@ def _whole(fault: Fault) -> str:
         "key doubled": f"key {fault.key} was counted twice",
     }
     return texts.get(fault.kind, fault.kind)
+
+
+def _mask(fault: Fault) -> str:
+    k = int(fault.number) if np.isfinite(fault.number) else 0
+    some = np.isfinite(fault.number)
+    if fault.kind == "causal mask shifted":
+        where = " on the diagonal (each query's own chunk)" if fault.mask == "diagonal" else ""
+        sees = (
+            f"queries see {_count(k, 'token')} of the future"
+            if k > 0
+            else f"queries miss their last {_count(-k, 'key')}"
+        )
+        return f"the causal mask is shifted by {k:+d}{where}: {sees}"
+    if fault.kind == "requests mixed" and fault.mask.startswith("request "):
+        own = int(fault.mask.removeprefix("request "))
+        what = f"the last {_count(k, 'key')}" if some else "the keys"
+        return f"request {own} of the packed batch sees {what} of the request before it"
+    pads = f"the first {_count(k, 'pad')}" if some else "pad tokens"
+    texts = {
+        "causal mask absent": "no causal mask was applied",
+        "causal mask applied": "a causal mask was applied where there should be none",
+        "causal mask in every chunk": "a causal mask was applied in every chunk, by the index in the chunk",
+        "window": f"a window of {k} was applied" if some else "the window was not applied",
+        "pads leaked": f"pads leaked: the keys of {pads} were seen",
+        "requests mixed": f"requests of a packed batch see each other's keys{f', the {k} nearest' * bool(some)}",
+        "prefix dropped": "the keys before the first query (a cached prefix) were dropped"
+        + f", all but the last {k}" * (k > 0),
+    }
+    return texts[fault.kind] + (" (by the place in the row)" if fault.mask.endswith("in place") else "")
+
+
+def _count(k: int, what: str) -> str:
+    return f"{k} {what}{'s' * (k > 1)}"
 
 
 def scope(question: Question, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray) -> list[str]:
@@ -151,6 +175,14 @@ def heads(source: np.ndarray) -> str:
     moved = np.flatnonzero(source != np.arange(len(source)))
     pairs = ", ".join(f"head {i} has the outputs of head {source[i]}" for i in moved[:8])
     return f"Heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
+
+
+def kv_heads(question: Question, source: np.ndarray) -> str:
+    """Heads that attend to the keys of others."""
+    own = np.arange(len(source)) // question.group
+    moved = np.flatnonzero(source != own)
+    pairs = ", ".join(f"head {i} attends to key/value head {source[i]} instead of {own[i]}" for i in moved[:8])
+    return f"Key/value heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
 
 
 def chunks(question: Question, source: np.ndarray) -> str:
