@@ -5,7 +5,7 @@ dictionary, everywhere    the faults that are known: of single key/value chunks,
 masks, predict, measure   what a fault would have made of the rows, and how well that explains what was handed over
 scan, weights, fitted     by how much a mask is off; the weight of every chunk; other numbers that are fitted
 permutation               heads or ranks exchanged
-words                     places and sentences
+places, words             ranks, steps and sentences
 cause, diagnose           the search: of one query chunk, of all
 """
 

@@ -33,7 +33,7 @@ class Diagnosis:
 def diagnose(question: Question, evidence: Evidence, out: np.ndarray, lse: np.ndarray | None) -> Diagnosis:
     """What went wrong in a result that failed its verdict. Looks at a few rows of each query chunk."""
     measured = [Measured(sample, question) for sample in samples(question, evidence.rows, out, lse)]
-    weights = np.full((len(np.unique(question.q_chunk)), int(question.kv_chunk.max()) + 1), np.nan)
+    weights = np.full((int(question.q_chunk.max()) + 1, int(question.kv_chunk.max()) + 1), np.nan)
     for one in measured:
         weights[one.sample.q_chunk] = chunk_weights(one)
     scope = words.scope(question, evidence.rows, suspects(evidence.rows), out)

@@ -80,17 +80,19 @@ def chunk_faults(sample: Sample, question: Question) -> Iterator[Fault]:
     for slot in sorted(seen):
         for source in set(range(count)) - {slot}:
             extents: list[Extent] = [_extent(sample, slot)]
-            if source in seen and (slot == sample.q_chunk or source == sample.q_chunk):
+            if source in seen and (slot == sample.own or source == sample.own):
                 extents.append("visible")
             for extent in extents:
+                if extent == "visible" and source not in seen:
+                    continue  # nothing would enter: it is dropped
                 yield Fault("stale", (slot,), (source,), ((slot, Block(source, extent)),), cost=many)
     for a, b in combinations(range(count), 2):
-        if {a, b} & seen and (a == sample.q_chunk or b == sample.q_chunk) and {a, b} <= seen:
+        if {a, b} & seen and (a == sample.own or b == sample.own) and {a, b} <= seen:
             changes = ((a, Block(b, _extent(sample, a))), (b, Block(a, _extent(sample, b))))
             yield Fault("exchanged", (a, b), (b, a), changes, cost=many)
     if question.mask.is_causal:
-        for slot in set(range(count)) - (seen - {sample.q_chunk}):
-            kind = "unmasked" if slot == sample.q_chunk else "shown"
+        for slot in set(range(count)) - (seen - {sample.own}):
+            kind = "unmasked" if slot == sample.own else "shown"
             yield Fault(kind, (slot,), changes=((slot, Block(slot, "whole")),), cost=1 if kind == "unmasked" else many)
 
 

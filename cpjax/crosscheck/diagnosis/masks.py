@@ -42,7 +42,7 @@ def thresholds(sample: Sample, question: Question, family: str) -> Thresholds:
     if family == "shift":
         return np.where(same & inside, -ahead, NEVER)
     if family == "diagonal":
-        own = (sample.chunk == sample.q_chunk)[None]
+        own = (sample.chunk == sample.own)[None]
         return np.where(own, np.where(same & inside, -ahead, NEVER), right)
     if family == "window":
         return np.where(same & ((ahead >= 0) | (not is_causal)), np.abs(ahead) + 1, NEVER)

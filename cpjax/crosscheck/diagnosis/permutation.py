@@ -45,6 +45,8 @@ def kv_heads_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " N"] 
 
 def chunks_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " C"] | None:
     """For each query chunk the chunk whose outputs it has, if that is a permutation other than the identity."""
+    if question.layout in ("packed", "decode"):
+        return None
     chunk = question.q_chunk
     index, count = index_in_chunk(chunk), int(chunk.max()) + 1
     if count < 2 or len(chunk) % count:

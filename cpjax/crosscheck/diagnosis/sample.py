@@ -30,6 +30,8 @@ class Sample:
     """R rows of one query chunk, one batch row and one key/value head. All float64; what is no number in pads is 0."""
 
     q_chunk: int
+    own: int
+    """The key/value chunk of the same tokens; −1 where there is none (layout decode)."""
     batch: int
     kv_head: int
     position: Int[np.ndarray, " R"]
@@ -159,6 +161,7 @@ def _sample(
     index, own = index_in_chunk(question.kv_chunk), index_in_chunk(question.q_chunk)
     return Sample(
         q_chunk=q_chunk,
+        own=-1 if question.layout == "decode" else q_chunk,
         batch=b,
         kv_head=k,
         position=at,

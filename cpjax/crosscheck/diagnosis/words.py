@@ -4,28 +4,16 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from cpjax.crosscheck.diagnosis.dictionary import Fault
+from cpjax.crosscheck.diagnosis.places import holders, numbers, rank_of, ranks, step_of
 from cpjax.crosscheck.evidence import RowTable
 from cpjax.crosscheck.question import Question
 
 UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
 
 BROKEN_END = "rows with a NaN or an infinity."
-
-
-def rank_of(question: Question, chunk: int) -> int:
-    """The rank that holds a chunk."""
-    return min(chunk, 2 * question.cp - 1 - chunk) if question.layout == "zigzag" else chunk
-
-
-def step_of(question: Question, q_chunk: int, kv_chunk: int) -> int | None:
-    """The ring step at which the rank of the query chunk meets a chunk; None where the order has no steps."""
-    source = rank_of(question, kv_chunk)
-    if question.order == "ring":
-        return (rank_of(question, q_chunk) - source) % question.cp
-    return source if question.order == "gather" else None
 
 
 def causes(question: Question, found: tuple[Any, ...]) -> list[str]:
@@ -38,7 +26,7 @@ def causes(question: Question, found: tuple[Any, ...]) -> list[str]:
     for names, group in sorted(together.items(), key=lambda item: -len(item[1])):
         chunks = np.array([cause.query_chunk for cause in group])
         if not names:
-            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {_ranks(question, chunks)})")
+            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {ranks(question, chunks)})")
             continue
         said = [_sentence(question, fault, group) for fault in group[0].faults]
         if len(said) > 1:
@@ -55,22 +43,17 @@ def _evidence(group: list[Any]) -> str:
     return f"(leaves z = {worst:.2f} instead of {before:.3g}{against})."
 
 
-def _ranks(question: Question, chunks: np.ndarray) -> str:
-    return numbers(np.array([rank_of(question, int(c)) for c in chunks if c >= 0]))
-
-
 def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
     where = np.array([cause.query_chunk for cause in group])
     if (where < 0).any():
         return _whole(fault)
-    place = f"rank {_ranks(question, where)}"
+    place = f"rank {ranks(question, where)}"
     steps = {step_of(question, int(q), c) for q in where for c in fault.chunks} - {None}
     if fault.chunks and steps:
         place += f", step {numbers(np.array(sorted(s for s in steps if s is not None)))}"
     mine = f"query chunk {numbers(where)}"
     theirs = " and ".join(str(c) for c in fault.chunks)
-    holders = " and ".join(str(x) for x in dict.fromkeys(rank_of(question, c) for c in fault.chunks))
-    theirs = f"key/value chunk {theirs} (of rank {holders})"
+    theirs = f"key/value chunk {theirs} ({holders(question, fault.chunks)})"
     weights = [f.number for cause in group for f in cause.faults if f.kind == fault.kind and f.chunks == fault.chunks]
     texts = {
         "dropped": f"{place}: {theirs} never entered {mine} (weight 0)",
@@ -80,7 +63,7 @@ def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
         "exchanged": f"{place}: key/value chunks {_list(fault.chunks)} were exchanged in {mine}",
         "masked": f"{place}: a causal mask was applied in {theirs}, which {mine} sees whole",
         "unmasked": f"{place}: {mine} sees all of its own chunk: no causal mask on the diagonal",
-        "shown": f"{place}: {mine} sees {theirs}, which the causal mask hides",
+        "shown": f"{place}: {mine} sees {theirs}, which is hidden from it",
         "not rescaled": f"{place}: {mine} was not rescaled at merge {_list(fault.unrescaled)} of its order",
     }
     return texts.get(fault.kind) or f"{place}, {mine}: {_whole(fault)}"
@@ -162,7 +145,7 @@ def scope(question: Question, table: RowTable, wrong: Bool[np.ndarray, " R"], ou
                 parts.append(f"{name} {numbers(label[wrong])} only")
         chunk = question.q_chunk[table.position]
         if len(np.unique(chunk)) > len(np.unique(chunk[wrong])):
-            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {_ranks(question, chunk[wrong])}) only")
+            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {ranks(question, chunk[wrong])}) only")
         if wrong.sum() == 1:
             parts.append(f"position {table.position[wrong][0]}")
         if parts:
@@ -194,18 +177,3 @@ def chunks(question: Question, source: np.ndarray) -> str:
         for i in moved[:8]
     ]
     return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > 8 else ''}."
-
-
-def numbers(x: Int[np.ndarray, " n"]) -> str:
-    """Whole numbers as a person writes them.
-
-    >>> numbers(np.array([0, 1, 2, 5]))
-    '0–2, 5'
-    """
-    x = np.unique(x)
-    if len(x) == 0:
-        return "none"
-    runs = np.split(x, np.flatnonzero(np.diff(x) != 1) + 1)
-    return ", ".join(
-        f"{run[0]}" if len(run) == 1 else f"{run[0]}{'–' if len(run) > 2 else ', '}{run[-1]}" for run in runs
-    )
