@@ -150,6 +150,8 @@ def _description(text: str) -> dict[str, Any]:
     for key, (rule, holds) in rules.items():
         if not holds(case.get(key)):
             raise InputError(f"{key} is {str(case.get(key))[:40]!r}; it must be {rule}")
+    if case.get("window") is not None:
+        raise InputError(f"window is {str(case['window'])[:40]}; no operator has a sliding window, leave the case out")
     return {"scale": float(case["scale"]), **{key: case[key] for key in ("is_causal", "cp", "precision", "layout")}}
 
 

@@ -56,6 +56,8 @@ class Case:
     """SHA-256 of the content; set by `write_case` and `read_case`."""
     layout: str = "zigzag"
     """Or "packed" (`cpjax.crosscheck.pack`), or "decode" (`cpjax.crosscheck.decode`)."""
+    window: int | None = None
+    """Only keys with |q_position − kv_position| < window are seen; None is no window."""
 
 
 class _Description(BaseModel):
@@ -68,6 +70,7 @@ class _Description(BaseModel):
     layout: str = Field(pattern="^(zigzag|packed|decode)$")
     precision: dict[str, str]
     about: dict[str, Any]
+    window: StrictInt | None = Field(default=None, ge=1, le=2**31 - 1)
 
 
 def gaussian_case(
@@ -97,6 +100,8 @@ def write_case(folder: Path, case: Case) -> Case:
       InputError: a file is there already, or the folder cannot be written.
     """
     description = {"scale": case.scale, "is_causal": case.is_causal, "cp": case.cp, "layout": case.layout}
+    if case.window is not None:  # a case without one stays the bytes that it was
+        description["window"] = case.window
     text = json.dumps(description | {"precision": case.precision, "about": case.about})
     arrays = {
         "query": case.query,
@@ -163,6 +168,7 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         said.about,
         metadata["digest"],
         said.layout,
+        said.window,
     )
 
 

@@ -77,7 +77,7 @@ READINGS = {"seen": _seen, "one-hot": _one_hot, "future": _future}
 
 
 def _visible(case: Case) -> Bool[np.ndarray, "T S"]:
-    return np.array(visible(Mask(is_causal=case.is_causal), case.q_tokens, case.kv_tokens))[0]
+    return np.array(visible(Mask(is_causal=case.is_causal, window=case.window), case.q_tokens, case.kv_tokens))[0]
 
 
 def _by_key(case: Case, out: np.ndarray) -> np.ndarray:

@@ -126,9 +126,7 @@ def judge_result(
         return Judged(case.name, result.backend, result.precision, result.order, None, None, str(error))
     drawn = None
     if draw:
-        asked = question(
-            case.query, case.key, case.value, **how(case), window=None, precision=result.precision, order=result.order
-        )
+        asked = question(case.query, case.key, case.value, **how(case), precision=result.precision, order=result.order)
         drawn = figures(asked, result.out)
     return Judged(
         case.name,
@@ -153,6 +151,7 @@ def how(case: Case) -> dict[str, Any]:
         "segment_ids": (case.q_tokens.segment, case.kv_tokens.segment),
         "cp": case.cp,
         "layout": case.layout,
+        "window": case.window,
     }
 
 

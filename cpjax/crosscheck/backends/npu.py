@@ -25,6 +25,8 @@ class Npu:
         """PyTorch is there, and the backend's own rules hold."""
         if importlib.util.find_spec("torch") is None:
             return "PyTorch is not installed; pip install 'cpjax[torch]'"
+        if case.window is not None:
+            return f"a sliding window of {case.window}; its operators have none"
         from npu_backend import files
         from npu_backend.errors import InputError
         from npu_backend.shard import check_computable

@@ -31,7 +31,7 @@ class Sdpa:
         """One call of PyTorch's fused kernel."""
         import torch
 
-        seen = np.array(visible(Mask(is_causal=case.is_causal), case.q_tokens, case.kv_tokens))
+        seen = np.array(visible(Mask(is_causal=case.is_causal, window=case.window), case.q_tokens, case.kv_tokens))
         # The mask hides no NaN in a value, since 0 · NaN is NaN; what a case stores in its pads is nobody's business.
         query, key, value = (
             torch.from_numpy(np.where((np.asarray(places.segment) != PAD)[..., None, None], x, np.float16(0)))

@@ -46,7 +46,7 @@ class Spec:
             case.q_tokens,
             case.kv_tokens,
             mesh=cp_mesh(case.cp),
-            mask=Mask(is_causal=case.is_causal),
+            mask=Mask(is_causal=case.is_causal, window=case.window),
             scale=case.scale,
             precision=profile(precision),
         )
