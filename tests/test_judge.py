@@ -1,6 +1,7 @@
 """The judge: what it must accept, what it must not, and that no form of a result fools or breaks it."""
 
 import sys
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -283,3 +284,19 @@ def test_inputs_that_are_no_numbers_are_refused_unless_they_are_pads(ordinary):
         judge(p.query, key, p.value, out, lse, cp=2)
     segment = np.where(np.arange(128) < 120, 0, -1)[None].astype(np.int32)
     assert judge(p.query, key, p.value, out, lse, cp=2, segment_ids=segment).passed
+
+
+def test_outputs_that_are_rounded_alike_count_once():
+    """Row 127 alone sees key 127, and all its outputs lie in one spacing near 15,000: one error, 64 times."""
+    p = problem(1, length=128, value_dim=64)
+    value = p.value.copy()
+    value[:, 64:] = 30_000
+    p = replace(p, value=value)
+    out, lse = dense(*_arrays(p), scale=p.scale, visible=np.tri(128, dtype=bool)[None])
+    for given_lse in (None, lse.astype(np.float32)):
+        said = verdict(p, out.astype(np.float16), given_lse)
+        assert said.passed, said.reasons
+    lost = value.copy()
+    lost[:, 127] = 0
+    out, _ = dense(*_arrays(replace(p, value=lost)), scale=p.scale, visible=np.tri(128, dtype=bool)[None])
+    assert not verdict(p, out.astype(np.float16)).passed  # one value lost is still seen

@@ -19,7 +19,7 @@ from cpjax.crosscheck.directed import Score, key_scores, on_bfloat16_lattice, sc
 from cpjax.crosscheck.error_model import ErrorModel, Expected
 from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Question
-from cpjax.crosscheck.shared import Shared, excess, merged
+from cpjax.crosscheck.shared import Shared, distinct, excess, merged
 from cpjax.crosscheck.statistic import effective_freedom
 from cpjax.mask import Tokens, visible
 
@@ -214,7 +214,8 @@ def _measure(
     mean_square, rounded, bias = _spread(error, np.where(expected.sigma > least, expected.sigma, 0.0))
     mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
     rounded = np.where(unjudged, 0, rounded)
-    freedom = np.where(rounded > 0, effective_freedom(distinct(rows.out), expected.coherent), 0.0)
+    different = distinct(rows.out, FORMATS[question.precision.out])
+    freedom = np.where(rounded > 0, effective_freedom(different, expected.coherent), 0.0)
     scale, shared = scale_score(model, expected, error, lse_error, unjudged)
     shared = [part._replace(variance=part.variance * tile.times) for part in shared]
     inflation = np.divide(rounded, freedom, out=np.ones_like(freedom), where=freedom > 0) * tile.times
@@ -266,11 +267,6 @@ def _spread(
     deviation = np.divide(error, sigma, out=np.zeros_like(error), where=sigma > 0)
     count = (sigma > 0).sum(axis=1)
     return (deviation**2).sum(axis=1) / np.maximum(count, 1), count, deviation.sum(axis=1) / np.maximum(count, 1)
-
-
-def distinct(x: Float[np.ndarray, "R V"]) -> Int[np.ndarray, " R"]:
-    """Different numbers in each row."""
-    return 1 + (np.diff(np.sort(x, axis=1), axis=1) != 0).sum(axis=1)
 
 
 def _ratio(given: np.ndarray, exact: np.ndarray, expected: Expected) -> Float[np.ndarray, "R V"]:
