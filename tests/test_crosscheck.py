@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from strategies import examples
 
 import cpjax
 from cpjax.crosscheck.case import gaussian_case, read_case, write_case
@@ -172,7 +173,7 @@ def test_a_missing_result_is_a_failure(kept, tmp_path):
 
 
 @given(st.integers(0, 10**6), st.integers(0, 255))
-@settings(max_examples=100)
+@examples(1)
 def test_a_result_with_any_byte_changed_never_crashes(kept, tmp_path_factory, at, byte):
     """In the header it is refused, in the outputs it is judged; only a change that changes nothing may pass."""
     folder, _ = kept

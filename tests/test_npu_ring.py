@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_strategies import (
     HEADS,
@@ -21,6 +21,7 @@ from npu_strategies import (
     write_case,
 )
 from oracle import dense
+from strategies import examples
 
 from npu_backend.errors import RankError
 from npu_backend.files import read_case
@@ -81,7 +82,7 @@ def test_bits_are_those_of_the_staged_fold_in_the_rings_order(pools, cp, is_caus
 
 
 @pytest.mark.parametrize("cp", CP)
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@examples(0.3)
 @given(data=st.data())
 def test_ring_is_dense_attention(pools, cp, data):
     p = data.draw(problems(cp))
@@ -89,7 +90,7 @@ def test_ring_is_dense_attention(pools, cp, data):
 
 
 @pytest.mark.parametrize("cp", [2, 3])
-@settings(deadline=None, max_examples=12)
+@examples(0.12)
 @given(seed=st.integers(0, 2**32 - 1), heads=st.sampled_from(HEADS), is_causal=st.booleans(), units=st.integers(1, 6))
 def test_bits_hold_for_drawn_problems(pools, cp, seed, heads, is_causal, units):
     total = 2 * cp * units
