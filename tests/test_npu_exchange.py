@@ -16,7 +16,7 @@ from npu_strategies import exact_problem, problem, problems, write_case, write_t
 
 import cpjax.packing
 import cpjax.schedule
-from cpjax.crosscheck.session import compare
+from cpjax.crosscheck.between import compare
 from npu_backend import packing, prefix
 from npu_backend.errors import InputError
 from npu_backend.families import FAMILIES
