@@ -125,7 +125,7 @@ def test_one_rank_sends_nothing(tmp_path):
     """There is no process group here at all, so anything sent would raise."""
     p = problem(3, "normal", (2, 1), (20,), 20, is_causal=True, cp=1)
     case = read_case(write_case(tmp_path, p))
-    alone = Ring(0, 1, p.is_causal, p.scale, requests_of(case))
+    alone = Ring(0, 1, p.is_causal, p.scale, requests_of(case), case.digest)
     assert not torch.distributed.is_initialized()
     (out, lse), clock = ring_attention(alone, shard(case, 0), torch.device("cpu"), lambda what, step: None)
     assert_dense(p, out.numpy(), lse.numpy())
@@ -136,7 +136,7 @@ def test_one_rank_sends_nothing(tmp_path):
 def test_a_block_from_any_other_place_is_refused_with_its_step(cp, chunk, data):
     rank, step = data.draw(st.integers(0, cp - 1)), data.draw(st.integers(0, cp - 1))
     length = data.draw(st.integers(1, 2 * cp * chunk))
-    me = Ring(rank, cp, True, 1.0, Requests((chunk,), ((length,),), (0,)))
+    me = Ring(rank, cp, True, 1.0, Requests((chunk,), ((length,),), (0,)), "0" * 64)
     sender = (rank - step) % cp
     starts = [c * chunk for c in (sender, 2 * cp - 1 - sender)]
     position = torch.cat([torch.arange(s, s + chunk, dtype=torch.int32) for s in starts])[None]

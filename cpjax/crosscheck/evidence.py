@@ -151,12 +151,13 @@ def _each_tile(
     is_large = chosen.sum() * question.key.shape[1] >= 16 * ELEMENTS
     with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
         each = map if pool is None else pool.map
-        for (b, k), tiles in groupby(_tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
+        for (b, k), some in groupby(tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
             key, value = (x[b, :, k].astype(np.float64) for x in (question.key, question.value))
-            yield from each(partial(measure, key, value), tiles)
+            yield from each(partial(measure, key, value), some)
 
 
-def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
+def tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
+    """The chosen rows in tiles, by batch row and key/value head."""
     batch, position, head = np.nonzero(chosen)
     query, same = _same_rows(question, batch, position, head)
     times = np.bincount(query)[query]
