@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpjax.crosscheck import judge
-from cpjax.crosscheck.diagnosis.words import numbers
+from cpjax.crosscheck.diagnosis.places import numbers
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.faults import FAULTS, Bench
 from cpjax.trial.localise import KINDS, count_one, places, problem

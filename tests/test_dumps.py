@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from safetensors.numpy import save as safetensors_bytes
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -120,13 +121,32 @@ def bomb():
     return buffer.getvalue()
 
 
+def torch_bytes(what):
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    return buffer.getvalue()
+
+
+def zipped(name=None, content=b""):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        if name is not None:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 def malformed(tmp_path):
     """name → (file name, content)."""
     trap = tmp_path / "executed"
     objects = io.BytesIO()
     np.save(objects, np.array([Code(trap)], object), allow_pickle=True)
-    with_code = io.BytesIO()
-    torch.save(Code(trap), with_code)
+    plain = torch_bytes(torch.zeros(1, 64, 2, 32))
+    whole = {"npy": io.BytesIO(), "npz": io.BytesIO()}
+    np.save(whole["npy"], np.zeros((1, 64, 2, 32), np.float16))
+    np.savez(whole["npz"], np.zeros((1, 64, 2, 32), np.float16))
+    objects_in_zip = io.BytesIO()
+    np.savez(objects_in_zip, np.array([Code(trap)], object))
+    tensors = safetensors_bytes({"x": np.zeros((1, 64, 2, 32), np.float16)})
     return {
         "zip bomb": ("x.npz", bomb()),
         "not a zip": ("x.npz", b"PK\x03\x04 nothing"),
@@ -138,16 +158,50 @@ def malformed(tmp_path):
         "empty": ("x.npy", b""),
         "truncated": ("x.npy", npy_with_header("(1, 64, 2, 32)") + bytes(100)),
         "strings": ("x.npy", npy_with_header("(1, 1, 1, 1)", "<U4") + bytes(16)),
-        "torch code": ("x.pt", with_code.getvalue()),
+        "torch code": ("x.pt", torch_bytes(Code(trap))),
         "pickle as torch": ("x.pt", pickle.dumps(Code(trap))),
         "safetensors header": ("x.safetensors", struct.pack("<Q", 2**60) + b"{}"),
         "suffix": ("x.pkl", pickle.dumps(Code(trap))),
+        "objects in a zip": ("x.npz", objects_in_zip.getvalue()),
+        "huge header in a zip": ("x.npz", zipped("x.npy", npy_with_header("(9223372036854775807, 4)"))),
+        "nothing in a zip": ("x.npz", zipped()),
+        "no array in a zip": ("x.npz", zipped("x.npy", b"no array")),
+        "code beside a tensor": ("x.pt", torch_bytes({"x": torch.zeros(1, 64, 2, 32), "y": Code(trap)})),
+        "sparse": ("x.pt", torch_bytes(torch.eye(4).to_sparse())),
+        "float8": ("x.pt", torch_bytes(torch.zeros(1, 64, 2, 32).to(torch.float8_e4m3fn))),
+        "nowhere": ("x.pt", torch_bytes(torch.zeros(1, 64, 2, 32, device="meta"))),
+        "no tensor": ("x.pt", torch_bytes({})),
+        "truncated torch": ("x.pt", plain[:-300]),
+        "half a torch file": ("x.pt", plain[: len(plain) // 2]),
+        "half a npy": ("x.npy", whole["npy"].getvalue()[:1000]),
+        "half a header": ("x.npy", whole["npy"].getvalue()[:40]),
+        "half a npz": ("x.npz", whole["npz"].getvalue()[:1000]),
+        "half a safetensors": ("x.safetensors", tensors[:1000]),
+        "half a safetensors header": ("x.safetensors", tensors[:30]),
+        "nothing in a safetensors": ("x.safetensors", b""),
+        "huge safetensors shape": ("x.safetensors", tensors.replace(b"[1,64,2,32]", b"[9,99,99,9]")),
+        "structured": ("x.npy", npy_with_header("(1, 1)", "|V8") + bytes(8)),
+        "complex": ("x.npy", npy_with_header("(1, 64, 2, 32)", "<c8") + bytes(64 * 64 * 8)),
+        "bytes": ("x.npy", npy_with_header("(1, 64, 2, 32)", "|u1") + bytes(64 * 64)),
+        "version": ("x.npy", b"\x93NUMPY\x09\x00" + bytes(100)),
     }
 
 
-@pytest.mark.parametrize("name", range(14))
-def test_malformed_dumps_end_in_one_line_and_execute_nothing(tmp_path, arrays, name):
-    case, (file_name, content) = list(malformed(tmp_path).items())[name]
+NAMES = (
+    "zip bomb", "not a zip", "objects", "pickle as npy", "huge header", "negative", "code in header", "empty",
+    "truncated", "strings", "torch code", "pickle as torch", "safetensors header", "suffix", "objects in a zip",
+    "huge header in a zip", "nothing in a zip", "no array in a zip", "code beside a tensor", "sparse", "float8",
+    "nowhere", "no tensor", "truncated torch", "half a torch file", "half a npy", "half a header", "half a npz",
+    "half a safetensors", "half a safetensors header", "nothing in a safetensors", "huge safetensors shape",
+    "structured", "complex", "bytes", "version",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_malformed_dumps_end_in_one_line_and_execute_nothing(tmp_path, arrays, case):
+    every = malformed(tmp_path)
+    assert every.keys() == set(NAMES)
+    file_name, content = every[case]
     files = saved(tmp_path, arrays, "npy")
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -160,22 +214,55 @@ def test_malformed_dumps_end_in_one_line_and_execute_nothing(tmp_path, arrays, n
     assert not (tmp_path / "executed").exists(), case
 
 
-def test_links_nan_and_wrong_dtypes_are_refused(tmp_path, arrays):
+@pytest.mark.parametrize("kind", ["file", "folder", "rank", "file of a rank", "pipe"])
+def test_no_link_is_followed_and_no_pipe_is_waited_for(tmp_path, arrays, kind):
     files = saved(tmp_path, arrays, "npy")
-    link = tmp_path / "link.npy"
-    link.symlink_to(files["value"])
-    said = run(files | {"value": link})
-    assert said.exit_code == 2
-    assert "symbolic link" in said.output
-    worse = arrays["value"].copy()
-    worse[0, 3, 0, 0] = np.nan
-    np.save(tmp_path / "nan.npy", worse)
-    said = run(files | {"value": tmp_path / "nan.npy"})
-    assert said.exit_code == 2
-    assert "NaN" in said.output
+    bad, real = tmp_path / "bad.npy", tmp_path / "real"
+    (real / "rank0").mkdir(parents=True)
+    np.save(real / "rank0" / "x.npy", arrays["value"])
+    if kind == "file":
+        bad.symlink_to(files["value"])
+    elif kind == "folder":
+        bad.symlink_to(real)
+    elif kind == "rank":
+        bad.mkdir()
+        (bad / "rank0").symlink_to(real / "rank0")
+    elif kind == "file of a rank":
+        (bad / "rank0").mkdir(parents=True)
+        (bad / "rank0" / "x.npy").symlink_to(real / "rank0" / "x.npy")
+    else:
+        os.mkfifo(bad)
+    said = run(files | {"value": bad}, cp=1)
+    assert said.exit_code == 2, said.output
+    assert ("no regular file" if kind == "pipe" else "symbolic link") in said.output
+    assert said.output.count("\n") == 1, said.output
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_inputs_that_are_no_numbers_are_refused(tmp_path, arrays, name, number):
+    arrays[name][0, 3, 0, 0] = number
+    said = run(saved(tmp_path, arrays, "npy"))
+    assert said.exit_code == 2, said.output
+    assert said.output.startswith(f"cpjax: --{name}"), said.output
+    assert "has a NaN or an infinity at [0, 3, 0, 0]" in said.output
+    assert said.output.count("\n") == 1, said.output
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_a_nan_in_a_result_is_wrong_and_not_refused(tmp_path, arrays, name):
+    arrays[name][0, 3] = np.nan
+    said = run(saved(tmp_path, arrays, "npy"), "--order", "ring")
+    assert said.exit_code == 1, said.output
+    assert "WRONG" in said.output
+
+
+def test_wrong_dtypes_and_what_is_not_there_are_refused(tmp_path, arrays):
+    files = saved(tmp_path, arrays, "npy")
     np.save(tmp_path / "bool.npy", arrays["value"] > 0)
     said = run(files | {"value": tmp_path / "bool.npy"})
     assert said.exit_code == 2
     assert "holds bool" in said.output
     said = run(files | {"value": tmp_path / "nowhere.npy"})
     assert said.exit_code == 2
+    assert "does not exist" in said.output

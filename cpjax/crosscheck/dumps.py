@@ -111,7 +111,7 @@ def _ranks(folder: Path, key: str) -> np.ndarray:
     for entry in entries:
         files = [f for f in sorted(entry.iterdir()) if not f.name.startswith(".")] if entry.is_dir() else [entry]
         if entry.is_symlink() or len(files) != 1:
-            raise InputError(f"{entry.name} holds {len(files)} files (or is a link); it must hold one")
+            raise InputError(f"{entry.name} holds {len(files)} files (or is a symbolic link); it must hold one")
         parts.append(_read(files[0], key))
     shapes = {part.shape for part in parts}
     if len(shapes) != 1:
@@ -185,7 +185,11 @@ def _torch(path: Path, key: str) -> np.ndarray:
         loaded = loaded[_choose(sorted(map(str, loaded)), key)]
     if not isinstance(loaded, torch.Tensor):
         raise InputError(f"holds a {type(loaded).__name__}; it must hold a tensor, or a dict of tensors")
-    loaded = loaded.detach().cpu().contiguous()
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    if loaded.layout is not torch.strided or loaded.is_meta or loaded.is_quantized or dtype not in DTYPES:
+        kind = f"{loaded.layout} tensor of {dtype} on {loaded.device}".replace("torch.", "")
+        raise InputError(f"holds a {kind}; it must be a dense one of {', '.join(sorted(DTYPES))}")
+    loaded = loaded.detach().contiguous()
     if loaded.dtype == torch.bfloat16:
         return loaded.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return loaded.numpy()

@@ -251,13 +251,7 @@ def model_of(question: Question, key: np.ndarray, value: np.ndarray, tile: Tile)
     seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]
     query = question.query[b, at, tile.head].astype(np.float64)
     rows = attention_rows(query, key, value, seen, question.kv_chunk, question.scale)
-    merging = question.merging
-    if merging is not None:
-        # Chunks that no row of the tile sees are left out; what remains is renumbered.
-        number = np.full(merging.shape[1], -1)
-        number[rows.chunks] = np.arange(len(rows.chunks))
-        orders = number[merging[question.q_chunk[at]]]
-        merging = orders[orders >= 0].reshape(len(at), -1)
+    merging = question.merging_of(question.q_chunk[at], rows.chunks)
     return rows, ErrorModel(rows, question.precision, merging, question.query.shape[3], question.scale)
 
 

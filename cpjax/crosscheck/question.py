@@ -81,6 +81,19 @@ class Question:
             return decode.merging(int(np.asarray(self.kv_tokens.segment).max()) + 1, self.cp)
         return merge_orders(self.order, self.layout, self.cp)
 
+    def merging_of(
+        self, q_chunk: Int[np.ndarray, " R"], chunks: Int[np.ndarray, " C"]
+    ) -> Int[np.ndarray, "R C"] | None:
+        """For rows of these query chunks the order in which they merge these key/value chunks, and no others; the
+        chunks are numbered as they stand in `chunks`.
+        """
+        if self.merging is None:
+            return None
+        number = np.full(self.merging.shape[1], -1)
+        number[chunks] = np.arange(len(chunks))
+        orders = number[self.merging[q_chunk]]
+        return orders[orders >= 0].reshape(len(q_chunk), len(chunks))
+
     @property
     def is_judged(self) -> np.ndarray:
         """Which queries are judged, `[B, T]`: all but pads."""

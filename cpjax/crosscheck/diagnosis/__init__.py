@@ -1,12 +1,14 @@
 """What went wrong, and where; asked only after a failed verdict.
 
-sample, dictionary        the rows that are looked at, and the faults that are known
-masks, predict, measure   what a fault would have made of them, and how well that explains what was handed over
-weights, fitted           the weight of every chunk; faults with a number that is fitted
+sample                    the rows that are looked at
+dictionary, everywhere    the faults that are known: of single key/value chunks, and those that touch all alike
+masks, predict, measure   what a fault would have made of the rows, and how well that explains what was handed over
+scan, weights, fitted     by how much a mask is off; the weight of every chunk; other numbers that are fitted
 permutation               heads or ranks exchanged
-words, diagnose           places and sentences; the search
+places, words             ranks, steps and sentences
+cause, diagnose           the search: of one query chunk, of all
 """
 
-from cpjax.crosscheck.diagnosis.diagnose import Cause as Cause
+from cpjax.crosscheck.diagnosis.cause import Cause as Cause
 from cpjax.crosscheck.diagnosis.diagnose import Diagnosis as Diagnosis
 from cpjax.crosscheck.diagnosis.diagnose import diagnose as diagnose

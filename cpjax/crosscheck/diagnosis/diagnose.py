@@ -7,35 +7,17 @@ import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis import words
-from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault, chunk_faults, pairs_of, rank_faults, whole_faults
-from cpjax.crosscheck.diagnosis.fitted import with_numbers
-from cpjax.crosscheck.diagnosis.measure import Fit, Measured
-from cpjax.crosscheck.diagnosis.permutation import chunks_from, heads_from
+from cpjax.crosscheck.diagnosis.cause import EQUAL, Cause, cause_of
+from cpjax.crosscheck.diagnosis.dictionary import Fault
+from cpjax.crosscheck.diagnosis.everywhere import precisions, whole_faults, whole_masks
+from cpjax.crosscheck.diagnosis.fitted import requests_of, with_numbers
+from cpjax.crosscheck.diagnosis.measure import MOST_Z, Fit, Measured
+from cpjax.crosscheck.diagnosis.permutation import chunks_from, heads_from, kv_heads_from
 from cpjax.crosscheck.diagnosis.sample import samples, suspects
-from cpjax.crosscheck.diagnosis.weights import chunk_weights, with_weight
+from cpjax.crosscheck.diagnosis.weights import chunk_weights
 from cpjax.crosscheck.directed import deviate
 from cpjax.crosscheck.evidence import Evidence
 from cpjax.crosscheck.question import Question
-
-BEST = 8
-"""Of the faults of a chunk, so many are computed exactly."""
-
-EQUAL = 6.0
-"""Faults whose 2 ln(likelihood) differs by less are equals: the better one is not twenty times likelier."""
-
-
-@dataclass(frozen=True)
-class Cause:
-    """What explains one wrong query chunk: `faults` are equals, the best first; empty where nothing does."""
-
-    query_chunk: int
-    faults: tuple[Fault, ...]
-    z: float
-    """RMS(residual / σ) that is left."""
-    z_right: float
-    """The same if nothing were wrong."""
-    ahead: float
-    """ln(likelihood) by which it is ahead of the best explanation that is no equal; inf if there is none."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ class Diagnosis:
 def diagnose(question: Question, evidence: Evidence, out: np.ndarray, lse: np.ndarray | None) -> Diagnosis:
     """What went wrong in a result that failed its verdict. Looks at a few rows of each query chunk."""
     measured = [Measured(sample, question) for sample in samples(question, evidence.rows, out, lse)]
-    weights = np.full((len(np.unique(question.q_chunk)), int(question.kv_chunk.max()) + 1), np.nan)
+    weights = np.full((int(question.q_chunk.max()) + 1, int(question.kv_chunk.max()) + 1), np.nan)
     for one in measured:
         weights[one.sample.q_chunk] = chunk_weights(one)
     scope = words.scope(question, evidence.rows, suspects(evidence.rows), out)
@@ -63,49 +45,25 @@ def diagnose(question: Question, evidence: Evidence, out: np.ndarray, lse: np.nd
         return Diagnosis(scope, weights)
     if not measured:
         return Diagnosis([words.UNKNOWN, *scope], weights)
-    whole = list(whole_faults(question, has_lse=lse is not None, suspects=_keys(evidence, measured)))
-    whole += with_numbers(wrong)
+    whole = [*whole_masks(question, requests_of(wrong)), *with_numbers(wrong)]
+    whole += whole_faults(question, has_lse=lse is not None, suspects=_keys(evidence, measured))
+    whole += _precisions(question, wrong)
+    whole = list({_label(fault): fault for fault in reversed(whole)}.values())
     fits: dict[str, dict[int, Fit]] = defaultdict(dict)
     for fault in whole:
         for one in wrong:
             fits[_label(fault)][one.sample.q_chunk] = one.fit(fault)
-    causes = tuple(_cause(one, question, [fits[label][one.sample.q_chunk] for label in fits]) for one in wrong)
+    causes = tuple(cause_of(one, question, [fits[label][one.sample.q_chunk] for label in fits]) for one in wrong)
     common = _common(whole, fits, causes, measured, wrong)
     chosen = common or causes
     sentences = words.causes(question, chosen)
     return Diagnosis([*sentences, *scope], weights, causes, tuple(f for c in common[:1] for f in c.faults))
 
 
-def _cause(one: Measured, question: Question, whole: list[Fit]) -> Cause:
-    """The best explanation of one query chunk."""
-    faults = [*chunk_faults(one.sample, question), *rank_faults(one.sample, question)]
-    sets = pairs_of(one.sample, question)
-    price = 2 * np.log(max(len(sets), 1)) + FITTED
-    faults += [with_weight(one, chunks, price) for chunks in sets]
-    merges = len(one.model.rows.chunks)
-    if question.order != "unknown" and merges > 1:
-        steps = [(k,) for k in range(1, merges)] + ([tuple(range(1, merges))] if merges > 2 else [])
-        whole = whole + [one.fit(Fault("not rescaled", unrescaled=k, cost=2 * np.log(len(steps)) + 1)) for k in steps]
-    fits = [one.fit(fault) for fault in one.screen(faults)[:BEST]] + whole
-    explains = sorted((fit for fit in fits if fit.explains), key=lambda fit: fit.deviance)
-    # What was there without a fault must be worse by more than its price, or the verdict failed for another reason.
-    explains = [fit for fit in explains if fit.deviance < one.right.deviance - EQUAL]
-    if not explains:
-        return Cause(one.sample.q_chunk, (), float("nan"), one.right.z, 0.0)
-    best = explains[0]
-    equals = [fit for fit in explains if fit.deviance <= best.deviance + EQUAL and not _same_mask(fit, best)]
-    # The fault with its weight fitted, where it was found without fitting, is no other explanation.
-    own = {fit.fault.chunks for fit in equals}
-    rest = [fit for fit in fits if fit.deviance > best.deviance + EQUAL and not _same_mask(fit, best)]
-    others = [fit.deviance for fit in rest if not (fit.fault.kind == "weight" and fit.fault.chunks in own)]
-    ahead = (min(others) - best.deviance) / 2 if others else float("inf")
-    return Cause(one.sample.q_chunk, tuple(fit.fault for fit in equals), best.z, one.right.z, ahead)
-
-
-def _same_mask(fit: Fit, best: Fit) -> bool:
-    """The same computation by another name: a mask that here hides just the same keys."""
-    same = abs((fit.deviance - fit.fault.cost) - (best.deviance - best.fault.cost)) < 1e-6 * abs(best.deviance)
-    return bool(fit is not best and fit.fault.mask and same)
+def _precisions(question: Question, wrong: list[Measured]) -> list[Fault]:
+    """Coarser precisions; none if the coarsest does not explain any wrong chunk, since then no finer one does."""
+    found = precisions(question.precision)
+    return found if found and any(one.fit(found[-1]).z <= MOST_Z for one in wrong) else []
 
 
 def _common(
@@ -118,7 +76,7 @@ def _common(
     """One fault that explains all query chunks, those that are right included, or nothing."""
     if len(wrong) == 1 and len(measured) > 1 and causes[0].faults:
         return ()
-    found = []
+    found: list[tuple[float, Fault, float]] = []
     for fault in whole:
         of_fault = fits[_label(fault)]
         if not all(fit.explains for fit in of_fault.values()):
@@ -137,9 +95,14 @@ def _common(
     local = [cause.faults for cause in causes]
     if all(local) and not any(_label(best[1]) in map(_label, faults) for faults in local):
         return ()  # every chunk has a better explanation of its own
+    found = [best] + [entry for entry in found[1:] if not (entry[1].mask and _same_total(entry, best))]
     equals = tuple(fault for total, fault, _ in found if total <= best[0] + EQUAL)
     others = [total for total, _, _ in found if total > best[0] + EQUAL] + [gain_of(measured)]
     return (Cause(-1, equals, best[2], max(one.right.z for one in wrong), (min(others) - best[0]) / 2),)
+
+
+def _same_total(entry: tuple[float, Fault, float], best: tuple[float, Fault, float]) -> bool:
+    return abs((entry[0] - entry[1].cost) - (best[0] - best[1].cost)) < 1e-6 * abs(best[0])
 
 
 def gain_of(measured: list[Measured]) -> float:
@@ -148,7 +111,7 @@ def gain_of(measured: list[Measured]) -> float:
 
 
 def _label(fault: Fault) -> str:
-    return f"{fault.kind} {fault.mask} {fault.key} {fault.scale:.9g}"
+    return f"{fault.kind} {fault.mask} {fault.number if fault.mask else ''} {fault.key} {fault.scale:.9g}"
 
 
 def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float]]:
@@ -167,5 +130,8 @@ def _special(question: Question, out: np.ndarray) -> str | None:
     heads = heads_from(question, out)
     if heads is not None:
         return words.heads(heads)
+    kv_heads = kv_heads_from(question, out)
+    if kv_heads is not None:
+        return words.kv_heads(question, kv_heads)
     chunks = chunks_from(question, out)
     return None if chunks is None else words.chunks(question, chunks)

@@ -1,4 +1,7 @@
-"""The dictionary: what may have gone wrong, as values. Nothing is computed here; `predict` does that."""
+"""The dictionary: what may have gone wrong, as values. Nothing is computed here; `predict` does that.
+
+Here are the faults of single key/value chunks; those that touch all query chunks alike are in `everywhere`.
+"""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -8,6 +11,7 @@ import numpy as np
 
 from cpjax.crosscheck.diagnosis.sample import Extent, Sample
 from cpjax.crosscheck.question import Question
+from cpjax.precision import Precision
 
 
 class Block(NamedTuple):
@@ -28,15 +32,18 @@ class Fault(NamedTuple):
     """Whose data entered there."""
     changes: tuple[tuple[int, Block], ...] = ()
     mask: str = ""
+    """A family of masks (`masks`); `number` says which of it."""
     scale: float = 1.0
     """Factor on the scale."""
     unrescaled: tuple[int, ...] = ()
     """Merges (in the claimed order, counted from 1) that added a part without scaling the sum so far down."""
+    precision: Precision | None = None
+    """Another arithmetic than the claimed one."""
     noise: str = ""
     lse: str = ""
     key: int = -1
     number: float = float("nan")
-    """A fitted number: a weight, a factor, a size."""
+    """Which of a family, or fitted: a weight, a factor, a size."""
     cost: float = 0.0
     """What is taken off twice the log-likelihood: 2 ln(how many such faults there are), and more for fitted numbers."""
 
@@ -58,7 +65,7 @@ def pairs_of(sample: Sample, question: Question) -> list[tuple[int, ...]]:
 
 
 def chunk_faults(sample: Sample, question: Question) -> Iterator[Fault]:
-    """Faults of whole key/value chunks: dropped, doubled, stale, exchanged, shown though hidden."""
+    """Faults of whole key/value chunks: dropped, doubled, stale, exchanged, shown though hidden, masked though seen."""
     count = int(sample.chunk.max()) + 1
     sets = pairs_of(sample, question)
     few = 2 * np.log(max(len(sets), 1))
@@ -66,21 +73,26 @@ def chunk_faults(sample: Sample, question: Question) -> Iterator[Fault]:
     for chunks in sets:
         yield Fault("dropped", chunks, changes=tuple((c, Block(c, "visible", 0.0)) for c in chunks), cost=few)
         yield Fault("doubled", chunks, changes=tuple((c, Block(c, "visible", 2.0)) for c in chunks), cost=few)
+    for c in sorted(seen):
+        if _extent(sample, c) == "whole":
+            yield Fault("masked", (c,), changes=((c, Block(c, "triangle")),), cost=few + 1)
     many = 2 * np.log(max(len(seen) * count, 1)) + 1
     for slot in sorted(seen):
         for source in set(range(count)) - {slot}:
             extents: list[Extent] = [_extent(sample, slot)]
-            if source in seen and (slot == sample.q_chunk or source == sample.q_chunk):
+            if source in seen and (slot == sample.own or source == sample.own):
                 extents.append("visible")
             for extent in extents:
+                if extent == "visible" and source not in seen:
+                    continue  # nothing would enter: it is dropped
                 yield Fault("stale", (slot,), (source,), ((slot, Block(source, extent)),), cost=many)
     for a, b in combinations(range(count), 2):
-        if {a, b} & seen and (a == sample.q_chunk or b == sample.q_chunk) and {a, b} <= seen:
+        if {a, b} & seen and (a == sample.own or b == sample.own) and {a, b} <= seen:
             changes = ((a, Block(b, _extent(sample, a))), (b, Block(a, _extent(sample, b))))
             yield Fault("exchanged", (a, b), (b, a), changes, cost=many)
     if question.mask.is_causal:
-        for slot in set(range(count)) - (seen - {sample.q_chunk}):
-            kind = "unmasked" if slot == sample.q_chunk else "shown"
+        for slot in set(range(count)) - (seen - {sample.own}):
+            kind = "unmasked" if slot == sample.own else "shown"
             yield Fault(kind, (slot,), changes=((slot, Block(slot, "whole")),), cost=1 if kind == "unmasked" else many)
 
 
@@ -107,60 +119,3 @@ def _extent(sample: Sample, slot: int) -> Extent:
     if np.array_equal(inside, sample.triangle[:, sample.chunk == slot]):
         return "triangle"
     return "visible"
-
-
-SHIFTS = (1, -1, 2, -2, 3, -3, 8, -8, 16, -16, 64, -64, 128, -128)
-
-
-def whole_faults(question: Question, *, has_lse: bool, suspects: list[tuple[int, float]]) -> Iterator[Fault]:
-    """Faults that touch all query chunks alike.
-
-    Args:
-      suspects: keys with the largest scores, and the weights with which they seem to enter.
-    """
-    segment = np.asarray(question.kv_tokens.segment)
-    if question.mask.is_causal:
-        yield Fault("causal mask absent", mask="no causal", cost=2)
-        for k in SHIFTS:
-            yield Fault("causal mask shifted", mask=f"shift {k}", number=k, cost=6)
-    else:
-        yield Fault("causal mask applied", mask="causal", cost=2)
-    if question.mask.window is not None:
-        for k in (0, 1, -1):
-            yield Fault("window", mask=f"window {k}", number=k, cost=4)
-    if (segment < 0).any():
-        yield Fault("pads leaked", mask="pads", cost=2)
-    if len(np.unique(segment[segment >= 0])) > 1:
-        yield Fault("requests mixed", mask="requests", cost=2)
-    if _has_prefix(question):
-        yield Fault("prefix dropped", mask="no prefix", cost=2)
-    names = {"not applied": 1 / (question.scale or 1.0), "applied twice": question.scale, "zero": 1e-9}
-    names |= {"times log2(e)": np.log2(np.e), "times ln 2": np.log(2.0)}
-    for name, factor in names.items():
-        yield Fault(f"scale {name}", scale=float(factor), cost=4)
-    for noise in ("probabilities in BF16", "stored results in BF16", "probabilities and stored results in BF16"):
-        yield Fault(noise, noise=noise, cost=4)
-    if has_lse:
-        for name in ("log2", "negated", "maximum only", "without its maximum", "sum itself", "zero"):
-            yield Fault(f"lse {name}", lse=name, cost=4)
-    for key, weight in suspects:
-        kind = "key lost" if abs(weight) < 0.5 else "key doubled"
-        yield Fault(kind, key=key, number=0.0 if kind == "key lost" else 2.0, cost=2 * np.log(question.key.shape[1]))
-
-
-def _has_prefix(question: Question) -> bool:
-    """Keys that stand before every query of their request."""
-    segment = np.asarray(question.kv_tokens.segment)
-    return bool((np.asarray(question.kv_tokens.position)[segment >= 0] < first_query(question)[segment >= 0]).any())
-
-
-def first_query(question: Question) -> np.ndarray:
-    """For every key the least position of a query of its request, `[B, S]`."""
-    q_position, q_segment = (np.asarray(x) for x in question.q_tokens)
-    kv_segment = np.asarray(question.kv_tokens.segment)
-    least = np.zeros(kv_segment.shape, np.int64)
-    for b in range(len(kv_segment)):
-        for s in np.unique(kv_segment[b]):
-            mine = q_position[b][q_segment[b] == s]
-            least[b][kv_segment[b] == s] = mine.min() if len(mine) else 0
-    return least

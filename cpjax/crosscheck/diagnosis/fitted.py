@@ -1,18 +1,22 @@
-"""Faults with a number that is fitted: the scale, a constant in lse, the size of other errors."""
+"""Faults with a number that is fitted: how far a mask is off, the scale, a constant in lse, the size of errors."""
+
+from collections.abc import Iterator
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault
+from cpjax.crosscheck.diagnosis.everywhere import families
 from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.predict import glance
 from cpjax.crosscheck.diagnosis.sample import Sample
+from cpjax.crosscheck.diagnosis.scan import best_number
 from cpjax.crosscheck.error_model import ErrorModel
 
 
 def with_numbers(wrong: list[Measured]) -> list[Fault]:
     """Faults with a number that is common to all chunks: the scale, an offset of lse, the size of other errors."""
-    found = []
+    found = list(_masks(wrong))
     factor = _fit_scale(wrong)
     if factor is not None:
         found.append(Fault("scale", scale=factor, number=factor, cost=FITTED))
@@ -23,6 +27,26 @@ def with_numbers(wrong: list[Measured]) -> list[Fault]:
     trials = [Fault("inexact exponentials", noise="inexact exponentials", number=s, cost=FITTED) for s in sizes]
     best = min(trials, key=lambda fault: sum(one.fit(fault).deviance for one in wrong[:4]))
     return [*found, best]
+
+
+def requests_of(wrong: list[Measured]) -> set[int]:
+    """The requests of the rows that are looked at."""
+    numbers: set[int] = set()
+    for one in wrong:
+        segment = np.asarray(one.question.q_tokens.segment)[one.sample.batch, one.sample.position]
+        numbers |= {int(x) for x in segment if x >= 0}
+    return numbers
+
+
+def _masks(wrong: list[Measured]) -> Iterator[Fault]:
+    """Of each family of masks the one that fits best."""
+    for kind, family, right in families(wrong[0].question, requests_of(wrong)):
+        best = best_number(wrong, family, right)
+        if best is not None:
+            # "diagonal" and "in place" are special cases; where they hide the same keys, the plain name is taken.
+            special = family in ("diagonal", "pads in place")
+            cost = 2 * float(np.log(wrong[0].question.key.shape[1])) + 2 + special
+            yield Fault(kind, mask=family, number=best, cost=cost)
 
 
 def _fit_scale(wrong: list[Measured]) -> float | None:
@@ -42,7 +66,7 @@ def _fit_scale(wrong: list[Measured]) -> float | None:
                 total += float((off**2 / np.maximum(one.expected.lse_sigma, 2.0**-24) ** 2).mean())
         return total
 
-    grid = np.concatenate([np.linspace(-2, 2, 17), np.array([-0.02, -2e-3, 2e-3, 0.02])])
+    grid = np.concatenate([np.linspace(-4, 4, 33), np.array([-0.02, -2e-3, 2e-3, 0.02])])
     grid.sort()
     values = [misfit(x) for x in grid]
     i = int(np.argmin(values))

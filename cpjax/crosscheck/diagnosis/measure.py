@@ -1,6 +1,7 @@
 """How well a fault explains a sample: the likelihood of what was handed over, had the fault happened."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -35,11 +36,13 @@ class Fit:
     """Effective number of independent residuals."""
     lse_is_right: bool = False
     """lse is that of the correct result, only out is not."""
+    is_even: bool = True
+    """More noise is in every row, as it should be."""
 
     @property
     def explains(self) -> bool:
         """No residual is left."""
-        return self.z <= MOST_Z
+        return self.z <= MOST_Z and self.is_even
 
 
 class Measured:
@@ -56,8 +59,8 @@ class Measured:
 
     def fit(self, fault: Fault) -> Fit:
         """Exactly, by the error model of the changed computation."""
-        plain = not (fault.changes or fault.mask or fault.scale != 1.0 or fault.key >= 0)
-        if not plain and not fault.changes and (far := self._far(fault)) is not None:
+        plain = not (fault.changes or fault.mask or fault.scale != 1.0 or fault.key >= 0 or fault.precision)
+        if not plain and not fault.changes and not fault.precision and (far := self._far(fault)) is not None:
             return far
         model = self.model if plain else exact_model(self.sample, self.question, fault)
         expected = self.expected if plain else model.expected()
@@ -66,7 +69,7 @@ class Measured:
             out = unrescaled(model, self.question, fault.unrescaled)
             variance = variance * np.maximum(1.0, (out / np.where(model.rows.out == 0, 1, model.rows.out)) ** 2)
         if fault.noise:
-            variance = noisier(model, expected.sigma**2, fault)
+            variance = noisier(model, expected.sigma**2, fault.number)
         if fault.lse:
             lse = changed_lse(model.rows, fault)
         return self._score(fault, out, variance, lse, expected.lse_sigma)
@@ -103,6 +106,11 @@ class Measured:
             return None
         return replace(self._score(fault, out, variance, lse, self.expected.lse_sigma), z=float("inf"))
 
+    @cached_property
+    def sigma(self) -> np.ndarray:
+        """Deviation of the rows, whatever they should have been: at least that of the last rounding."""
+        return np.maximum(self.expected.sigma, FORMATS[self.question.precision.out].spacing(self.sample.out) / 4)
+
     @property
     def floor(self) -> np.ndarray:
         """Outputs that must be exact still get a deviation, a thousandth of a spacing."""
@@ -117,10 +125,9 @@ class Measured:
         each = (square + np.log(variance)).mean(axis=1)
         deviance = float((self.freedom * each).sum()) + fault.cost
         z = float(np.sqrt((self.freedom * square.mean(axis=1)).sum() / self.freedom.sum()))
-        if fault.noise and np.median(square.mean(axis=1)) < EVEN:
-            z = float("inf")
+        is_even = not (fault.noise or fault.precision) or bool(np.median(square.mean(axis=1)) >= EVEN)
         if sample.lse is None:
-            return Fit(fault, deviance, z, float(self.freedom.sum()))
+            return Fit(fault, deviance, z, float(self.freedom.sum()), is_even=is_even)
         choices = []
         for is_right, expected, s in ((False, lse, sigma), (True, self.model.rows.lse, self.expected.lse_sigma)):
             s = np.maximum(s, 2.0**-24)
@@ -129,4 +136,5 @@ class Measured:
             of_lse = np.minimum(np.nan_to_num((off / s) ** 2, nan=1e18), 1e18)
             choices.append((float((of_lse + 2 * np.log(s)).sum()) + 2.0 * is_right, of_lse.mean() ** 0.5, is_right))
         best = min(choices if not fault.lse else choices[:1])
-        return Fit(fault, deviance + best[0], max(z, float(best[1])), float(self.freedom.sum()), bool(best[2]))
+        z = max(z, float(best[1]))
+        return Fit(fault, deviance + best[0], z, float(self.freedom.sum()), bool(best[2]), is_even)

@@ -26,8 +26,27 @@ def heads_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " N"] | N
     return _permutation(out[0, at].astype(np.float64).swapaxes(0, 1), exact)
 
 
+def kv_heads_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " N"] | None:
+    """For each head the key/value head that it attends to, if every head has one and some have another than theirs."""
+    heads, kv_heads = question.query.shape[2], question.key.shape[2]
+    if kv_heads < 2 or heads > MOST_HEADS:
+        return None
+    at = _late(np.flatnonzero(question.is_judged[0]))
+    own = np.arange(heads) // question.group
+    exact = np.stack([[_exact(question, 0, at, n, k) for k in range(kv_heads)] for n in range(heads)])  # [N, K, P, V]
+    given = out[0, at].astype(np.float64).swapaxes(0, 1)[:, None]
+    if not np.isfinite(given).all():
+        return None
+    square = ((given - exact) ** 2).sum(axis=(2, 3))
+    nearest = square.argmin(axis=1)
+    is_near = square.min(axis=1) <= NEAR**2 * np.median(square)
+    return nearest if is_near.all() and (nearest != own).any() else None
+
+
 def chunks_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " C"] | None:
     """For each query chunk the chunk whose outputs it has, if that is a permutation other than the identity."""
+    if question.layout in ("packed", "decode"):
+        return None
     chunk = question.q_chunk
     index, count = index_in_chunk(chunk), int(chunk.max()) + 1
     if count < 2 or len(chunk) % count:
@@ -46,8 +65,10 @@ def _late(places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " p"]:
     return places[np.linspace(len(places) // 2, len(places) - 1, POSITIONS).astype(int)]
 
 
-def _exact(question: Question, b: int, at: np.ndarray, head: int) -> Float[np.ndarray, "P V"]:
-    k = head // question.group
+def _exact(
+    question: Question, b: int, at: np.ndarray, head: int, kv_head: int | None = None
+) -> Float[np.ndarray, "P V"]:
+    k = head // question.group if kv_head is None else kv_head
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
     seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]

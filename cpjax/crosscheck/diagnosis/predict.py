@@ -9,32 +9,29 @@ from cpjax.crosscheck.diagnosis.masks import mask_of
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model import ErrorModel
 from cpjax.crosscheck.question import Question
+from cpjax.precision import scale_in
 
 
 def exact_model(sample: Sample, question: Question, fault: Fault = RIGHT) -> ErrorModel:
     """The error model of the rows as the fault would have computed them."""
+    precision = fault.precision or question.precision
     pieces = _pieces(sample, question, fault)
     index = np.concatenate([keys for keys, _, _, _ in pieces])
     seen = np.concatenate([mask for _, mask, _, _ in pieces], axis=1)
     slot = np.concatenate([np.full(len(keys), slot) for keys, _, slot, _ in pieces])
     log_weight = np.concatenate([np.full(len(keys), np.log(weight)) for keys, _, _, weight in pieces])
-    query, key, scale = sample.query, sample.key[index], sample.scale * fault.scale
+    query, key, scale = sample.query, sample.key[index], scale_in(precision, sample.scale) * fault.scale
     if log_weight.any():  # one more dimension of the scores: scale · 1 · (log_weight / scale)
         query = np.column_stack([query, np.ones(len(query))])
         key = np.column_stack([key, log_weight / scale])
     rows = attention_rows(query, key, sample.value[index], seen, slot, scale)
-    merging = question.merging
-    if merging is not None:
-        number = np.full(max(merging.shape[1], int(rows.chunks.max()) + 1), -1)
-        number[rows.chunks] = np.arange(len(rows.chunks))
-        order = number[merging[sample.q_chunk]]
-        merging = np.broadcast_to(order[order >= 0], (len(query), int((order >= 0).sum())))
-    return ErrorModel(rows, question.precision, merging, question.query.shape[3], scale)
+    merging = question.merging_of(np.full(len(query), sample.q_chunk), rows.chunks)
+    return ErrorModel(rows, precision, merging, question.query.shape[3], scale)
 
 
 def _pieces(sample: Sample, question: Question, fault: Fault) -> list[tuple[np.ndarray, np.ndarray, int, float]]:
     """Keys, their mask, the slot in which they enter, and their weight."""
-    seen = mask_of(sample, question, fault.mask) if fault.mask else sample.seen
+    seen = mask_of(sample, question, fault.mask, fault.number) if fault.mask else sample.seen
     changed = dict(fault.changes)
     pieces = []
     for slot in range(int(sample.chunk.max()) + 1):
@@ -55,7 +52,7 @@ def glance(
     sample: Sample, question: Question, fault: Fault
 ) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Exact out, Σ exp(s − base) and lse with another mask, scale, or weight of a key; without an error model."""
-    seen = mask_of(sample, question, fault.mask) if fault.mask else sample.seen
+    seen = mask_of(sample, question, fault.mask, fault.number) if fault.mask else sample.seen
     score = np.where(seen, sample.score * fault.scale, -np.inf)
     top = score.max(axis=1, keepdims=True)
     top = np.where(np.isneginf(top), 0.0, top)
@@ -86,18 +83,12 @@ def unrescaled(model: ErrorModel, question: Question, merges: tuple[int, ...]) -
     return out
 
 
-def noisier(model: ErrorModel, variance: Float[np.ndarray, "R V"], fault: Fault) -> Float[np.ndarray, "R V"]:
-    """The variance of another precision. A BF16 number has three bits less than an FP16 number: variance times 64."""
-    if fault.noise == "inexact exponentials":
-        rows = model.rows
-        square = rows.weight**2
-        spread = square @ rows.value**2 - 2 * rows.out * (square @ rows.value)
-        return variance + fault.number**2 * np.maximum(spread + rows.out**2 * square.sum(axis=1, keepdims=True), 0.0)
-    if "probabilities" in fault.noise:
-        variance = variance + 63 * model.probability_variance
-    if "stored" in fault.noise:
-        variance = variance + 63 * (model.chunk_variance + model.carry_variance)
-    return variance
+def noisier(model: ErrorModel, variance: Float[np.ndarray, "R V"], size: float) -> Float[np.ndarray, "R V"]:
+    """The variance if every exponential also errs by about `size`, relative to itself."""
+    rows = model.rows
+    square = rows.weight**2
+    spread = square @ rows.value**2 - 2 * rows.out * (square @ rows.value)
+    return variance + size**2 * np.maximum(spread + rows.out**2 * square.sum(axis=1, keepdims=True), 0.0)
 
 
 def changed_lse(rows: Rows, fault: Fault) -> Float[np.ndarray, " R"]:
@@ -106,6 +97,7 @@ def changed_lse(rows: Rows, fault: Fault) -> Float[np.ndarray, " R"]:
     with np.errstate(over="ignore", invalid="ignore"):
         changed = {
             "log2": rows.lse / np.log(2.0),
+            "log10": rows.lse / np.log(10.0),
             "negated": -rows.lse,
             "maximum only": top,
             "without its maximum": rows.lse - top,

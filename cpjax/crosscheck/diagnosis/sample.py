@@ -27,9 +27,11 @@ Extent = Literal["visible", "whole", "triangle"]
 
 @dataclass(frozen=True)
 class Sample:
-    """R rows of one query chunk, one batch row and one key/value head. All float64."""
+    """R rows of one query chunk, one batch row and one key/value head. All float64; what is no number in pads is 0."""
 
     q_chunk: int
+    own: int
+    """The key/value chunk of the same tokens; −1 where there is none (layout decode)."""
     batch: int
     kv_head: int
     position: Int[np.ndarray, " R"]
@@ -108,7 +110,8 @@ def samples(question: Question, table: RowTable, out: np.ndarray, lse: np.ndarra
             here = of_chunk & (table.batch == batch) & (kv_head == k)
         if not here.any():
             continue
-        rows = _pick(np.flatnonzero(here), table.mean_square + table.lse_square, wrong, question.key.shape[1])
+        size = table.mean_square + table.lse_square
+        rows = _pick(np.flatnonzero(here), table.head, size, wrong, question.key.shape[1])
         is_wrong = bool((of_chunk & wrong).any()) or _stands_out(table, of_chunk)
         found.append(_sample(question, table, rows, out, lse, int(q_chunk), is_wrong=is_wrong))
     return found
@@ -120,11 +123,14 @@ def _most(batch: np.ndarray, kv_head: np.ndarray, rows: np.ndarray) -> tuple[int
     return (int(pairs[count.argmax()][0]), int(pairs[count.argmax()][1])) if len(pairs) else (0, 0)
 
 
-def _pick(rows: np.ndarray, size: np.ndarray, wrong: np.ndarray, keys: int) -> np.ndarray:
-    """The worst third, the rest evenly spread; heads that are right beside heads that are wrong are left out."""
+def _pick(rows: np.ndarray, head: np.ndarray, size: np.ndarray, wrong: np.ndarray, keys: int) -> np.ndarray:
+    """The worst third, the rest evenly spread; heads that are right beside heads that are wrong are left out.
+
+    Right rows of a wrong head stay: what explains the wrong rows must explain them too.
+    """
     some = min(ROWS, max(4, ELEMENTS // keys))
-    if wrong[rows].sum() >= some:
-        rows = rows[wrong[rows]]
+    if wrong[rows].any():
+        rows = rows[np.isin(head[rows], head[rows[wrong[rows]]])]
     if len(rows) <= some:
         return rows
     worst = rows[np.argsort(-size[rows], kind="stable")[: some // 3]]
@@ -155,13 +161,14 @@ def _sample(
     index, own = index_in_chunk(question.kv_chunk), index_in_chunk(question.q_chunk)
     return Sample(
         q_chunk=q_chunk,
+        own=-1 if question.layout == "decode" else q_chunk,
         batch=b,
         kv_head=k,
         position=at,
         head=head,
         query=question.query[b, at, head].astype(np.float64),
-        key=question.key[b, :, k].astype(np.float64),
-        value=question.value[b, :, k].astype(np.float64),
+        key=np.nan_to_num(question.key[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
+        value=np.nan_to_num(question.value[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
         seen=np.asarray(visible(question.mask, q_tokens, kv_tokens))[0],
         triangle=index[None] <= own[at][:, None],
         chunk=question.kv_chunk,

@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis.dictionary import Block, Fault
 from cpjax.crosscheck.diagnosis.measure import MOST_Z, Measured
-from cpjax.crosscheck.formats import FORMATS
 
 UNSURE = 0.05
 """A weight with a larger standard deviation is not determined."""
@@ -21,8 +20,7 @@ def chunk_weights(measured: Measured) -> Float[np.ndarray, " C"]:
     rows, sample = measured.model.rows, measured.sample
     weights = np.full(int(sample.chunk.max()) + 1, np.nan)
     heavy = np.flatnonzero(rows.chunk_weight.max(axis=0) > 0)
-    sigma = np.maximum(measured.expected.sigma, FORMATS[measured.question.precision.out].spacing(sample.out) / 4)
-    # Roundings of the parts of a reweighted sum are at most as much larger as the sum itself.
+    sigma = measured.sigma  # roundings of the parts of a reweighted sum are at most as much larger as the sum itself
     a, part = rows.chunk_weight[:, heavy], rows.chunk_part[:, heavy]
     columns = (part - a[..., None] * sample.out[:, None]) / sigma[:, None]
     matrix = columns.swapaxes(1, 2).reshape(-1, len(heavy))

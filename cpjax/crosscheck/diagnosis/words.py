@@ -4,28 +4,16 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from cpjax.crosscheck.diagnosis.dictionary import Fault
+from cpjax.crosscheck.diagnosis.places import holders, numbers, rank_of, ranks, step_of
 from cpjax.crosscheck.evidence import RowTable
 from cpjax.crosscheck.question import Question
 
 UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
 
 BROKEN_END = "rows with a NaN or an infinity."
-
-
-def rank_of(question: Question, chunk: int) -> int:
-    """The rank that holds a chunk."""
-    return min(chunk, 2 * question.cp - 1 - chunk) if question.layout == "zigzag" else chunk
-
-
-def step_of(question: Question, q_chunk: int, kv_chunk: int) -> int | None:
-    """The ring step at which the rank of the query chunk meets a chunk; None where the order has no steps."""
-    source = rank_of(question, kv_chunk)
-    if question.order == "ring":
-        return (rank_of(question, q_chunk) - source) % question.cp
-    return source if question.order == "gather" else None
 
 
 def causes(question: Question, found: tuple[Any, ...]) -> list[str]:
@@ -38,7 +26,7 @@ def causes(question: Question, found: tuple[Any, ...]) -> list[str]:
     for names, group in sorted(together.items(), key=lambda item: -len(item[1])):
         chunks = np.array([cause.query_chunk for cause in group])
         if not names:
-            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {_ranks(question, chunks)})")
+            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {ranks(question, chunks)})")
             continue
         said = [_sentence(question, fault, group) for fault in group[0].faults]
         if len(said) > 1:
@@ -55,22 +43,17 @@ def _evidence(group: list[Any]) -> str:
     return f"(leaves z = {worst:.2f} instead of {before:.3g}{against})."
 
 
-def _ranks(question: Question, chunks: np.ndarray) -> str:
-    return numbers(np.array([rank_of(question, int(c)) for c in chunks if c >= 0]))
-
-
 def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
     where = np.array([cause.query_chunk for cause in group])
     if (where < 0).any():
         return _whole(fault)
-    place = f"rank {_ranks(question, where)}"
+    place = f"rank {ranks(question, where)}"
     steps = {step_of(question, int(q), c) for q in where for c in fault.chunks} - {None}
     if fault.chunks and steps:
         place += f", step {numbers(np.array(sorted(s for s in steps if s is not None)))}"
     mine = f"query chunk {numbers(where)}"
     theirs = " and ".join(str(c) for c in fault.chunks)
-    holders = " and ".join(str(x) for x in dict.fromkeys(rank_of(question, c) for c in fault.chunks))
-    theirs = f"key/value chunk {theirs} (of rank {holders})"
+    theirs = f"key/value chunk {theirs} ({holders(question, fault.chunks)})"
     weights = [f.number for cause in group for f in cause.faults if f.kind == fault.kind and f.chunks == fault.chunks]
     texts = {
         "dropped": f"{place}: {theirs} never entered {mine} (weight 0)",
@@ -78,8 +61,9 @@ def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
         "weight": f"{place}: {theirs} entered {mine} with weight {np.mean(weights):.4g} instead of 1",
         "stale": f"{place}: in the place of {theirs} the data of chunk {_list(fault.sources)} entered {mine} (stale)",
         "exchanged": f"{place}: key/value chunks {_list(fault.chunks)} were exchanged in {mine}",
+        "masked": f"{place}: a causal mask was applied in {theirs}, which {mine} sees whole",
         "unmasked": f"{place}: {mine} sees all of its own chunk: no causal mask on the diagonal",
-        "shown": f"{place}: {mine} sees {theirs}, which the causal mask hides",
+        "shown": f"{place}: {mine} sees {theirs}, which is hidden from it",
         "not rescaled": f"{place}: {mine} was not rescaled at merge {_list(fault.unrescaled)} of its order",
     }
     return texts.get(fault.kind) or f"{place}, {mine}: {_whole(fault)}"
@@ -90,27 +74,17 @@ def _list(values: tuple[int, ...]) -> str:
 
 
 def _whole(fault: Fault) -> str:
-    k = int(fault.number) if np.isfinite(fault.number) and fault.mask else 0
-    sees = (
-        f"queries see {k} token{'s' * (k > 1)} of the future"
-        if k > 0
-        else f"queries miss their last {-k} key{'s' * (k < -1)}"
-    )
+    if fault.mask:
+        return _mask(fault)
+    if fault.precision is not None:
+        return f"consistent with {fault.kind.removeprefix('precision: ')}"
     texts = {
-        "causal mask absent": "no causal mask was applied",
-        "causal mask applied": "a causal mask was applied where there should be none",
-        "causal mask shifted": f"the causal mask is shifted by {k:+d}: {sees}",
-        "window": "the window was not applied" if k == 0 else f"the window is {k:+d} off",
-        "pads leaked": "pads leaked: keys of pad tokens were seen",
-        "requests mixed": "requests of a packed batch see each other's keys",
-        "prefix dropped": "the keys before the first query (a cached prefix) were dropped",
         "scale": f"the scale is {fault.number:.6g} times the stated one ({fault.number - 1:+.3%})",
+        "scale negated": "the scale has the other sign",
         "scale zero": "queries and keys were ignored: out is the plain average of the visible values",
-        "probabilities in BF16": "consistent with probabilities rounded to BF16",
-        "stored results in BF16": "consistent with chunk results stored in BF16",
-        "probabilities and stored results in BF16": "consistent with BF16 probabilities and results (flash_bf16)",
         "inexact exponentials": f"consistent with exponentials (or scores) that err by about {fault.number:.2g}",
         "lse log2": "lse is the logarithm to base two",
+        "lse log10": "lse is the logarithm to base ten",
         "lse negated": "lse has the other sign",
         "lse maximum only": "lse is the row maximum; the logarithm of the sum was not added",
         "lse without its maximum": "lse is the logarithm of the sum; the row maximum was not added",
@@ -121,6 +95,39 @@ def _whole(fault: Fault) -> str:
         "key doubled": f"key {fault.key} was counted twice",
     }
     return texts.get(fault.kind, fault.kind)
+
+
+def _mask(fault: Fault) -> str:
+    k = int(fault.number) if np.isfinite(fault.number) else 0
+    some = np.isfinite(fault.number)
+    if fault.kind == "causal mask shifted":
+        where = " on the diagonal (each query's own chunk)" if fault.mask == "diagonal" else ""
+        sees = (
+            f"queries see {_count(k, 'token')} of the future"
+            if k > 0
+            else f"queries miss their last {_count(-k, 'key')}"
+        )
+        return f"the causal mask is shifted by {k:+d}{where}: {sees}"
+    if fault.kind == "requests mixed" and fault.mask.startswith("request "):
+        own = int(fault.mask.removeprefix("request "))
+        what = f"the last {_count(k, 'key')}" if some else "the keys"
+        return f"request {own} of the packed batch sees {what} of the request before it"
+    pads = f"the first {_count(k, 'pad')}" if some else "pad tokens"
+    texts = {
+        "causal mask absent": "no causal mask was applied",
+        "causal mask applied": "a causal mask was applied where there should be none",
+        "causal mask in every chunk": "a causal mask was applied in every chunk, by the index in the chunk",
+        "window": f"a window of {k} was applied" if some else "the window was not applied",
+        "pads leaked": f"pads leaked: the keys of {pads} were seen",
+        "requests mixed": f"requests of a packed batch see each other's keys{f', the {k} nearest' * bool(some)}",
+        "prefix dropped": "the keys before the first query (a cached prefix) were dropped"
+        + f", all but the last {k}" * (k > 0),
+    }
+    return texts[fault.kind] + (" (by the place in the row)" if fault.mask.endswith("in place") else "")
+
+
+def _count(k: int, what: str) -> str:
+    return f"{k} {what}{'s' * (k > 1)}"
 
 
 def scope(question: Question, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray) -> list[str]:
@@ -138,7 +145,7 @@ def scope(question: Question, table: RowTable, wrong: Bool[np.ndarray, " R"], ou
                 parts.append(f"{name} {numbers(label[wrong])} only")
         chunk = question.q_chunk[table.position]
         if len(np.unique(chunk)) > len(np.unique(chunk[wrong])):
-            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {_ranks(question, chunk[wrong])}) only")
+            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {ranks(question, chunk[wrong])}) only")
         if wrong.sum() == 1:
             parts.append(f"position {table.position[wrong][0]}")
         if parts:
@@ -153,6 +160,14 @@ def heads(source: np.ndarray) -> str:
     return f"Heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
 
 
+def kv_heads(question: Question, source: np.ndarray) -> str:
+    """Heads that attend to the keys of others."""
+    own = np.arange(len(source)) // question.group
+    moved = np.flatnonzero(source != own)
+    pairs = ", ".join(f"head {i} attends to key/value head {source[i]} instead of {own[i]}" for i in moved[:8])
+    return f"Key/value heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
+
+
 def chunks(question: Question, source: np.ndarray) -> str:
     """Query chunks (hence ranks) that have each other's outputs."""
     moved = np.flatnonzero(source != np.arange(len(source)))
@@ -162,18 +177,3 @@ def chunks(question: Question, source: np.ndarray) -> str:
         for i in moved[:8]
     ]
     return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > 8 else ''}."
-
-
-def numbers(x: Int[np.ndarray, " n"]) -> str:
-    """Whole numbers as a person writes them.
-
-    >>> numbers(np.array([0, 1, 2, 5]))
-    '0–2, 5'
-    """
-    x = np.unique(x)
-    if len(x) == 0:
-        return "none"
-    runs = np.split(x, np.flatnonzero(np.diff(x) != 1) + 1)
-    return ", ".join(
-        f"{run[0]}" if len(run) == 1 else f"{run[0]}{'–' if len(run) > 2 else ', '}{run[-1]}" for run in runs
-    )

@@ -1,0 +1,55 @@
+"""By how much a mask is off: every number of a family of masks is tried at once.
+
+With keys sorted by their thresholds, Σ p (v − out') and Σ p up to each key are cumulative sums, and their quotient is
+by how much the output under that mask differs from what was handed over.
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+from cpjax.crosscheck.diagnosis.masks import NEVER, thresholds
+from cpjax.crosscheck.diagnosis.measure import Measured
+
+ELEMENTS = 2**22
+"""Most terms of a row's sums; with very long keys not every column of the values is looked at."""
+
+MOST = 8
+"""Wrong query chunks that are looked at."""
+
+
+def best_number(wrong: list[Measured], family: str, right: float) -> float | None:
+    """The number with which the family explains the wrong rows best.
+
+    None if there is none but that of the correct mask. What shows all keys that can be shown is not asked about either.
+    """
+    found = [thresholds(one.sample, one.question, family) for one in wrong[:MOST]]
+    numbers = np.unique(np.concatenate([x[np.isfinite(x)] for x in found]))
+    numbers = numbers[:-1][numbers[:-1] != right]
+    if not len(numbers):
+        return None
+    misfit = np.zeros(len(numbers))
+    for one, threshold in zip(wrong, found, strict=False):
+        for row in range(len(threshold)):
+            misfit += np.log1p(_misfit(one, threshold[row], row, numbers))
+    best = np.flatnonzero(misfit <= misfit.min() + 1e-9)
+    return float(numbers[best[np.abs(numbers[best] - np.clip(right, -1e18, 1e18)).argmin()]])
+
+
+def _misfit(
+    one: Measured, threshold: Float[np.ndarray, " S"], row: int, numbers: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Mean of ((out under the mask − out handed over) / σ)² for each number."""
+    sample = one.sample
+    keys = np.flatnonzero(threshold < NEVER)
+    keys = keys[np.argsort(threshold[keys], kind="stable")]
+    step = -(-len(keys) * sample.value.shape[1] // ELEMENTS)
+    out, sigma = sample.out[row, ::step], one.sigma[row, ::step]
+    score = sample.score[row, keys]
+    p = np.exp(score - score.max(initial=0.0))
+    off = np.cumsum(p[:, None] * (sample.value[keys, ::step] - out), axis=0)
+    total = np.cumsum(p)
+    last = np.searchsorted(threshold[keys], numbers, side="right") - 1
+    off, total = off[np.maximum(last, 0)], total[np.maximum(last, 0)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        off = np.where((last >= 0)[:, None] & (total > 0)[:, None], off / total[:, None], -out)
+    return np.minimum(((off / sigma) ** 2).mean(axis=1), 1e30)
