@@ -26,7 +26,7 @@ test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 deep: $(READY)  ## the property tests with many more examples
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist loadfile
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist loadfile -m hypothesis
 
 mutation: $(READY)  ## a seeded sample of mutants of the algorithm; which survive
 	$(BIN)/python tools/mutation.py --sample 150

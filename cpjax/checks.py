@@ -1,6 +1,7 @@
 """What is refused before anything is traced. Every message names the value, the rule and the fix."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -85,9 +86,7 @@ def check_mesh(
             + ("two axes, (ring, all-to-all)" if wanted == 2 else "one axis; for two see exchange 'all_to_all_ring'")
         )
     axes = [axis for axis in (*cp_axes, head_axis, batch_axis) if axis is not None]
-    for axis in axes:
-        if axis not in mesh.shape:
-            raise InputError(f"the mesh has axes {tuple(mesh.shape)}, none is {axis!r}; name axes that it has")
+    check_axes(mesh, axes)
     if len(set(axes)) != len(axes):
         raise InputError(f"axes {axes} are not all different; tokens, heads and batch each need an axis of their own")
     cp = ranks(mesh, axis_name)
@@ -107,7 +106,14 @@ def check_mesh(
         raise InputError(f"a batch of {query.shape[0]} cannot be cut into {dp} equal parts (axis {batch_axis!r})")
 
 
-def ranks(mesh: Mesh, axis_name: str | tuple[str, str]) -> int:
+def check_axes(mesh: Mesh, axes: Sequence[str]) -> None:
+    """Raise InputError for an axis that the mesh has not."""
+    for axis in axes:
+        if axis not in mesh.shape:
+            raise InputError(f"the mesh has axes {tuple(mesh.shape)}, none is {axis!r}; name axes that it has")
+
+
+def ranks(mesh: Mesh, axis_name: str | tuple[str, ...]) -> int:
     """Over how many ranks tokens are sharded."""
     return math.prod(mesh.shape[axis] for axis in ((axis_name,) if isinstance(axis_name, str) else axis_name))
 
@@ -128,9 +134,7 @@ def check_packed(
     """
     if q_tokens is not None or kv_tokens is not None:
         raise InputError("lengths and tokens are both given; lengths say where the tokens are, leave tokens out")
-    for axis in (axis_name,) if isinstance(axis_name, str) else axis_name:
-        if axis not in mesh.shape:
-            raise InputError(f"the mesh has axes {tuple(mesh.shape)}, none is {axis!r}; name axes that it has")
+    check_axes(mesh, (axis_name,) if isinstance(axis_name, str) else axis_name)
     places = packed_tokens(lengths, ranks(mesh, axis_name))
     for name, x in (("query", query), ("key", key)):
         if x.shape[:2] != places.position.shape:

@@ -72,6 +72,9 @@ def crosscheck(
         str | None, typer.Option(help="HEADS,NOPE,ROPE,VALUE of a model that is not known by name")
     ] = None,
     shares: Annotated[int, typer.Option(help="how many of the tensor-parallel shares of the heads are computed")] = 1,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="also a decode step, over the KV cache that cp·sp ranks share")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="of the inputs, which are normally distributed")] = 0,
     keep: Annotated[Path | None, typer.Option(help="keep the case and the results in this folder")] = None,
     backend: Annotated[
@@ -86,6 +89,7 @@ def crosscheck(
     """See CROSSCHECK_HELP."""
     from cpjax.crosscheck.backends import check_names
     from cpjax.crosscheck.backends.launch import launch
+    from cpjax.crosscheck.between import compare_folder
     from cpjax.crosscheck.case import write_case
     from cpjax.crosscheck.session import judge_folder, read_cases
     from cpjax.mindie.crosscheck import cases_of
@@ -95,11 +99,13 @@ def crosscheck(
         check_names(names)
         _free(report)
         if given is None:
-            cases, remarks = cases_of(config, tokens=tokens, geometry=geometry, seed=seed, shares=shares)
-        elif (config, tokens, geometry, seed, shares) == (None, None, None, 0, 1):
+            cases, remarks = cases_of(config, tokens=tokens, geometry=geometry, seed=seed, shares=shares, decode=decode)
+        elif (config, tokens, geometry, seed, shares, decode) == (None, None, None, 0, 1, False):
             cases, remarks = read_cases(given), []
         else:
-            raise InputError("--cases says all; leave out --config, --tokens, --geometry, --shares and --seed")
+            raise InputError(
+                "--cases says all; leave out --config, --tokens, --geometry, --shares, --decode and --seed"
+            )
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         with TemporaryDirectory(prefix="cpjax-") as temporary:
@@ -110,8 +116,9 @@ def crosscheck(
                 launch(name, given or folder / "cases", folder / "results" / name, cases)
             with _progress() as advance:
                 judged = list(judge_folder(cases, folder / "results", advance, draw=report is not None))
+            compared = list(compare_folder(cases, folder / "results", judged))
         _report(report, judged, "cpjax crosscheck")
-        _show(judged, as_json)
+        _show(judged, as_json, compared)
 
 
 @app.command(help=JUDGE_HELP)
@@ -306,15 +313,19 @@ def _report(report: Path | None, judged: list, title: str) -> None:
         print(f"cpjax: report: {write_report(report, judged, title)}", file=sys.stderr)
 
 
-def _show(judged: list, as_json: bool) -> None:
-    """Print everything and exit 1 unless everything that is supported passed."""
+def _show(judged: list, as_json: bool, compared: list | None = None) -> None:
+    """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
     from rich.console import Console
 
+    from cpjax.crosscheck.between import between_sentence
     from cpjax.crosscheck.session import all_passed, sentence, table_of
 
-    passed = all_passed(judged)
+    pairs = compared or []
+    passed = all_passed(judged) and all(one.agreement.agrees for one in pairs)
+    summary = f"{sentence(judged)} {between_sentence(pairs)}".rstrip()
     if as_json:
-        report = {"passed": passed, "summary": sentence(judged), "results": [one.as_json() for one in judged]}
+        report = {"passed": passed, "summary": summary, "results": [one.as_json() for one in judged]}
+        report["between"] = [one.as_json() for one in pairs]
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
         console = Console(width=None if sys.stdout.isatty() else 140)
@@ -330,7 +341,7 @@ def _show(judged: list, as_json: bool) -> None:
             which = [x.case for x in judged if (x.backend, x.unsupported) == (backend, reason)]
             names = ", ".join(which[:3]) + (f" and {len(which) - 3} more" if len(which) > 3 else "")
             console.print(f"unsupported by {backend}: {reason} ({names})", highlight=False, markup=False)
-        console.print(sentence(judged), highlight=False, markup=False)
+        console.print(summary, highlight=False, markup=False)
     raise typer.Exit(0 if passed else 1)
 
 

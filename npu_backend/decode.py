@@ -69,14 +69,14 @@ def decode_attention(
     The default process group has cp ranks.
 
     Raises:
-      RankError: a partial that is not of the rank whose turn it is, or not of this case.
+      RankError: a partial of another case, of another rank, or over other tokens than the rank's.
       LinkError: the exchange failed.
     """
     started = time.perf_counter()
     report("compute", 0)
     mine = partial_of(case, rank, family, device)
     computed = time.perf_counter()
-    link = Link(rank, case.cp, report)
+    link = Link(rank, case.cp, report, case.digest)
     lse = mine.lse.half() if decoding.lse == "float16" else mine.lse
     sent = KeyValues(mine.out, lse, torch.tensor(_tag(case, rank), dtype=torch.int32, device=device))
     arrived = link.gather(sent) if case.cp > 1 else [sent]

@@ -7,6 +7,8 @@ A transfer is started before the block is given out and awaited when the next on
 caller computes. The tensors' device chooses the transport: gloo for a CPU, HCCL for an NPU, where transfers run on a
 stream of their own. Each rank r of a ring sends to one neighbour and receives from another in one batch; even ranks
 name the send first, odd ranks the receive, so that a transport that works through them in turn cannot lock up.
+
+What is sent is stamped (stamp.py): a block of another case, rank or step is an error, however well it fits.
 """
 
 import time
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from npu_backend.errors import LinkError
 from npu_backend.schedule import Exchange
+from npu_backend.stamp import WORDS, Stamp, case_words, check_stamp
 
 Report = Callable[[str, int], None]
 """Called with what the rank begins to do ("compute", "wait", …) and at which step."""
@@ -33,8 +36,11 @@ class KeyValues(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """One under way."""
+    """One under way; what travels is stamped."""
 
+    step: int  # at which it was started
+    source: int
+    shape: torch.Size  # of the places, without the stamp
     leaving: KeyValues  # must not be freed while it is sent
     arriving: KeyValues  # must not be read before the works are done
     works: list[dist.Work]
@@ -44,15 +50,15 @@ class Transfer(NamedTuple):
 class Link:
     """One rank's connection to the others; it tells what it waits for, and counts the seconds."""
 
-    def __init__(self, rank: int, cp: int, report: Report):
-        """The default process group has cp ranks; with one rank nothing is ever sent."""
-        self.rank, self.cp, self.report = rank, cp, report
+    def __init__(self, rank: int, cp: int, report: Report, digest: str):
+        """The default process group has cp ranks; with one rank nothing is ever sent. `digest` is the case's."""
+        self.rank, self.cp, self.report, self.case = rank, cp, report, case_words(digest)
         self.waited: list[float] = []
         """Seconds in which the rank did nothing but wait for a transfer, one entry a wait."""
 
     def start(self, step: int, held: KeyValues, *, to: int, source: int) -> Transfer:
         """Begin to send what is held to rank `to`, and to receive as much from rank `source`."""
-        leaving = KeyValues(*(x.contiguous() for x in held))
+        leaving = self._stamped(held, step)
         arriving = KeyValues(*(torch.empty_like(x) for x in leaving))
         send = [dist.P2POp(dist.isend, x, to) for x in leaving]
         receive = [dist.P2POp(dist.irecv, x, source) for x in arriving]
@@ -61,10 +67,15 @@ class Link:
             works = dist.batch_isend_irecv(receive + send if self.rank % 2 else send + receive)
         except RuntimeError as error:
             raise _link_error(step, neighbours, error) from error
-        return Transfer(leaving, arriving, works, neighbours)
+        return Transfer(step, source, held.places.shape, leaving, arriving, works, neighbours)
 
     def wait(self, step: int, transfer: Transfer) -> KeyValues:
-        """What has arrived."""
+        """What has arrived.
+
+        Raises:
+          RankError: it is of another case, rank or step.
+          LinkError: the transfer failed.
+        """
         self.report("wait", step)
         started = time.perf_counter()
         try:
@@ -74,29 +85,40 @@ class Link:
             raise _link_error(step, transfer.neighbours, error) from error
         torch.get_device_module(transfer.arriving.key.device).synchronize()
         self.waited.append(time.perf_counter() - started)
-        return transfer.arriving
+        return self._opened(transfer.arriving, transfer.shape, step, sender=transfer.source, sent=transfer.step)
 
     def gather(self, mine: KeyValues) -> list[KeyValues]:
-        """What every rank holds, by rank."""
+        """What every rank holds, by rank; errors as of `wait`."""
         self.report("wait", 0)
         started = time.perf_counter()
         everybody = []
         try:
-            for x in mine:
+            for x in self._stamped(mine, 0):
                 parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.cp)]
-                dist.all_gather(parts, x.contiguous())
+                dist.all_gather(parts, x)
                 everybody.append(parts)
         except RuntimeError as error:
             raise _link_error(0, "of all ranks", error) from error
         torch.get_device_module(mine.key.device).synchronize()
         self.waited.append(time.perf_counter() - started)
-        return [KeyValues(*x) for x in zip(*everybody, strict=True)]
+        found = [KeyValues(*x) for x in zip(*everybody, strict=True)]
+        return [self._opened(x, mine.places.shape, 0, sender=rank, sent=0) for rank, x in enumerate(found)]
+
+    def _stamped(self, held: KeyValues, step: int) -> KeyValues:
+        places = Stamp(self.case, self.rank, step).before(held.places)
+        return KeyValues(held.key.contiguous(), held.value.contiguous(), places)
+
+    def _opened(self, found: KeyValues, shape: torch.Size, step: int, *, sender: int, sent: int) -> KeyValues:
+        """What arrived at `step`, its places in their `shape` again: it must be what `sender` sent at step `sent`."""
+        check_stamp(found.places, Stamp(self.case, sender, sent), step)
+        return found._replace(places=found.places[WORDS:].view(shape))
 
 
 def travel(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
     """Of every rank what it holds, cp times, in the order of `schedule.source`.
 
     Raises:
+      RankError: what arrived is of another case, rank or step.
       LinkError: a transfer failed.
     """
     return {"ring": _ring, "gather": _gather, "double-ring": _double_ring}[exchange.name](exchange, link, mine)

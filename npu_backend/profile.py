@@ -23,7 +23,7 @@ class Profile(NamedTuple):
 def time_exchange(ring: Ring, shard: Shard, device: torch.device, report: Report) -> list[float]:
     """Seconds of each wait of the ring's exchange, when nothing is computed meanwhile."""
     key, value, position, segment = (torch.from_numpy(x).to(device) for x in shard[1:])
-    link = Link(ring.rank, ring.cp, report)
+    link = Link(ring.rank, ring.cp, report, ring.digest)
     if ring.cp > 1:
         dist.barrier()
     waits = []

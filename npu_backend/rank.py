@@ -80,7 +80,7 @@ def compute_case(
     if case.layout == "decode":
         _decode(case, result_path, device, report, settings)
         return
-    ring = Ring(rank, cp, case.is_causal, case.scale, requests_of(case), settings.exchange, family)
+    ring = Ring(rank, cp, case.is_causal, case.scale, requests_of(case), case.digest, settings.exchange, family)
     mine = shard(case, rank)
     alone = time_exchange(ring, mine, device, report) if settings.profile else None
     partial, clock = ring_attention(ring, mine, device, report, _prefix(ring, case, device, report))
@@ -159,7 +159,7 @@ def _prefix(ring: Ring, case: Case, device: torch.device, report: Report) -> Pre
     rows = tokens + owned(lengths, ring.rank, ring.cp)
     places = np.stack([case.kv_position[:, rows], case.kv_segment[:, rows]])
     mine = KeyValues(*(torch.from_numpy(x).to(device) for x in (case.key[:, rows], case.value[:, rows], places)))
-    return gather_prefix(Link(ring.rank, ring.cp, report), mine, lengths)
+    return gather_prefix(Link(ring.rank, ring.cp, report, ring.digest), mine, lengths)
 
 
 def _meet(case: Case, cp: int) -> None:

@@ -4,7 +4,8 @@
                      compute my two chunks of queries against the two chunks of keys
     at last:         the cached prefix, which all queries of its request see whole
 
-The places of the tokens travel with them, and are compared with the schedule before they are used.
+The places of the tokens travel with them, and are compared with the schedule before they are used; that a block is of
+this case and step, the link has seen by its stamp.
 """
 
 import time
@@ -32,6 +33,7 @@ class Ring(NamedTuple):
     is_causal: bool
     scale: float
     requests: Requests
+    digest: str  # the case's: what travels is stamped with it
     exchange: Exchange = Exchange()
     family: Family = FAMILIES["ring_mla"]
 
@@ -52,7 +54,7 @@ def ring_attention(
     The default process group has cp ranks. Outputs of pads are arbitrary.
 
     Raises:
-      RankError: keys arrived that the schedule does not say.
+      RankError: keys arrived that the schedule does not say, or of another case.
       LinkError: a transfer failed.
     """
     query, key, value, position, segment = (torch.from_numpy(x).to(device) for x in shard)
@@ -61,7 +63,7 @@ def ring_attention(
     halves = (first, last)
     queries = dict(zip(held_chunks(ring.rank, ring.cp), (query.index_select(1, half) for half in halves), strict=True))
     carried: dict[int, list[Any]] = {chunk: [None] * len(ring.requests.chunk_lengths) for chunk in queries}
-    link, clock = Link(ring.rank, ring.cp, report), Clock([], [], [])
+    link, clock = Link(ring.rank, ring.cp, report, ring.digest), Clock([], [], [])
     arrivals = travel(ring.exchange, link, mine)
     for step in range(ring.cp):
         started, waits = time.perf_counter(), len(link.waited)

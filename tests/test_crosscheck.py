@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from strategies import examples
 
 import cpjax
 from cpjax.crosscheck.case import gaussian_case, read_case, write_case
@@ -52,6 +53,10 @@ def test_specification_and_backend_agree_with_dense(kept):
         assert row["verdict"]["rows"] == 45 * 2
     steps = rows["npu"]["seconds_per_step"]
     assert [len(of_rank) for of_rank in steps] == [2, 2]
+    [between] = report["between"]
+    assert (between["backends"], between["agrees"], between["rows"]) == (["npu", "spec"], True, 45 * 2)
+    assert 0.5 < between["z"] < 1.3  # two precisions round other numbers, so their errors are independent
+    assert "Held against each other" in report["summary"]
 
 
 def test_kept_files_are_judged_again_as_a_table(kept):
@@ -172,7 +177,7 @@ def test_a_missing_result_is_a_failure(kept, tmp_path):
 
 
 @given(st.integers(0, 10**6), st.integers(0, 255))
-@settings(max_examples=100)
+@examples(1)
 def test_a_result_with_any_byte_changed_never_crashes(kept, tmp_path_factory, at, byte):
     """In the header it is refused, in the outputs it is judged; only a change that changes nothing may pass."""
     folder, _ = kept
@@ -279,9 +284,51 @@ def test_several_tensor_parallel_shares_are_cases_of_their_own():
     run = cpjax_command("crosscheck", *SMALL, "--shares", 2, "--json")
     assert run.returncode == 0, run.stderr
     assert "scaled down: 4 of 16 cards" in run.stderr
+    assert "cp·sp = 16 ranks share is computed with --decode only" in run.stderr
     names = [(row["backend"], row["case"]) for row in json.loads(run.stdout)["results"]]
     assert names == [(who, f"deepseek-r1-cp2-45-tp{share}") for who in ("npu", "spec") for share in (0, 1)]
     one_line(cpjax_command("crosscheck", *SMALL, "--shares", 9))
+
+
+def test_decode_of_a_deployment_with_sp_is_computed_over_all_its_ranks(tmp_path):
+    path, text = tmp_path / "sp.json", EXAMPLE.read_text()
+    for old, new in (('"cp": 2', '"cp": 1'), ('"sp": 8', '"sp": 2'), ('"tp": 8', '"tp": 2')):
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    run = cpjax_command("crosscheck", "--config", path, "--geometry", "16,128,64,128", "--tokens", 300, "--decode",
+                        "--keep", tmp_path / "out", "--json")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    rows = [row for row in report["results"] if row["case"] == "sp-300-decode"]
+    assert [(row["backend"], row["precision"], row["order"], row["outcome"]) for row in rows] == [
+        (name, "decode_fp16_lse", "ascending", "pass") for name in ("npu", "spec")
+    ]
+    case = read_case(tmp_path / "out" / "cases" / "sp-300-decode.safetensors")
+    assert (case.cp, case.layout, case.query.shape, case.key.shape) == (2, "decode", (1, 2, 16, 576), (1, 450, 1, 576))
+    assert case.q_tokens.position.tolist() == [[299, 149]]
+    assert case.scale == 192**-0.5
+    assert {one["case"]: one["agrees"] for one in report["between"]} == {"sp-300": True, "sp-300-decode": True}
+
+
+def test_more_cache_ranks_than_are_computed_are_refused(tmp_path):
+    path = tmp_path / "many.json"
+    path.write_text(EXAMPLE.read_text().replace('"sp": 8', '"sp": 64'))
+    run = cpjax_command("crosscheck", "--config", path, *SMALL, "--decode")
+    one_line(run)
+    assert "cp·sp is 128; at most 64 ranks" in run.stderr
+
+
+def test_pairs_that_do_not_agree_are_named():
+    from cpjax.crosscheck.agreement import Agreement
+    from cpjax.crosscheck.between import Compared, between_sentence
+
+    good = Compared("a", ("npu", "spec"), Agreement(True, (), 0.5, 0.2, 0.5, 0.2, 9))
+    bad = Compared("b", ("npu", "spec"), Agreement(False, ("out: far",), float("inf"), 2.0, float("nan"), 0.2, 9))
+    assert between_sentence([]) == ""
+    assert "z at most 0.50" in between_sentence([good])
+    assert between_sentence([good, bad]) == "1 of 2 pairs do NOT agree with each other. b, npu and spec: out: far."
+    assert (bad.as_json()["z"], bad.as_json()["lse_z"]) == (None, None)
 
 
 @pytest.mark.parametrize("command", [[], ["crosscheck"], ["judge"]])

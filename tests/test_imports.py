@@ -17,18 +17,25 @@ LAYERS = [
     ["attention", "partial", "layout"],
     ["dense", "tiles", "schedule", "packing"],
     ["tiles_backward", "exchange.blocks"],
-    ["exchange.ring", "exchange.ring_both_ways", "exchange.gather", "exchange.pass_query", "exchange.all_to_all"],
+    [
+        "exchange.ring",
+        "exchange.ring_both_ways",
+        "exchange.gather",
+        "exchange.pass_query",
+        "exchange.all_to_all",
+        "exchange.decode",
+    ],
     ["exchange.all_to_all_ring", "exchange.ring_backward"],
     ["exchange.device"],
     ["checks", "latent"],
-    ["parallel"],
+    ["parallel", "decode"],
     ["module"],
 ]
 FILES = [f"cpjax.{name}" for layer in LAYERS for name in layer]
 # Used inside the package only; their laws are tests of their own.
 INNER = {
     "blocks": {"fold", "finished", "pieces"},
-    "checks": {"check_inputs", "check_mesh", "check_packed", "check_precision", "check_sink", "ranks"},
+    "checks": {"check_axes", "check_inputs", "check_mesh", "check_packed", "check_precision", "check_sink", "ranks"},
     "tiles": {"scores", "accumulate", "finish"},
     "tiles_backward": {"attend_backward"},
     "ring_backward": {"ring_backward"},

@@ -13,14 +13,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from npu_strategies import problem, write_case
 from safetensors.numpy import load_file
+from test_npu_decode import write_decode
 
 from npu_backend import workers as workers_module
 from npu_backend.__main__ import main
 from npu_backend.errors import RankError
 from npu_backend.rank import Settings
 from npu_backend.schedule import Exchange
+from npu_backend.stamp import WORDS, Stamp, case_words, check_stamp
 from npu_backend.workers import Workers
 
 CP = 3
@@ -150,6 +155,49 @@ def sends_a_permuted_block():
     ring.travel = wrong
 
 
+def goes_on_with_another_case():
+    """It has met the others with the right case; then its inputs are those of another one, at the same places."""
+    from npu_backend import rank
+
+    right, real_read, real_meet = [], rank.read_case, rank._meet
+
+    def read(path):
+        case = real_read(path)
+        right.append(case.digest)
+        return case._replace(digest="f" * 64, key=-case.key, value=-case.value)
+
+    rank.read_case = read
+    rank._meet = lambda case, cp: real_meet(case._replace(digest=right[-1]), cp)
+
+
+def sends_what_it_sent_first():
+    """Whatever it is to send later: a buffer that is not written again."""
+    from npu_backend.exchange import Link
+
+    real, first = Link._stamped, []
+
+    def stale(self, held, step):
+        first.append(real(self, held, step))
+        return first[0]
+
+    Link._stamped = stale
+
+
+def stamps_as_its_neighbour():
+    from npu_backend.exchange import Link
+
+    real = Link._stamped
+
+    def wrong(self, held, step):
+        self.rank = (self.rank + 1) % self.cp
+        try:
+            return real(self, held, step)
+        finally:
+            self.rank = (self.rank - 1) % self.cp
+
+    Link._stamped = wrong
+
+
 def raises_while_it_computes():
     from npu_backend import ring
 
@@ -182,6 +230,11 @@ FAULTS = [
     (sends_another_place, r"step \d+: a wrong block"),
     (sends_a_permuted_block, r"step \d+: a wrong block"),
     (raises_while_it_computes, r"rank 1: RuntimeError: a kernel failed \(last heard: compute, step 0\)"),
+    (
+        goes_on_with_another_case,
+        r"step 0: a wrong block; rank 1 sent one of another case \(digest f{14}…, not \w{14}",
+    ),
+    (stamps_as_its_neighbour, r"step 0: a wrong block; rank 1 was to send that of step 0, but it is stamped by rank 2"),
     (reads_another_case, "ranks have read different files as case c"),
     (exits, r"rank 1: died with exit code 7 \(last heard: compute, step 0\)"),
 ]
@@ -197,6 +250,47 @@ def test_a_rank_whose_code_is_broken_is_named_and_nothing_is_written(tmp_path, f
             workers.run(case, tmp_path / "r.safetensors")
         assert workers.pids == []
     assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize("exchange", [Exchange("ring"), Exchange("double-ring", 3)])
+def test_a_block_that_was_sent_a_step_before_is_named(tmp_path, exchange):
+    case = write_case(tmp_path, small(), "c")
+    text = r"rank 2: step 1: a wrong block; rank 1 was to send that of step 1, but it is stamped by rank 1 at step 0"
+    faulty_pool = Faulty(sends_what_it_sent_first, 1, settings=Settings(exchange))
+    with faulty_pool as workers, pytest.raises(RankError, match=text):
+        workers.run(case, tmp_path / "r.safetensors")
+    assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_a_block_of_the_case_before_is_named(tmp_path):
+    """Same shape, same places, same step: only the case is another."""
+    first, second = (write_case(tmp_path, small(seed=seed), f"c{seed}") for seed in (1, 2))
+    with Faulty(sends_what_it_sent_first, 1, settings=Settings(Exchange("gather"))) as workers:
+        workers.run(first, tmp_path / "r1.safetensors")
+        with pytest.raises(RankError, match=r"step 0: a wrong block; rank 1 sent one of another case"):
+            workers.run(second, tmp_path / "r2.safetensors")
+    assert {x.name for x in tmp_path.iterdir()} == {"c1.safetensors", "c2.safetensors", "r1.safetensors"}
+
+
+def test_a_partial_of_another_case_is_named(tmp_path):
+    case = write_decode(tmp_path, [300, 20], [1, 1], cp=CP)
+    text = "step 0: a wrong block; rank 1 sent one of another case"
+    with Faulty(goes_on_with_another_case, 1) as workers, pytest.raises(RankError, match=text):
+        workers.run(case, tmp_path / "r.safetensors")
+    assert [x.name for x in tmp_path.iterdir()] == ["decode.safetensors"]
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(0, 2**16), st.integers(0, 2**16), st.data())
+def test_any_other_stamp_is_refused(digest, rank, step, data):
+    places = torch.arange(12, dtype=torch.int32).view(2, 1, 6)
+    mine = Stamp(case_words(digest.hex()), rank, step)
+    stamped = mine.before(places)
+    assert stamped.dtype == torch.int32
+    assert (stamped[WORDS:].view(2, 1, 6) == places).all()
+    check_stamp(stamped, mine, 7)
+    stamped[data.draw(st.integers(0, WORDS - 1))] += data.draw(st.sampled_from((-1, 1)))
+    with pytest.raises(RankError, match=rf"step 7: a wrong block; rank {rank} "):
+        check_stamp(stamped, mine, 7)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_strategies import (
     HEADS,
@@ -22,6 +22,7 @@ from npu_strategies import (
     staged_row,
 )
 from oracle import dense
+from strategies import examples
 
 import npu_backend
 from npu_backend.errors import InputError
@@ -60,7 +61,7 @@ def tensors(p: Problem) -> list[torch.Tensor]:
 # --- the mathematics
 
 
-@settings(deadline=None, max_examples=40)
+@examples(0.4)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(("normal", "needle", "mean")),
@@ -75,7 +76,7 @@ def test_one_block_is_dense_attention(seed, kind, heads, length, batch, is_causa
     assert_near_dense(p, got, merges=0)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(0.4)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from(HEADS), st.lists(st.integers(0, 90), min_size=1, max_size=3), st.data()
 )
@@ -188,7 +189,7 @@ def test_given_outputs_must_fit():
             torch.ops.atb.npu_ring_mla.out(*parts, output=outputs[0], softmax_lse=outputs[1])
 
 
-@settings(deadline=None, max_examples=25)
+@examples(0.25)
 @given(st.integers(0, 999), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=2, max_size=4))
 def test_a_pack_is_its_requests_one_by_one(seed, lengths):
     q_lengths, kv_lengths = zip(*lengths, strict=True)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_judge import assert_near_dense, assert_same_bits
 from npu_strategies import BlockProblem, staged_row
+from strategies import examples
 
 import npu_backend  # noqa: F401 (declares the operators)
 from npu_backend.emulation import arithmetic
@@ -39,7 +40,7 @@ def paged(seed, lengths, size, dtype=torch.float16, more=2):
 # --- npu_paged_cache_load: bit by bit
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(SEEDS, st.lists(st.integers(0, 70), min_size=1, max_size=4), st.sampled_from((1, 16, 32)), st.data())
 def test_load_copies_what_the_table_names(seed, lengths, size, data):
     latent, rope, table, held = paged(seed, lengths, size)
@@ -112,7 +113,7 @@ def test_load_out_refuses_other_shapes():
 # --- npu_multi_head_latent_attention
 
 
-@settings(max_examples=20)
+@examples(0.2)
 @given(
     SEEDS,
     st.lists(st.integers(0, 150), min_size=1, max_size=3),

@@ -5,10 +5,11 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_strategies import problem
 from oracle import dense
+from strategies import examples
 
 import npu_backend  # noqa: F401 (declares the operators)
 from npu_backend import vendor
@@ -43,7 +44,7 @@ def blocks(query, key, value, **options):
     }
 
 
-@settings(max_examples=30)
+@examples(0.3)
 @given(*CASES, st.booleans())
 def test_blocks_agree_in_exact_arithmetic_to_float32_rounding(seed, kind, heads, length, is_causal):
     p = problem(seed, kind, heads, (length,), length, is_causal=is_causal, cp=1)
@@ -65,7 +66,7 @@ def test_blocks_agree_in_exact_arithmetic_to_float32_rounding(seed, kind, heads,
         assert (abs(partial.lse.double().numpy() - lse) <= lse_error).all(), name
 
 
-@settings(max_examples=30)
+@examples(0.3)
 @given(*CASES, st.integers(1, 89))
 def test_merges_of_the_same_partials_agree_in_exact_arithmetic(seed, kind, heads, length, cut):
     """What is carried between blocks is FP16 by contract, so the merges are given the same partials."""
@@ -99,7 +100,7 @@ def test_merges_of_the_same_partials_agree_in_exact_arithmetic(seed, kind, heads
     np.testing.assert_allclose(ring.lse.double(), lse, rtol=2.0**-22, atol=2.0**-22)
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(*CASES)
 def test_staged_and_exact_differ_and_exact_is_nearer(seed, kind, heads, length):
     p = problem(seed, "mean", heads, (length + 200,), length + 200, is_causal=False, cp=1)
@@ -136,7 +137,7 @@ def test_nothing_but_a_cpu_has_kernels_of_ours():
         vendor.require("npu::npu_attention_update", partial.out.device)
 
 
-@settings(max_examples=20)
+@examples(0.2)
 @given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(0, 3))
 def test_no_key_is_zero_and_minus_infinity_in_every_family_and_plus_infinity_never_leaves(seed, is_causal, count):
     """Fewer keys than queries: under a causal mask, which ends bottom-right here, the first queries see none."""

@@ -5,11 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_judge import assert_near_dense, assert_rounded_once, assert_same_bits
 from npu_strategies import block_problems, exact_problem, exp, staged_row
 from oracle import dense
+from strategies import examples
 
 import npu_backend  # noqa: F401 (declares the operators)
 from npu_backend.emulation import arithmetic
@@ -28,31 +29,31 @@ ONE_HEAD = ((1, 1), (2, 1), (4, 1), (8, 1))
 # --- the wrapper: everything the contract can express
 
 
-@settings(max_examples=50)
+@examples(0.5)
 @given(block_problems([MLA, (16, 16), (64, 64), (128, 128)]), st.sampled_from(("BSH", "BSND", "BNSD")))
 def test_padded_block_is_dense_attention(p, layout):
     assert_near_dense(p, fused_infer_block(*p.tensors, layout=layout, **p.options))
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(block_problems([MLA, (64, 64), (128, 128), (192, 192)], dtypes=(torch.bfloat16,), heads=((1, 1), (2, 2))))
 def test_packed_block_in_bfloat16_is_dense_attention(p):
     assert_near_dense(p, fused_infer_block(*p.tensors, layout="TND", **p.options))
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(block_problems([(64, 64), (128, 128)], dtypes=(torch.float16,), heads=((1, 1), (2, 2)), is_causal=True))
 def test_packed_causal_block_in_float16_is_dense_attention(p):
     assert_near_dense(p, fused_infer_block(*p.tensors, layout="TND", **p.options))
 
 
-@settings(max_examples=15)
+@examples(0.15)
 @given(block_problems([LATENT], heads=ONE_HEAD), st.sampled_from(("BSH", "BSND", "BNSD", "TND")))
 def test_latent_block_is_dense_attention(p, layout):
     assert_near_dense(p, fused_infer_block(*p.tensors, layout=layout, **p.options))
 
 
-@settings(max_examples=30)
+@examples(0.3)
 @given(block_problems([MLA, (32, 32)], is_causal=False), st.data())
 def test_partials_merged_in_any_order_are_dense_attention(p, data):
     cuts = sorted({0, p.key.shape[1], *data.draw(st.lists(st.integers(0, p.key.shape[1]), max_size=5))})
@@ -89,7 +90,7 @@ def assert_is_dense(got, q, k, v, visible, tolerance=2e-3):
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=10)
+@examples(0.1)
 @given(
     SEEDS,
     st.integers(1, 2),
@@ -127,7 +128,7 @@ OUT = {
 }  # fmt: skip
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(SEEDS, st.sampled_from(sorted(OUT)), st.integers(1, 5), st.integers(1, 9))
 def test_layouts_are_transpositions(seed, layout, t, s):
     q, k, v = plain(2, t, s, n=4, k=2, seed=seed)
@@ -142,7 +143,7 @@ def test_layouts_are_transpositions(seed, layout, t, s):
     assert torch.equal(flat[0], out.flatten(2))
 
 
-@settings(max_examples=30)
+@examples(0.3)
 @given(SEEDS, st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4), st.booleans())
 def test_a_pack_is_its_requests_one_by_one_and_its_lse_is_by_token(seed, lengths, is_causal):
     q_lengths, kv_lengths = zip(*lengths, strict=True)
@@ -169,7 +170,7 @@ def test_a_pack_is_its_requests_one_by_one_and_its_lse_is_by_token(seed, lengths
         a, b = a + m, b + n
 
 
-@settings(max_examples=20)
+@examples(0.2)
 @given(
     SEEDS, st.lists(st.integers(0, 300), min_size=1, max_size=3), st.sampled_from((1, 3)), st.booleans(), st.booleans()
 )

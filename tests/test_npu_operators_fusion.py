@@ -5,11 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_judge import assert_near_dense, assert_same_bits
 from npu_strategies import block_problems, exact_problem, exp, staged_row
 from oracle import dense
+from strategies import examples
 
 import npu_backend  # noqa: F401 (declares the operators)
 from npu_backend.emulation import arithmetic
@@ -27,19 +28,19 @@ SEEDS = st.integers(0, 2**32 - 1)
 # --- the wrapper: everything the contract can express
 
 
-@settings(max_examples=50)
+@examples(0.5)
 @given(block_problems([(192, 128), (64, 64), (72, 24)], dtypes=ALL))
 def test_packed_block_is_dense_attention(p):
     assert_near_dense(p, fusion_block(*p.tensors, **p.options).partial())
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(block_problems([(192, 128), (64, 32)], dtypes=ALL, has_pads=False))
 def test_sbh_block_is_dense_attention(p):
     assert_near_dense(p, fusion_block(*p.tensors, layout="SBH", **p.options).partial())
 
 
-@settings(max_examples=30)
+@examples(0.3)
 @given(block_problems([(192, 128), (64, 64)], dtypes=ALL, is_causal=False), st.sampled_from(("SBH", "TND")), st.data())
 def test_blocks_merged_in_any_order_are_dense_attention(p, layout, data):
     cuts = sorted({0, p.key.shape[1], *data.draw(st.lists(st.integers(0, p.key.shape[1]), max_size=3))})
@@ -55,7 +56,7 @@ def test_blocks_merged_in_any_order_are_dense_attention(p, layout, data):
     assert_near_dense(p, carried.partial(), merges=len(pieces))
 
 
-@settings(max_examples=20)
+@examples(0.2)
 @given(SEEDS, st.sampled_from(("SBH", "TND")))
 def test_merging_a_block_without_keys_changes_nothing(seed, layout):
     rng = torch.Generator().manual_seed(seed)
@@ -77,7 +78,7 @@ def plain(b, t, s, n=2, k=1, d=16, v=16, dtype=torch.float32, seed=0):
     return [torch.randn(b, m, h, x, generator=rng).to(dtype) for m, h, x in ((t, n, d), (s, k, d), (s, k, v))]
 
 
-@settings(max_examples=10)
+@examples(0.1)
 @given(SEEDS, st.integers(1, 2), st.integers(1, 20), st.integers(1, 30), st.integers(0, 9), st.integers(0, 9))
 def test_sparse_modes_show_what_the_table_says(seed, b, t, s, before, after):
     q, k, v = plain(b, t, s, seed=seed)
@@ -132,7 +133,7 @@ def test_layouts_are_transpositions():
     assert base[1].shape == (2, 4, 5, 8)
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(SEEDS, st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=4))
 def test_packed_statistics_lie_sequence_by_sequence_heads_first(seed, lengths):
     q_lengths, kv_lengths = zip(*lengths, strict=True)
@@ -217,7 +218,7 @@ def eight(x):
     return torch.from_numpy(np.repeat(x[..., None], 8, -1).copy())
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(SEEDS, st.sampled_from((np.float16, np.float32)), st.integers(1, 2), st.integers(1, 4))
 def test_update_bits_in_sbh_are_those_of_the_naive_twin(seed, dtype, batch, heads):
     both = sides(seed, (5, batch), heads, dtype)
@@ -232,7 +233,7 @@ def test_update_bits_in_sbh_are_those_of_the_naive_twin(seed, dtype, batch, head
         assert_same_bits(got, eight(x.transpose(1, 2, 0)).numpy())
 
 
-@settings(max_examples=25)
+@examples(0.25)
 @given(SEEDS, st.lists(st.integers(0, 4), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_update_bits_in_tnd_are_those_of_the_naive_twin(seed, lengths, is_natural, has_leading_zero):
     if not sum(lengths):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_strategies import (
     HEADS,
@@ -21,6 +21,7 @@ from npu_strategies import (
     write_case,
 )
 from oracle import dense
+from strategies import examples
 
 from npu_backend.errors import RankError
 from npu_backend.files import read_case
@@ -81,7 +82,7 @@ def test_bits_are_those_of_the_staged_fold_in_the_rings_order(pools, cp, is_caus
 
 
 @pytest.mark.parametrize("cp", CP)
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@examples(0.3)
 @given(data=st.data())
 def test_ring_is_dense_attention(pools, cp, data):
     p = data.draw(problems(cp))
@@ -89,7 +90,7 @@ def test_ring_is_dense_attention(pools, cp, data):
 
 
 @pytest.mark.parametrize("cp", [2, 3])
-@settings(deadline=None, max_examples=12)
+@examples(0.12)
 @given(seed=st.integers(0, 2**32 - 1), heads=st.sampled_from(HEADS), is_causal=st.booleans(), units=st.integers(1, 6))
 def test_bits_hold_for_drawn_problems(pools, cp, seed, heads, is_causal, units):
     total = 2 * cp * units
@@ -124,7 +125,7 @@ def test_one_rank_sends_nothing(tmp_path):
     """There is no process group here at all, so anything sent would raise."""
     p = problem(3, "normal", (2, 1), (20,), 20, is_causal=True, cp=1)
     case = read_case(write_case(tmp_path, p))
-    alone = Ring(0, 1, p.is_causal, p.scale, requests_of(case))
+    alone = Ring(0, 1, p.is_causal, p.scale, requests_of(case), case.digest)
     assert not torch.distributed.is_initialized()
     (out, lse), clock = ring_attention(alone, shard(case, 0), torch.device("cpu"), lambda what, step: None)
     assert_dense(p, out.numpy(), lse.numpy())
@@ -135,7 +136,7 @@ def test_one_rank_sends_nothing(tmp_path):
 def test_a_block_from_any_other_place_is_refused_with_its_step(cp, chunk, data):
     rank, step = data.draw(st.integers(0, cp - 1)), data.draw(st.integers(0, cp - 1))
     length = data.draw(st.integers(1, 2 * cp * chunk))
-    me = Ring(rank, cp, True, 1.0, Requests((chunk,), ((length,),), (0,)))
+    me = Ring(rank, cp, True, 1.0, Requests((chunk,), ((length,),), (0,)), "0" * 64)
     sender = (rank - step) % cp
     starts = [c * chunk for c in (sender, 2 * cp - 1 - sender)]
     position = torch.cat([torch.arange(s, s + chunk, dtype=torch.int32) for s in starts])[None]

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.faults import FAULTS, SIZED, Bench, changes
@@ -118,7 +119,7 @@ def test_rules_accept_what_is_right_and_refuse_what_is_plainly_wrong(rule, profi
 
 
 @given(seed=st.integers(0, 2**32 - 1), rule=st.sampled_from(sorted(RULES)), everywhere=st.booleans())
-@settings(max_examples=50)
+@examples(0.5)
 def test_no_rule_ever_accepts_nan(seed, rule, everywhere):
     rng = np.random.default_rng(seed)
     reference, noise = rng.standard_normal((2, 1, 40, 2, 8))

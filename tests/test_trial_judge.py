@@ -3,15 +3,20 @@
 The whole trial is `python -m cpjax.trial`; docs/trial.md has its figures.
 """
 
+import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from cpjax.crosscheck import Verdict, judge
+from cpjax.trial import __main__ as command
 from cpjax.trial import activations
 from cpjax.trial.detection import Setting, bench, smallest
 from cpjax.trial.emulators import PROFILES
-from cpjax.trial.false_alarms import SETS, is_alarm, kinds, outcome, rate_bound, table
+from cpjax.trial.false_alarms import SETS, is_alarm, kinds, outcome, outcomes, rate_bound, table
 from cpjax.trial.faults import FAULTS, Bench, changes
 from cpjax.trial.problem import Result
 
@@ -121,3 +126,20 @@ def test_smallest_is_the_first_of_the_sizes_that_are_caught():
         assert smallest((1.0, 2.0, 3.0, 4.0, 5.0), lambda size, first=first: size > first) == (
             first + 1 if first < 5 else None
         )
+
+
+def test_a_run_that_is_ended_reports_what_it_judged(tmp_path, monkeypatch):
+    def ended_after_three(*question, workers):
+        yield from outcomes(*question[:2], 3, workers)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from outcomes(*question, workers)
+
+    monkeypatch.setattr(command, "outcomes", lambda *asked: ended_after_three(*asked[:-1], workers=asked[-1]))
+    report = tmp_path / "alarms.json"
+    asked = ["false-alarms", "--set", "tuning", "--count", "1000000", "--workers", "1", "--out", str(report)]
+    run = CliRunner().invoke(command.app, asked)
+    assert run.exit_code == 0, run.output
+    assert "interrupted after 3 of 1,000,000" in run.stderr
+    told = json.loads(report.read_text())
+    assert (told["count"], told["asked_for"], told["rows"][-1]["results"]) == (3, 1_000_000, 3)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

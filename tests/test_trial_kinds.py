@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from cpjax.trial import false_alarms
 from cpjax.trial.draw import WORK
@@ -24,7 +25,7 @@ def test_kinds_for_tuning_and_kinds_that_are_quoted_are_apart():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8)
+@examples(0.08)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_kind_draws_finite_and_valid_problems(kind, seed):
     problem = KINDS[kind](np.random.default_rng(seed))

@@ -8,6 +8,7 @@ import pytest
 from cpjax.crosscheck import backends
 from cpjax.crosscheck.backends.compute import compute
 from cpjax.crosscheck.case import content_digest, gaussian_case, read_case, read_whole, write_case, write_whole
+from cpjax.crosscheck.conformance import conformance_cases
 from cpjax.crosscheck.session import judge_result
 from cpjax.errors import InputError
 
@@ -74,3 +75,13 @@ def test_the_npu_backend_refuses_it(case, tmp_path):
     write_case(tmp_path, case)
     with pytest.raises(Refused, match="window is 9"):
         files.read_case(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("name", ["36-packed-gqa-cp2", "37-prefix-gqa-cp2"])
+def test_packs_have_windows_too(tmp_path, name):
+    """Each request by its own positions, its prefix with it."""
+    (made,) = [case for case in conformance_cases() if case.name == name]
+    made = write_case(tmp_path / "cases", replace(made, window=9))
+    compute("spec", backends.load("spec"), [made], tmp_path / "spec")
+    judged = judge_result(made, tmp_path / "spec" / f"{name}.safetensors")
+    assert judged.outcome == "pass", judged.reasons

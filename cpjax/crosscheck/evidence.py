@@ -19,7 +19,7 @@ from cpjax.crosscheck.directed import Score, key_scores, on_bfloat16_lattice, sc
 from cpjax.crosscheck.error_model import ErrorModel, Expected
 from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Question
-from cpjax.crosscheck.shared import Shared, excess, merged
+from cpjax.crosscheck.shared import Shared, distinct, excess, merged
 from cpjax.crosscheck.statistic import effective_freedom
 from cpjax.mask import Tokens, visible
 
@@ -151,12 +151,13 @@ def _each_tile(
     is_large = chosen.sum() * question.key.shape[1] >= 16 * ELEMENTS
     with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
         each = map if pool is None else pool.map
-        for (b, k), tiles in groupby(_tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
+        for (b, k), some in groupby(tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
             key, value = (x[b, :, k].astype(np.float64) for x in (question.key, question.value))
-            yield from each(partial(measure, key, value), tiles)
+            yield from each(partial(measure, key, value), some)
 
 
-def _tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
+def tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
+    """The chosen rows in tiles, by batch row and key/value head."""
     batch, position, head = np.nonzero(chosen)
     query, same = _same_rows(question, batch, position, head)
     times = np.bincount(query)[query]
@@ -214,7 +215,8 @@ def _measure(
     mean_square, rounded, bias = _spread(error, np.where(expected.sigma > least, expected.sigma, 0.0))
     mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
     rounded = np.where(unjudged, 0, rounded)
-    freedom = np.where(rounded > 0, effective_freedom(distinct(rows.out), expected.coherent), 0.0)
+    different = distinct(rows.out, FORMATS[question.precision.out])
+    freedom = np.where(rounded > 0, effective_freedom(different, expected.coherent), 0.0)
     scale, shared = scale_score(model, expected, error, lse_error, unjudged)
     shared = [part._replace(variance=part.variance * tile.times) for part in shared]
     inflation = np.divide(rounded, freedom, out=np.ones_like(freedom), where=freedom > 0) * tile.times
@@ -260,11 +262,6 @@ def _spread(
     deviation = np.divide(error, sigma, out=np.zeros_like(error), where=sigma > 0)
     count = (sigma > 0).sum(axis=1)
     return (deviation**2).sum(axis=1) / np.maximum(count, 1), count, deviation.sum(axis=1) / np.maximum(count, 1)
-
-
-def distinct(x: Float[np.ndarray, "R V"]) -> Int[np.ndarray, " R"]:
-    """Different numbers in each row."""
-    return 1 + (np.diff(np.sort(x, axis=1), axis=1) != 0).sum(axis=1)
 
 
 def _ratio(given: np.ndarray, exact: np.ndarray, expected: Expected) -> Float[np.ndarray, "R V"]:

@@ -36,6 +36,17 @@ def cells(value: Float[np.ndarray, "*shape"], fmt: Format) -> Int[np.ndarray, "*
     return 2 * along + (value < 0)
 
 
+def distinct(out: Float[np.ndarray, "R V"], fmt: Format) -> Int[np.ndarray, " R"]:
+    """How many outputs of each row are rounded differently: those that lie in different eighths of a spacing.
+
+    >>> from cpjax.crosscheck.formats import FORMATS
+    >>> distinct(np.array([[1.0, 1.0, 2.0], [15000.0, 15000.1, 15000.2]]), FORMATS["float16"])
+    array([2, 1])
+    """
+    eighth = fmt.spacing(out) / 8
+    return 1 + (np.diff(np.sort(np.round(out / eighth) * eighth, axis=1), axis=1) != 0).sum(axis=1)
+
+
 def by_cell(roundings: Roundings, fmt: Format) -> Float[np.ndarray, " c"]:
     """What the roundings of each cell do together; of formats with more than `DIGITS` digits, nothing."""
     if fmt.digits > DIGITS:

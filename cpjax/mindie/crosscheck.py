@@ -1,9 +1,10 @@
-"""From a deployment to cases: attention of one layer, a case for each share of the heads that is computed."""
+"""From a deployment to cases: attention of one layer, a case for each share of the heads that is computed; decode."""
 
 from pathlib import Path
 
 from cpjax.crosscheck.case import Case, gaussian_case
 from cpjax.errors import InputError
+from cpjax.mindie.decode import decode_case
 from cpjax.mindie.deployment import read_deployment
 from cpjax.mindie.models import geometry as geometry_of
 from cpjax.mindie.models import local_heads, parse_geometry
@@ -18,7 +19,13 @@ PRECISION = {"spec": "flash_fp16", "npu": "ring_mla_fp16"}
 
 
 def cases_of(
-    config: Path | None, *, tokens: int | None = None, geometry: str | None = None, seed: int = 0, shares: int = 1
+    config: Path | None,
+    *,
+    tokens: int | None = None,
+    geometry: str | None = None,
+    seed: int = 0,
+    shares: int = 1,
+    decode: bool = False,
 ) -> tuple[list[Case], list[str]]:
     """The cases of a config file (None: the vendor's example), and remarks for the user.
 
@@ -26,6 +33,7 @@ def cases_of(
       tokens: length of the prompt; None: the smaller of maxInputTokenLen and 2,048.
       geometry: HEADS,NOPE,ROPE,VALUE; None: by the model's name.
       shares: of the tp shares of the heads so many are computed, a case each, with other inputs.
+      decode: also a case of decode, over the cache that cp·sp ranks share.
 
     Raises:
       InputError: what cannot be read or computed.
@@ -63,4 +71,14 @@ def cases_of(
         )
         for share in range(shares)
     ]
+    cache_ranks = sizes.cp * sizes.sp
+    if not decode:
+        if sizes.sp > 1:
+            remarks.append(
+                f"decode over the cache that cp·sp = {cache_ranks} ranks share is computed with --decode only"
+            )
+        return cases, remarks
+    if cache_ranks > MOST_CP:
+        raise InputError(f"{deployment.path}: cp·sp is {cache_ranks}; at most {MOST_CP} ranks are computed here")
+    cases.append(decode_case(f"{name}-{tokens}-decode", shape, tokens, cache_ranks, seed, about | {"sp": sizes.sp}))
     return cases, remarks

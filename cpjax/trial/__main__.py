@@ -1,6 +1,7 @@
 """`python -m cpjax.trial`: the judge on trial."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ def false_alarms(
 ) -> None:
     """Judge correct results of hostile kinds of data. Exit status: 0 none called wrong, 1 some, 2 bad input.
 
-    Ctrl-C ends it early, with a report about the results that were judged.
+    Ctrl-C, or a termination signal, ends it early with a report about the results that were judged.
     """
     if set_ not in SETS:
         raise InputError(f"--set is {set_!r}; it must be one of {', '.join(SETS)}")
@@ -49,10 +50,14 @@ def false_alarms(
         error_console.print(f"without trained activations: {reason}", markup=False, highlight=False, soft_wrap=True)
     started = time.monotonic()
     seen: list[Outcome] = []
+    # SIGINT is ignored by what a shell starts in the background; SIGTERM is not.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         seen.extend(_progress(outcomes(set_, seed, count, workers), count, "judged"))
     except KeyboardInterrupt:
         error_console.print(f"interrupted after {len(seen):,} of {count:,} results; the report is about these")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     seconds = time.monotonic() - started
     alarms = sorted((one for one in seen if is_alarm(one)), key=lambda one: one.number)
     rows, judged = table(seen), sum(one.judgeable for one in seen)

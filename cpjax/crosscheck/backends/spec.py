@@ -1,23 +1,32 @@
-"""The specification as a backend: ring attention in JAX, on as many simulated CPU devices as there are ranks."""
+"""The specification as a backend: attention in JAX, on as many simulated CPU devices as there are ranks."""
 
 import contextlib
 
 import numpy as np
 
+from cpjax.crosscheck import decode, pack
 from cpjax.crosscheck.case import Case
 from cpjax.crosscheck.result import Result
-from cpjax.precision import profile
+from cpjax.mask import PAD, Mask, Tokens
+from cpjax.partial import Partial
+from cpjax.precision import Precision, profile
 
 
 class Spec:
-    """Self-attention of layout zigzag, in the profile that the case wants, `flash_fp16` otherwise."""
+    """Every layout, in the profile that the case wants, `flash_fp16` otherwise."""
+
+    def __init__(self, exchange: str = "ring"):
+        """`exchange`: how keys meet queries in prefill; the ring, or what `cpjax.exchange.device.EXCHANGES` names."""
+        self._exchange = exchange
 
     def supports(self, case: Case) -> str | None:
-        """Layout zigzag only."""
-        if case.layout != "zigzag":
-            return f"layout {case.layout!r}; it runs cases of layout zigzag only"
-        if case.query.shape[1] != case.key.shape[1] or case.query.shape[1] % (2 * case.cp):
-            return f"{case.query.shape[1]} queries, {case.key.shape[1]} keys; both must be one multiple of 2·cp"
+        """Zigzag whose queries and keys are the same tokens; all packs and decodes that can be read."""
+        tokens, keys = case.query.shape[1], case.key.shape[1]
+        if case.layout == "zigzag" and (tokens != keys or tokens % (2 * case.cp)):
+            return f"{tokens} queries, {keys} keys; both must be one multiple of 2·cp"
+        wanted = self._precision(case)
+        if case.layout == "packed" and keys > tokens and wanted.carry != wanted.out:
+            return f"a prefix in {wanted.name}; it is merged into what was rounded to {wanted.out} already"
         return None
 
     def prepare(self, cases: list[Case]) -> None:
@@ -28,29 +37,79 @@ class Spec:
             jax.config.update("jax_num_cpu_devices", max(case.cp for case in cases))
 
     def run(self, case: Case) -> Result:
-        """Ring attention.
+        """Attention by the exchange; of layout decode, by an exchange of partials.
 
         Raises:
           InputError: JAX was used before, and has fewer devices than the case has ranks.
         """
         import jax
 
-        from cpjax.mask import Mask
-        from cpjax.parallel import context_parallel_attention, cp_mesh
-
-        precision = case.precision.get("spec", "flash_fp16")
-        out, lse = context_parallel_attention(
-            case.query,
-            case.key,
-            case.value,
-            case.q_tokens,
-            case.kv_tokens,
-            mesh=cp_mesh(case.cp),
-            mask=Mask(is_causal=case.is_causal, window=case.window),
-            scale=case.scale,
-            precision=profile(precision),
-        )
+        precision = self._precision(case)
+        compute = {"zigzag": self._prefill, "packed": self._pack, "decode": _decode}[case.layout]
+        out, lse = compute(case, precision)
+        order = self._exchange if self._exchange in ("ring", "gather") else "unknown"
         about = {"jax": jax.__version__, "device": f"cpu ({jax.local_device_count()} simulated)"}
         return Result(
-            "spec", precision, "ring", np.asarray(out).astype(np.float16), np.asarray(lse).astype(np.float32), about
+            "spec",
+            precision.name,
+            "ascending" if case.layout == "decode" else order,
+            np.asarray(out).astype(np.float16),
+            np.asarray(lse).astype(np.float32),
+            about,
         )
+
+    def _precision(self, case: Case) -> Precision:
+        return profile(case.precision.get("spec", "flash_fp16"))
+
+    def _prefill(self, case: Case, precision: Precision, **places) -> Partial:
+        from cpjax.parallel import context_parallel_attention, cp_mesh
+
+        tokens = case.query.shape[1]  # behind these are the prefixes of a pack
+        return context_parallel_attention(
+            case.query,
+            case.key[:, :tokens],
+            case.value[:, :tokens],
+            **(places or {"q_tokens": case.q_tokens, "kv_tokens": case.kv_tokens}),
+            mesh=cp_mesh(case.cp),
+            exchange=self._exchange,
+            mask=Mask(is_causal=case.is_causal, window=case.window),
+            scale=case.scale,
+            precision=precision,
+        )
+
+    def _pack(self, case: Case, precision: Precision) -> Partial:
+        """Each request on its own, then its prefix as one block, merged last."""
+        import jax
+
+        from cpjax.attention import Attention
+        from cpjax.partial import merge
+        from cpjax.tiles import attend
+
+        segment = np.asarray(case.q_tokens.segment)[0]
+        lengths = tuple(int((segment[start:stop] != PAD).sum()) for start, stop in pack.bounds(segment, case.cp))
+        own, tokens = self._prefill(case, precision, lengths=lengths), len(segment)
+        if case.key.shape[1] == tokens:
+            return own
+        attention = Attention(Mask(is_causal=case.is_causal, window=case.window), case.scale, precision)
+        key, value = case.key[:, tokens:], case.value[:, tokens:]
+        cached = Tokens(*(np.asarray(x)[:, tokens:] for x in case.kv_tokens))
+        prefix = jax.jit(attend, static_argnums=5)(case.query, key, value, case.q_tokens, cached, attention)
+        return merge(own, prefix, precision)
+
+
+def _decode(case: Case, precision: Precision) -> Partial:
+    from cpjax.decode import context_parallel_decode
+    from cpjax.parallel import cp_mesh
+
+    return context_parallel_decode(
+        case.query,
+        case.key,
+        case.value,
+        case.q_tokens,
+        case.kv_tokens,
+        owner=decode.chunks(np.asarray(case.kv_tokens.segment)[0], case.cp) % case.cp,
+        mesh=cp_mesh(case.cp),
+        mask=Mask(is_causal=case.is_causal, window=case.window),
+        scale=case.scale,
+        precision=precision,
+    )

@@ -8,9 +8,9 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled
 from cpjax.crosscheck.diagnosis.sample import Sample
-from cpjax.crosscheck.evidence import distinct
 from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.shared import distinct
 from cpjax.crosscheck.statistic import effective_freedom
 
 MOST_Z = 2.0
@@ -53,7 +53,8 @@ class Measured:
         self.sample, self.question = sample, question
         self.model = exact_model(sample, question)
         self.expected = self.model.expected()
-        self.freedom = np.maximum(effective_freedom(distinct(self.model.rows.out), self.expected.coherent), 1.0)
+        different = distinct(self.model.rows.out, FORMATS[question.precision.out])
+        self.freedom = np.maximum(effective_freedom(different, self.expected.coherent), 1.0)
         self.right = self.fit(RIGHT)
 
     def fit(self, fault: Fault) -> Fit:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.evidence import Tile, distinct, model_of
+from cpjax.crosscheck.evidence import Tile, model_of
+from cpjax.crosscheck.formats import FORMATS
 from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.shared import distinct
 from cpjax.crosscheck.statistic import effective_freedom
 
 ROWS = 16
@@ -54,7 +56,8 @@ def figures(question: Question, out: np.ndarray, seed: int = 0) -> Figures:
         np.add.at(squares[chunk], tile.head, (deviation**2).sum(axis=1))
         np.add.at(counts[chunk], tile.head, usable.sum(axis=1))
         deviations.append(deviation[usable])
-        inflation = usable.sum(axis=1) / np.maximum(effective_freedom(distinct(rows.out), expected.coherent), 1)
+        different = distinct(rows.out, FORMATS[question.precision.out])
+        inflation = usable.sum(axis=1) / np.maximum(effective_freedom(different, expected.coherent), 1)
         weight = np.divide(1.0, expected.sigma, out=np.zeros_like(given), where=usable)
         for c, number in enumerate(rows.chunks):
             along = (rows.chunk_part[:, c] - rows.chunk_weight[:, c, None] * rows.out) * weight

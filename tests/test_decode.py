@@ -1,0 +1,158 @@
+"""Decode over a cache that is cut by tokens: dense in float64, every rank alike, and the profile bit for bit."""
+
+import functools
+
+import jax
+import numpy as np
+import numpy_twin as twin
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from programs import assert_dense, attention
+from strategies import RULES, SCALE, examples, problem, problems
+from test_precision import exact, same
+
+from cpjax.crosscheck.decode import chunks
+from cpjax.decode import cache_slots, context_parallel_decode
+from cpjax.errors import InputError
+from cpjax.exchange.decode import decode_attention
+from cpjax.mask import Tokens, tokens
+from cpjax.parallel import cp_mesh
+
+CP = st.sampled_from([1, 2, 3, 5])
+
+
+def owners(data, length, cp):
+    """Any placement, ranks that hold nothing included."""
+    most = data.draw(st.integers(0, cp - 1))
+    return np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).integers(0, most + 1, length)
+
+
+@examples(0.5)
+@given(problems(3, 12, rules=RULES[:4]), CP, st.data())
+def test_any_placement_is_dense(p, cp, data):
+    p = p._replace(sink=np.full(4, -np.inf))
+    with jax.enable_x64(True):
+        found = context_parallel_decode(
+            *p.arrays,
+            owner=owners(data, 12, cp),
+            mesh=cp_mesh(cp),
+            mask=p.rule.mask,
+            scale=SCALE,
+            precision="float64",
+        )
+        assert_dense(found, p)
+
+
+@examples(0.2)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(2, 2), (1, 3), (3, 1)]))
+def test_over_two_axes_the_outer_one_comes_first(seed, shape):
+    """MindIE's cp and sp: rank cp_rank · sp + sp_rank."""
+    p = problem(seed, "needle", tokens(1, 2, start=10), tokens(1, 12), RULES[0])
+    ranks = int(np.prod(shape))
+    devices = jax.devices()[:ranks]
+    both = jax.make_mesh(shape, ("cp", "sp"), devices=devices, axis_types=(AxisType.Auto,) * 2)
+    owner = np.random.default_rng(seed).integers(0, ranks, 12)
+    half = [x.astype(np.float16) for x in p[:3]]
+    one, two = (
+        context_parallel_decode(*half, *p[3:5], owner=owner, mesh=mesh, axis_name=axes, scale=SCALE)
+        for mesh, axes in ((cp_mesh(ranks), "cp"), (both, ("cp", "sp")))
+    )
+    assert same(two, [np.asarray(x) for x in one])
+
+
+@functools.cache
+def on_every_rank(cp, name):
+    """Queries to all, keys cut into cp parts; what each rank has in the end, `[cp, …]`."""
+
+    def device(*arrays):
+        result = decode_attention(*arrays, attention(RULES[0], name), axis_name="cp")
+        return jax.tree.map(lambda x: x[None], result)
+
+    cut = P(None, "cp")
+    specs = (P(), cut, cut, P(), cut)
+    return jax.jit(jax.shard_map(device, mesh=cp_mesh(cp), in_specs=specs, out_specs=P("cp")))
+
+
+@pytest.mark.parametrize("name", sorted(twin.PROFILES))
+@examples(0.25)
+@given(st.sampled_from([1, 2, 4]), st.integers(0, 2**32 - 1))
+def test_every_rank_has_the_bits_of_the_twin(name, cp, seed):
+    """Two keys a rank: every sum has one rounding. Merged in the order of the ranks; lse rounded before the merge.
+
+    Four queries: of three, XLA compiles each one's merge by itself, and fuses a·b + c otherwise in one than in another.
+    """
+    rng, stages, length = np.random.default_rng(seed), twin.PROFILES[name], 2 * cp
+    query, key = exact(rng, 4, 4) / 4, exact(rng, length, 4)
+    value = twin.to(rng.normal(size=(length, 3)) + 1, "float16")
+    # Queries are somewhere, so that some see nothing of a rank; each sees the first key.
+    position = rng.integers(0, length, 4).astype(np.int32)
+    new, cached = Tokens(position[None], np.zeros((1, 4), np.int32)), tokens(1, length)
+    found = on_every_rank(cp, name)(query[None, :, None], key[None, :, None], value[None, :, None], new, cached)
+    seen = position[:, None] >= np.arange(length)
+
+    def expected(variant):
+        result = None
+        for part in (slice(2 * rank, 2 * rank + 2) for rank in range(cp)):
+            block = twin.attend(query, key[part], value[part], seen[:, part], SCALE, None, stages, 512, variant)
+            result = block if result is None else twin.merge(result, block, stages, variant)
+        return twin.to(result[0], stages.out), result[1]
+
+    for rank in range(cp):
+        mine = [np.asarray(found.out)[rank, 0, :, 0], np.asarray(found.lse)[rank, 0, :, 0]]
+        assert same(mine, [np.asarray(found.out)[0, 0, :, 0], np.asarray(found.lse)[0, 0, :, 0]])
+        assert any(same(mine, expected(variant)) for variant in twin.VARIANTS)
+
+
+def test_lse_really_travels_in_fp16():
+    """Else the test above would pass without: beside lse 1,000 half a unit is lost, and with it the weights."""
+    query, value = np.full((1, 1, 1, 1), 1.0, np.float32), np.array([1.0, 3.0], np.float32).reshape(1, 2, 1, 1)
+    key = np.array([2000.0, 2000.5], np.float32).reshape(1, 2, 1, 1)  # scores 1000 and 1000.25; 1000.25 is no FP16
+    arrays = (query, key, value, tokens(1, 1, start=1), tokens(1, 2))
+    out = {name: float(on_every_rank(2, name)(*arrays).out[0].item()) for name in ("flash_fp16", "decode_fp16_lse")}
+    assert out["decode_fp16_lse"] == 2.0  # both weights the same
+    assert out["flash_fp16"] == pytest.approx(1 + 2 / (1 + np.exp(-0.25)), abs=1e-3)
+
+
+def test_the_compiled_program_gathers_once_an_array_and_in_fp16():
+    shape = lambda *s, dtype=np.float16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    places = [Tokens(shape(1, n, dtype=np.int32), shape(1, n, dtype=np.int32)) for n in (3, 8)]
+    arrays = (shape(1, 3, 2, 4), shape(1, 8, 2, 4), shape(1, 8, 2, 3), *places)
+    text = on_every_rank(2, "decode_fp16_lse").lower(*arrays).as_text()
+    gathers = [line for line in text.splitlines() if "all_gather" in line]
+    assert len(gathers) == 2
+    assert all("f16>" in line for line in gathers)
+
+
+@given(st.integers(1, 3000), st.integers(1, 16))
+def test_slots_hold_every_key_once(length, cp):
+    owner = chunks(np.zeros(length, int), cp)
+    slots = cache_slots(owner, length, cp)
+    for rank, mine in enumerate(slots.reshape(cp, -1)):
+        np.testing.assert_array_equal(mine[mine >= 0], np.flatnonzero(owner == rank))
+        assert (mine[np.count_nonzero(mine >= 0) :] == -1).all()
+
+
+X = np.zeros((1, 4, 2, 4), np.float16)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        (r"owner has shape \(3,\); it must be \(4,\)", {"owner": np.zeros(3, int)}),
+        ("owners are from 0 to 2; they must be ranks, 0 to 1", {"owner": np.array([0, 1, 2, 0])}),
+        ("owners are from -1 to 1", {"owner": np.array([0, 1, -1, 0])}),
+        (r"the mesh has axes \('cp',\), none is 'sp'", {"axis_name": ("cp", "sp")}),
+        ("unknown precision 'fp8'", {"precision": "fp8"}),
+        ("precision float64 needs float64 in JAX", {"precision": "float64"}),
+        ("scale is nan", {"scale": float("nan")}),
+    ],
+)
+def test_misuse_is_refused_before_tracing(message, options, monkeypatch):
+    monkeypatch.setattr("cpjax.decode._run", None)
+    place = tokens(1, 4)
+    options = {"owner": np.zeros(4, int), **options}
+    with pytest.raises(InputError, match=message):
+        context_parallel_decode(X, X, X, place, place, mesh=cp_mesh(2), **options)
