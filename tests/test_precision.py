@@ -138,6 +138,15 @@ def test_a_whole_block(name, seed, divisor):
     )
 
 
+def test_a_tile_has_512_keys():
+    """Key 512 outweighs all by e²⁰: in its tile p is 0 in FP16, in the tile before p is 1, rescaled later."""
+    nothing = jnp.zeros((1, 513, 1, 1), jnp.float16)
+    key, value = nothing.at[0, 512].set(20), nothing.at[0, 511].set(60_000)
+    full = replace(attention(RULES[1], "flash_fp16"), scale=1.0)
+    found = tiles.attend(jnp.ones((1, 1, 1, 1), jnp.float16), key, value, tokens(1, 1), tokens(1, 513), full)
+    assert float(found.out[0, 0, 0, 0]) == pytest.approx(60_000 * np.exp(-20), rel=2**-11)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_two_profiles_compute_the_same(name):
     """Else the tests above would not tell them apart."""
