@@ -46,9 +46,7 @@ def compare(case: Case, one: Result, two: Result) -> Agreement:
 
 
 def _question(case: Case, result: Result) -> Question:
-    return question(
-        case.query, case.key, case.value, **how(case), window=None, precision=result.precision, order=result.order
-    )
+    return question(case.query, case.key, case.value, **how(case), precision=result.precision, order=result.order)
 
 
 def between_sentence(compared: list[Compared]) -> str:
