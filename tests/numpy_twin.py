@@ -2,10 +2,12 @@
 
 IEEE 754 fixes +, −, ×, ÷ and the casts, so these are NumPy's. It does not fix exp, log and tanh: those are XLA's own,
 called one by one. Two freedoms that XLA takes with float32 are variants here, and either is right: a·b + c may be
-rounded once (fma), and x / l, the same l for a whole row, may be computed as x · (1 / l).
+rounded once (fma), and x / l, the same l for a whole row, may be computed as x · (1 / l). It takes them element by
+element: of three columns, two may share a vector that has an fma, and the third not, on some processors.
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,14 +37,32 @@ PROFILES = {
 
 
 class Variant(NamedTuple):
-    """`fused`: l·r + Σ p is rounded once. `merged`: which product of the weighted sum of a merge is not rounded."""
+    """`fused`: acc·r + p·v is rounded once, `summed`: l·r + Σ p. `merged`: which product of a merge is not rounded."""
 
     fused: bool = True
+    summed: bool = True
     merged: str = "a"
     reciprocal: bool = True
 
 
-VARIANTS = [Variant(*v) for v in itertools.product((True, False), ("a", "b", ""), (True, False))]
+VARIANTS = [Variant(*v) for v in itertools.product((True, False), (True, False), ("a", "b", ""), (True, False))]
+
+
+def one_of(found, make: Callable[[Variant], Sequence[np.ndarray]]) -> bool:
+    """Whether each element of each array is, bit for bit, what one of the variants makes of it."""
+    found = [np.asarray(x) for x in found]
+    right = [np.zeros(x.shape, bool) for x in found]
+    for variant in VARIANTS:
+        right = [r | _same_bits(x, y) for r, x, y in zip(right, found, make(variant), strict=True)]
+        if all(r.all() for r in right):
+            return True
+    return False
+
+
+def _same_bits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Element by element; 0 and −0 are the same, and so are two NaN."""
+    assert x.shape == y.shape, (x.shape, y.shape)
+    return (x == y) | (np.isnan(x) & np.isnan(y))
 
 
 def to(x: np.ndarray, fmt: str) -> np.ndarray:
@@ -92,7 +112,7 @@ def accumulate(state, score, value, stages: Stages, v: Variant):
     summed = p.astype(np.float64).sum(axis=-1).astype(np.float32)
     return (
         top,
-        times_plus(total, rescale, summed, v.fused),
+        times_plus(total, rescale, summed, v.summed),
         times_plus(acc, rescale[:, None], mean, v.fused),
     )
 
