@@ -1,8 +1,12 @@
 """Mutation testing of the algorithm: `python tools/mutation.py --sample 150 --seed 0 [--json FILE]`.
 
 A mutant is one small change of one of the algorithm's files, made in a copy of the project; the tests of that file run
-on it in a fresh process, so nothing compiled before is used. It is killed if a test fails. A timeout is not a kill, and
-is listed apart. `--control` runs the unchanged project and a mutant that is known to be equivalent: both must survive.
+on it in a fresh process. It is killed if a test fails. A timeout is not a kill, and is listed apart. `--control` runs
+the unchanged project and a mutant that is known to be equivalent: both must survive.
+
+First the unchanged project runs the same tests and leaves its compiled programs on disk (JAX's compilation cache, whose
+key is the program itself): a mutant compiles only what it changes. Mutants read that folder and never write it, so no
+mutant sees another's.
 """
 
 import argparse
@@ -136,22 +140,47 @@ def _as_its_argument(node: ast.Call, index: int):
     return f"{name}(…) -> its argument {index}", lambda: setattr(node, "func", pick), lambda: setattr(node, "func", old)
 
 
-def run(mutant: Mutant, timeout: float) -> str:
+def run(mutant: Mutant, compiled: Path, timeout: float) -> str:
     """killed, survived or timeout."""
+    try:
+        done = pytest(TESTS[mutant.file], compiled, writes=False, mutant=mutant, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    return "survived" if done.returncode == 0 else "killed"
+
+
+def compile_unchanged(file: str, compiled: Path) -> None:
+    """Run one file of tests on the unchanged project and keep what it compiles. A failure ends everything."""
+    done = pytest([file], compiled, writes=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{file} fails without a mutant, so that it can judge none:\n{done.stdout.decode()[-2000:]}")
+
+
+def pytest(
+    tests: list[str], compiled: Path, writes: bool, mutant: Mutant | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess:
+    """Run tests in a copy of the project, in a fresh process, with the programs compiled before."""
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder)
         for name in ("cpjax", "npu_backend", "tests"):
             shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copied)
-        (copied / "cpjax" / mutant.file).write_text(mutant.source)
-        tests = [f"tests/{name}" for name in TESTS[mutant.file]]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
-        environment = {**os.environ, "PYTHONPATH": folder, "HYPOTHESIS_PROFILE": "mutants"}
-        try:
-            done = subprocess.run(command, cwd=copied, env=environment, capture_output=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return "timeout"
-    return "survived" if done.returncode == 0 else "killed"
+        if mutant:
+            (copied / "cpjax" / mutant.file).write_text(mutant.source)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": folder,
+            "HYPOTHESIS_PROFILE": "mutants",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            # Only what took longer to compile than this many seconds is written; reading has no such bound.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if writes else "1e9",
+        }
+        files = [f"tests/{name}" for name in tests]
+        return subprocess.run(
+            [*command, *files], cwd=copied, env=environment, capture_output=True, timeout=timeout, check=False
+        )
 
 
 def main() -> None:
@@ -173,9 +202,13 @@ def main() -> None:
         assert equivalent != source
         chosen = [Mutant("partial.py", 0, "unchanged", source), Mutant("partial.py", 0, "a + b -> b + a", equivalent)]
     print(f"{len(chosen)} of {len(everything)} mutants, seed {options.seed}")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        verdicts = []
-        for mutant, verdict in zip(chosen, pool.map(lambda m: run(m, options.timeout), chosen), strict=True):
+    verdicts = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        compiled = Path(folder)
+        files = sorted({test for mutant in chosen for test in TESTS[mutant.file]})
+        for file, _ in zip(files, pool.map(lambda f: compile_unchanged(f, compiled), files), strict=True):
+            print(f"unchanged {file} passes", flush=True)
+        for mutant, verdict in zip(chosen, pool.map(lambda m: run(m, compiled, options.timeout), chosen), strict=True):
             verdicts.append({"file": mutant.file, "line": mutant.line, "change": mutant.change, "verdict": verdict})
             print(f"{verdict:9} {mutant.file}:{mutant.line}  {mutant.change}", flush=True)
     counts = {name: sum(v["verdict"] == name for v in verdicts) for name in ("killed", "survived", "timeout")}
