@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
 
+from cpjax.crosscheck import judge
 from cpjax.crosscheck.attention64 import attention_rows
 from cpjax.crosscheck.error_model import ErrorModel
 from cpjax.crosscheck.formats import FORMATS
@@ -90,6 +91,30 @@ def test_no_correct_result_leaves_the_bound_in_any_order_of_merging(seed, name, 
     assert (out[0, :, 0] >= expected.low).all()
     assert (out[0, :, 0] <= expected.high).all()
     assert (np.abs(lse[0, :, 0] - rows.lse) <= expected.lse_bound).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "constant"),
+    [(0.1251, 24.6), (0.1251, -21.1), (1.01, 31.8), (192**-0.5 * 1.87, 30.0), (DIM**-0.5, -5.0), (DIM**-0.5, -3.0)],
+)
+def test_scores_that_are_rounded_alike_are_no_fault(scale, constant):
+    """A constant on all logits, under a scale near a power of two: all products round the same way, and lse with them.
+
+    With a negative one the maximum is finer than the differences from it, which then all lose the same.
+    """
+    lse_z = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        query, key, value = (rng.normal(size=(1, n, 1, DIM)) for n in (ROWS, 4000, 4000))
+        query, key[..., 0] = query / (scale * DIM**0.5), 4.0
+        query[..., 0] = constant / (4.0 * scale)
+        p = Problem(query, key, value, scale, cp=CHUNKS // 2).cast("float16")
+        out, lse = attend(p, ARITHMETIC["ring_mla_fp16"], "ascending")
+        asked = {**p.question(), "precision": "ring_mla_fp16", "order": "ascending"}
+        verdict = judge(p.query, p.key, p.value, out, lse, **asked)
+        assert verdict.passed, verdict.reasons
+        lse_z.append(verdict.lse_z)
+    assert max(lse_z) < 2**0.5  # what the judge allows for an imperfect model (SLACK)
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])

@@ -4,15 +4,15 @@ Section numbers are those of docs/verdict.md.
 """
 
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.formats import FORMATS
+from cpjax.crosscheck.groups import sum_of_squares
+from cpjax.crosscheck.maxima import Maxima
 from cpjax.crosscheck.shared import Roundings, Shared, by_cell
 from cpjax.crosscheck.stored import Stored
-from cpjax.tiles import KEY_TILE
 
 
 class Weighed(Stored):
@@ -29,8 +29,7 @@ class Weighed(Stored):
         if self._low_precision_scores:
             fmt = FORMATS[self.precision.score]
             variance = variance + (self._scale * fmt.spacing(s / self._scale)) ** 2 / 12
-            variance = variance + fmt.spacing(s) ** 2 / 12
-            variance = variance + np.where(np.abs(below) <= np.abs(s), 0.0, fmt.spacing(below) ** 2 / 12)
+            variance = variance + self._scaling_sigma**2 + self._maxima.own_sigma**2
         return np.where(rows.seen, np.sqrt(variance), 0.0)
 
     @cached_property
@@ -38,30 +37,77 @@ class Weighed(Stored):
         """Errors of the scores move weight between keys: Σ A_j δs_j (v_j − out) (§3.5), and the rescales (§3.6)."""
         rows = self.rows
         variance = self._variance_of(rows.weight * self._score_sigma, self._score_groups, center=True)
+        if (known := self._moved_by_scaling) is not None:
+            moved = known @ rows.value - known.sum(axis=1, keepdims=True) * rows.out
+            independent = sum_of_squares(rows.weight * self._scaling_sigma, rows.value, rows.out)
+            is_more = (moved**2).sum(axis=1, keepdims=True) > independent.sum(axis=1, keepdims=True)
+            variance = np.maximum(variance + np.where(is_more, moved**2 - independent, 0.0), 0.0)
         for jump, weight, part in self._rescales:
             variance = variance + (jump[:, None] * (part - weight[:, None] * rows.out)) ** 2
+        if (moved := self._of_maxima) is not None:
+            variance = variance + self._maxima.common_variance(
+                lambda keys: moved[:, keys] @ rows.value[keys] - moved[:, keys].sum(axis=1)[:, None] * rows.out
+            )
         return variance
+
+    @cached_property
+    def _scaling_sigma(self) -> Float[np.ndarray, "R S"]:
+        """Standard deviation of the rounding of scale · q·k (§3.5); by a power of two nothing is lost."""
+        fmt = FORMATS[self.precision.score]
+        spacing = fmt.spacing(np.where(self.rows.seen, self.rows.score, 0.0))
+        is_exact = (np.frexp(self._scale)[0] == 0.5) & (spacing > fmt.tiny)
+        return np.where(is_exact, 0.0, spacing / np.sqrt(12))
+
+    @cached_property
+    def _moved_by_scaling(self) -> Float[np.ndarray, "R S"] | None:
+        """A_j times the error of scale · q·k, which is known where the rounded q·k is (§3.5)."""
+        if not self._low_precision_scores:
+            return None
+        fmt, rows = FORMATS[self.precision.score], self.rows
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = self._scale * fmt.round(np.where(rows.seen, rows.score, 0.0) / self._scale)
+            error = fmt.round(product) - product
+        return rows.weight * np.where(np.isfinite(error), error, 0.0)
+
+    def _known_along(self, away: Float[np.ndarray, "R S"] | float) -> list[Shared]:
+        """What the errors of scaling do along `away`, where that is more than independent errors would (§3.5)."""
+        if self._moved_by_scaling is None:
+            return []
+        together = (self._moved_by_scaling * away).sum(axis=1)
+        independent = ((self.rows.weight * self._scaling_sigma * away) ** 2).sum(axis=1)
+        return [Shared(together.sum(keepdims=True), np.maximum(together**2 - independent, 0.0))]
+
+    @cached_property
+    def _maxima(self) -> Maxima:
+        return Maxima(self.rows, FORMATS[self.precision.score])
+
+    @cached_property
+    def _of_maxima(self) -> Float[np.ndarray, "R S"] | None:
+        """What each score's error that others have alike moves (§3.5): A_j times its standard deviation."""
+        if not self._low_precision_scores or not self._maxima.common_sigma.any():
+            return None
+        return self.rows.weight * self._maxima.common_sigma
+
+    def _along_maxima(self, moved: Float[np.ndarray, "R S"] | None) -> Float[np.ndarray, " R"] | float:
+        """Variance of the sum of these."""
+        if moved is None:
+            return 0.0
+        return self._maxima.common_variance(lambda keys: moved[:, keys].sum(axis=1, keepdims=True))[:, 0]
 
     @cached_property
     def _rescales(self) -> list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"], Float[np.ndarray, "R V"]]]:
         """Standard deviation of each rescale's exponent, with Σ A and Σ A v of the keys that it multiplies (§3.6)."""
         if not self._low_precision_scores:
             return []
-        fmt, rows = FORMATS[self.precision.score], self.rows
-        found = []
-        for start, stop in pairwise(rows.edges):
-            highest = np.full(len(rows.lse), -np.inf)
-            weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
-            for tile in range(start, stop, KEY_TILE):
-                keys = slice(tile, min(tile + KEY_TILE, stop))
-                new = np.maximum(highest, rows.score[:, keys].max(axis=1))
-                seen_before = ~np.isneginf(highest)
-                jump = np.where(seen_before, new - np.where(seen_before, highest, 0.0), 0.0)
-                if (jump > 0).any():
-                    found.append((np.where(jump > 0, fmt.spacing(jump), 0.0) / np.sqrt(12), weight, part))
-                weight = weight + rows.weight[:, keys].sum(axis=1)
-                part = part + rows.weight[:, keys] @ rows.value[keys]
-                highest = new
+        rows, maxima, found = self.rows, self._maxima, []
+        weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
+        for (keys, is_first), jump in zip(maxima.tiles, maxima.jump.T, strict=True):
+            if is_first:
+                weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
+            if (jump > 0).any():
+                found.append((np.where(jump > 0, maxima.fmt.spacing(jump), 0.0) / np.sqrt(12), weight, part))
+            weight = weight + rows.weight[:, keys].sum(axis=1)
+            part = part + rows.weight[:, keys] @ rows.value[keys]
         return found
 
     @cached_property
@@ -103,6 +149,8 @@ class Weighed(Stored):
         variance = self._variance_of_sum(rows.weight * self._score_sigma, self._score_groups)
         for jump, weight, _ in self._rescales:
             variance = variance + (jump * weight) ** 2
+        variance = variance + self._along_maxima(self._of_maxima)
+        variance = variance + sum(part.variance for part in self._known_along(1.0))
         of_sum = np.where(n > 1, 4 * eps, 0.0) + self._sum_sigma
         of_log = eps * (self._lse_size + 2) * np.sqrt(self._chunk_count + 1)
         of_storing = (rows.chunk_weight**2 * self._chunk_lse_step**2).sum(axis=1) / 12
@@ -119,9 +167,10 @@ class Weighed(Stored):
         rows = self.rows
         along = per_out @ rows.value.T
         away = along - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
-        shared = self._shared_along(per_out, along)
+        shared = self._shared_along(per_out, along) + self._known_along(away)
         variance = sum((part.variance for part in shared), np.zeros_like(per_lse))
         variance += self._variance_of_sum(rows.weight * self._score_sigma * away, self._score_groups)
+        variance += self._along_maxima(None if self._of_maxima is None else self._of_maxima * away)
         # Errors of a merge's weights and of the row sum move all outputs of a row together.
         away_of_chunks = np.einsum("rv,rcv->rc", per_out, self._beside)
         variance += ((2 * self._eps * (self._lse_size + 2))[:, None] ** 2 * away_of_chunks**2).sum(axis=1)

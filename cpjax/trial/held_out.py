@@ -78,13 +78,25 @@ def one_loud_dim(rng: np.random.Generator) -> Problem:
     return pose(rng, query, key, value)
 
 
-def shifted_rows(rng: np.random.Generator) -> Problem:
-    """A constant of the row's own, −60 to 60, added to all its logits."""
+def any_scale(rng: np.random.Generator) -> Problem:
+    """A scale that is no power of two and no 1/√H, as position scaling makes them; a third with logits off zero."""
+    shape = draw_shape(rng)
+    scale = log_uniform(rng, 0.005, 3.0)
+    query, key, value = gaussians(rng, shape, logits=log_uniform(rng, 0.1, 6.0), mean=rng.choice([0.0, 2.0]))
+    query = query / (scale * shape.head_dim**0.5)
+    if rng.random() < 1 / 3:
+        key[..., -1] = 1.0
+        query[..., -1] = rng.uniform(-25, 25, shape.heads) / scale
+    return pose(rng, query, key, value, scale=scale)
+
+
+def below_zero(rng: np.random.Generator) -> Problem:
+    """Every logit is negative, the largest anywhere from −0.01 to −20: the maximum is the finest of all numbers."""
     shape = draw_shape(rng)
     query, key, value = gaussians(rng, shape)
-    query, key = query.copy(), key.copy()
-    key[..., 0] = 4.0
-    query[..., 0] = rng.uniform(-60, 60, query.shape[:3]) * shape.head_dim**0.5 / 4.0
+    query, key = np.abs(query) * log_uniform(rng, 0.1, 3.0), -np.abs(key)
+    key[..., 0] = -log_uniform(rng, 0.01, 20.0) * shape.head_dim**0.5
+    query[..., 0] = 1.0
     return pose(rng, query, key, value)
 
 
@@ -179,7 +191,7 @@ def blind_rows(rng: np.random.Generator) -> Problem:
 HELD_OUT: dict[str, Kind] = {
     kind.__name__: kind
     for kind in (
-        mixed_scales, heavy_tails, two_needles, equal_values, eight_tokens, coin_values, shifted_rows,
+        mixed_scales, heavy_tails, two_needles, equal_values, eight_tokens, coin_values, any_scale, below_zero,
         sink_ladder, chunk_offsets, staircase, one_loud_dim, rotated, column_scales, value_spikes, handful, long_row,
         hundreds_of_chunks, wide_heads, one_kv_head, packed, blind_rows,
     )

@@ -164,6 +164,28 @@ def _repeated(rng: np.random.Generator, arrays: tuple[np.ndarray, ...], count: i
     return [query[:, asking], key[:, asked], value[:, asked]]
 
 
+def shifted_rows(rng: np.random.Generator) -> Problem:
+    """A constant of the row's own, −60 to 60, added to all its logits."""
+    shape = draw_shape(rng)
+    query, key, value = gaussians(rng, shape)
+    query, key = query.copy(), key.copy()
+    key[..., 0] = 4.0
+    query[..., 0] = rng.uniform(-60, 60, query.shape[:3]) * shape.head_dim**0.5 / 4.0
+    return pose(rng, query, key, value)
+
+
+def odd_scales(rng: np.random.Generator) -> Problem:
+    """Scales near a power of two or anywhere, a constant on all logits: neighbours are rounded alike by the scale."""
+    shape = draw_shape(rng)
+    near = 2.0 ** rng.integers(-5, 2) * (1 + rng.choice([-1, 1]) * log_uniform(rng, 2.0**-10, 0.1))
+    scale = float(rng.choice([near, log_uniform(rng, 0.01, 2.0)]))
+    query, key, value = gaussians(rng, shape)
+    query, key = query / (scale * shape.head_dim**0.5), key.copy()
+    key[..., 0] = 4.0
+    query[..., 0] = rng.uniform(-40, 40) / (4.0 * scale)
+    return pose(rng, query, key, value, scale=scale)
+
+
 def _with_constant(
     query: np.ndarray, key: np.ndarray, constant: float, spare: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -190,6 +212,6 @@ TUNING: dict[str, Kind] = {
     for kind in (
         gaussian, flat, needle, equal, two_tokens, row_constant, sink_first, cancelling, stagnation, tiny_values,
         one_key, few_keys, one_query, tiny_head_dims, many_chunks, latent, grouped, windowed, small_integers,
-        sinks_anywhere, early_mass, late_mass,
+        sinks_anywhere, early_mass, late_mass, shifted_rows, odd_scales,
     )
 }  # fmt: skip
