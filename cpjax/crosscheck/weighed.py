@@ -38,17 +38,20 @@ class Weighed(Stored):
         rows = self.rows
         variance = self._variance_of(rows.weight * self._score_sigma, self._score_groups, center=True)
         if (known := self._moved_by_scaling) is not None:
-            moved = known @ rows.value - known.sum(axis=1, keepdims=True) * rows.out
+            moved = self._pulled(known, slice(None))
             independent = sum_of_squares(rows.weight * self._scaling_sigma, rows.value, rows.out)
             is_more = (moved**2).sum(axis=1, keepdims=True) > independent.sum(axis=1, keepdims=True)
             variance = np.maximum(variance + np.where(is_more, moved**2 - independent, 0.0), 0.0)
         for jump, weight, part in self._rescales:
             variance = variance + (jump[:, None] * (part - weight[:, None] * rows.out)) ** 2
         if (moved := self._of_maxima) is not None:
-            variance = variance + self._maxima.common_variance(
-                lambda keys: moved[:, keys] @ rows.value[keys] - moved[:, keys].sum(axis=1)[:, None] * rows.out
-            )
+            variance = variance + self._maxima.common_variance(lambda keys: self._pulled(moved, keys))
         return variance
+
+    def _pulled(self, moved: Float[np.ndarray, "R S"], keys: slice) -> Float[np.ndarray, "R V"]:
+        """What weights that are off by `moved` do to the output: Σ_j moved_j (v_j − out) over these keys."""
+        some = moved[:, keys]
+        return some @ self.rows.value[keys] - some.sum(axis=1, keepdims=True) * self.rows.out
 
     @cached_property
     def _scaling_sigma(self) -> Float[np.ndarray, "R S"]:
