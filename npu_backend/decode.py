@@ -22,7 +22,7 @@ from torch import Tensor
 
 from npu_backend.contracts.latent import LATENT
 from npu_backend.errors import RankError
-from npu_backend.exchange import KeyValues, Link, Report
+from npu_backend.exchange import Held, Link, Report
 from npu_backend.families import Family, merge_all
 from npu_backend.files import Case
 from npu_backend.operators import Partial, latent_decode
@@ -78,15 +78,15 @@ def decode_attention(
     computed = time.perf_counter()
     link = Link(rank, case.cp, report, case.digest)
     lse = mine.lse.half() if decoding.lse == "float16" else mine.lse
-    sent = KeyValues(mine.out, lse, torch.tensor(_tag(case, rank), dtype=torch.int32, device=device))
+    sent = Held((mine.out, lse), torch.tensor(_tag(case, rank), dtype=torch.int32, device=device))
     arrived = link.gather(sent) if case.cp > 1 else [sent]
-    for sender, (_, _, tag) in enumerate(arrived):
+    for sender, (_, tag) in enumerate(arrived):
         if tag.tolist() != _tag(case, sender):
             raise RankError(
                 f"step 0: a wrong partial; in the place of rank {sender} is rank {int(tag[0])}'s, which saw "
                 f"{tag[1:].tolist()} tokens and not {_tag(case, sender)[1:]}"
             )
-    merged = merge([Partial(out, lse.float()) for out, lse, _ in arrived], decoding.merge)
+    merged = merge([Partial(out, lse.float()) for (out, lse), _ in arrived], decoding.merge)
     by_token = Partial(merged.out.transpose(0, 1), merged.lse.transpose(0, 1))
     return by_token, computed - started, sum(link.waited)
 
@@ -116,7 +116,7 @@ def partial_of(case: Case, rank: int, family: Family, device: torch.device) -> P
     query = torch.from_numpy(case.query[0][:, None]).to(device)
     seen = seen_lengths(case, rank)
     if not any(seen):
-        return nothing(query, case.value.shape[3])
+        return nothing(query, case.value_dim)
     starts = np.cumsum((0, *np.bincount(case.kv_segment[0])))
     rows = [start + held_tokens(int(n), rank, case.cp) for start, n in zip(starts, np.diff(starts), strict=False)]
     if family.name == "ring_mla":
@@ -125,7 +125,7 @@ def partial_of(case: Case, rank: int, family: Family, device: torch.device) -> P
     index = np.zeros((len(seen), most), np.int64)  # what is beyond a query's length is not read
     for i, (request, n) in enumerate(zip(case.q_segment[0], seen, strict=True)):
         index[i, :n] = rows[request][:n]
-    key, value = (torch.from_numpy(x[0][index]).to(device) for x in (case.key, case.value))
+    key, value = (torch.from_numpy(x[0][index]).to(device) for x in case.rows)
     carried = family.attend(None, query, key, value, is_causal=False, scale=case.scale, kv_lengths=seen)
     return family.finish(carried)
 
@@ -133,11 +133,12 @@ def partial_of(case: Case, rank: int, family: Family, device: torch.device) -> P
 def _over_pages(case: Case, query: Tensor, rows: list[np.ndarray], seen: tuple[int, ...]) -> Partial:
     """By the operator over the paged latent: the tokens of each request in pages, the last one partly filled."""
     counts = [-(-len(mine) // BLOCK) for mine in rows]
-    pages = np.zeros((sum(counts) * BLOCK, *case.key.shape[2:]), np.float16)
+    latent = case.rows[0]
+    pages = np.zeros((sum(counts) * BLOCK, *latent.shape[2:]), np.float16)
     table = np.full((len(rows), max(counts)), -1, np.int32)
     first = 0
     for i, (mine, count) in enumerate(zip(rows, counts, strict=True)):
-        pages[first * BLOCK :][: len(mine)] = case.key[0, mine]
+        pages[first * BLOCK :][: len(mine)] = latent[0, mine]
         table[i, :count] = first + np.arange(count)
         first += count
     cache = torch.from_numpy(pages).to(query.device).unflatten(0, (-1, BLOCK))

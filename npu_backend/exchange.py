@@ -1,4 +1,4 @@
-"""How keys and values travel: one generator per exchange, which gives what is at hand step by step.
+"""How what the ranks hold travels: one generator per exchange, which gives what is at hand step by step.
 
     for step, held in enumerate(exchange(link, mine)):
         compute my queries against what is held
@@ -27,11 +27,10 @@ Report = Callable[[str, int], None]
 """Called with what the rank begins to do ("compute", "wait", …) and at which step."""
 
 
-class KeyValues(NamedTuple):
-    """What travels: keys and values of one rank, and where their tokens are."""
+class Held(NamedTuple):
+    """What travels: what one rank holds of its tokens, and where they are."""
 
-    key: Tensor  # [B, t, K, H] float16
-    value: Tensor  # [B, t, K, V] float16
+    rows: tuple[Tensor, ...]  # [B, t, …] each: keys and values, or the latent that they are made of
     places: Tensor  # [2, B, t] int32: positions, segments
 
 
@@ -41,8 +40,8 @@ class Transfer(NamedTuple):
     step: int  # at which it was started
     source: int
     shape: torch.Size  # of the places, without the stamp
-    leaving: KeyValues  # must not be freed while it is sent
-    arriving: KeyValues  # must not be read before the works are done
+    leaving: tuple[Tensor, ...]  # places, then rows; must not be freed while it is sent
+    arriving: tuple[Tensor, ...]  # must not be read before the works are done
     works: list[dist.Work]
     neighbours: str
 
@@ -56,10 +55,10 @@ class Link:
         self.waited: list[float] = []
         """Seconds in which the rank did nothing but wait for a transfer, one entry a wait."""
 
-    def start(self, step: int, held: KeyValues, *, to: int, source: int) -> Transfer:
+    def start(self, step: int, held: Held, *, to: int, source: int) -> Transfer:
         """Begin to send what is held to rank `to`, and to receive as much from rank `source`."""
         leaving = self._stamped(held, step)
-        arriving = KeyValues(*(torch.empty_like(x) for x in leaving))
+        arriving = tuple(torch.empty_like(x) for x in leaving)
         send = [dist.P2POp(dist.isend, x, to) for x in leaving]
         receive = [dist.P2POp(dist.irecv, x, source) for x in arriving]
         neighbours = f"from rank {source} or to rank {to}"
@@ -69,7 +68,7 @@ class Link:
             raise _link_error(step, neighbours, error) from error
         return Transfer(step, source, held.places.shape, leaving, arriving, works, neighbours)
 
-    def wait(self, step: int, transfer: Transfer) -> KeyValues:
+    def wait(self, step: int, transfer: Transfer) -> Held:
         """What has arrived.
 
         Raises:
@@ -83,11 +82,11 @@ class Link:
                 work.wait()
         except RuntimeError as error:
             raise _link_error(step, transfer.neighbours, error) from error
-        torch.get_device_module(transfer.arriving.key.device).synchronize()
+        torch.get_device_module(transfer.arriving[0].device).synchronize()
         self.waited.append(time.perf_counter() - started)
         return self._opened(transfer.arriving, transfer.shape, step, sender=transfer.source, sent=transfer.step)
 
-    def gather(self, mine: KeyValues) -> list[KeyValues]:
+    def gather(self, mine: Held) -> list[Held]:
         """What every rank holds, by rank; errors as of `wait`."""
         self.report("wait", 0)
         started = time.perf_counter()
@@ -99,22 +98,22 @@ class Link:
                 everybody.append(parts)
         except RuntimeError as error:
             raise _link_error(0, "of all ranks", error) from error
-        torch.get_device_module(mine.key.device).synchronize()
+        torch.get_device_module(mine.places.device).synchronize()
         self.waited.append(time.perf_counter() - started)
-        found = [KeyValues(*x) for x in zip(*everybody, strict=True)]
-        return [self._opened(x, mine.places.shape, 0, sender=rank, sent=0) for rank, x in enumerate(found)]
+        found = enumerate(zip(*everybody, strict=True))
+        return [self._opened(x, mine.places.shape, 0, sender=rank, sent=0) for rank, x in found]
 
-    def _stamped(self, held: KeyValues, step: int) -> KeyValues:
-        places = Stamp(self.case, self.rank, step).before(held.places)
-        return KeyValues(held.key.contiguous(), held.value.contiguous(), places)
+    def _stamped(self, held: Held, step: int) -> tuple[Tensor, ...]:
+        return Stamp(self.case, self.rank, step).before(held.places), *(x.contiguous() for x in held.rows)
 
-    def _opened(self, found: KeyValues, shape: torch.Size, step: int, *, sender: int, sent: int) -> KeyValues:
+    def _opened(self, found: tuple[Tensor, ...], shape: torch.Size, step: int, *, sender: int, sent: int) -> Held:
         """What arrived at `step`, its places in their `shape` again: it must be what `sender` sent at step `sent`."""
-        check_stamp(found.places, Stamp(self.case, sender, sent), step)
-        return found._replace(places=found.places[WORDS:].view(shape))
+        places, *rows = found
+        check_stamp(places, Stamp(self.case, sender, sent), step)
+        return Held(tuple(rows), places[WORDS:].view(shape))
 
 
-def travel(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+def travel(exchange: Exchange, link: Link, mine: Held) -> Iterator[Held]:
     """Of every rank what it holds, cp times, in the order of `schedule.source`.
 
     Raises:
@@ -124,7 +123,7 @@ def travel(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValue
     return {"ring": _ring, "gather": _gather, "double-ring": _double_ring}[exchange.name](exchange, link, mine)
 
 
-def _ring(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+def _ring(exchange: Exchange, link: Link, mine: Held) -> Iterator[Held]:
     held, rank, cp = mine, link.rank, link.cp
     for step in range(cp - 1):
         transfer = link.start(step, held, to=(rank + 1) % cp, source=(rank - 1) % cp)
@@ -133,11 +132,11 @@ def _ring(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues
     yield held
 
 
-def _gather(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+def _gather(exchange: Exchange, link: Link, mine: Held) -> Iterator[Held]:
     yield from link.gather(mine) if link.cp > 1 else [mine]
 
 
-def _double_ring(exchange: Exchange, link: Link, mine: KeyValues) -> Iterator[KeyValues]:
+def _double_ring(exchange: Exchange, link: Link, mine: Held) -> Iterator[Held]:
     """What a node began its round with goes to the next node while it goes round within this one."""
     begun, rank, cp, inner = mine, link.rank, link.cp, exchange.inner
     node = rank - rank % inner

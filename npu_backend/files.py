@@ -38,8 +38,7 @@ class Case(NamedTuple):
     name: str
     digest: str
     query: np.ndarray  # [B, T, N, H] float16
-    key: np.ndarray  # [B, S, K, H] float16
-    value: np.ndarray  # [B, S, K, V] float16
+    rows: tuple[np.ndarray, ...]  # what travels: keys [B, S, K, H], values [B, S, K, V]; float16
     q_position: np.ndarray  # [B, T] int32
     q_segment: np.ndarray
     kv_position: np.ndarray  # [B, S] int32
@@ -49,6 +48,11 @@ class Case(NamedTuple):
     cp: int
     precision: dict[str, Any]  # backend name → profile name
     layout: str = "zigzag"
+
+    @property
+    def value_dim(self) -> int:
+        """V."""
+        return self.rows[1].shape[3]
 
 
 class RankResult(NamedTuple):
@@ -94,7 +98,8 @@ def _read_case(path: Path) -> Case:
         raise InputError(
             "the content does not have the digest that the file states; the file was altered, make it again"
         )
-    return Case(path.stem, metadata["digest"], **arrays, **_description(description))
+    rows = tuple(arrays.pop(name) for name in ("key", "value"))
+    return Case(path.stem, metadata["digest"], rows=rows, **arrays, **_description(description))
 
 
 def _expect(metadata: dict[str, str], key: str, value: str) -> None:

@@ -6,13 +6,11 @@ index array brings the rows into natural order (`prefix_cache_preprocess`). A pr
 request, so it is attended whole, and last.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from npu_backend.exchange import KeyValues, Link
+from npu_backend.exchange import Held, Link
 
 BLOCK = 128
 """Tokens of a block of the cache."""
@@ -39,25 +37,17 @@ def recovery(prefix_lengths: tuple[int, ...], cp: int) -> np.ndarray:
     return index
 
 
-class Prefix(NamedTuple):
-    """Keys and values of all prefixes of a pack."""
-
-    key: Tensor  # [1, ΣP, K, H]
-    value: Tensor  # [1, ΣP, K, V]
-
-
-def gather_prefix(link: Link, mine: KeyValues, prefix_lengths: tuple[int, ...]) -> Prefix:
-    """All prefixes, of which each rank gives its `owned` tokens; `places` travel along but are not returned.
+def gather_prefix(link: Link, mine: Held, prefix_lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The rows of all prefixes, `[1, ΣP, …]` each; every rank gives those of its `owned` tokens. Places travel along.
 
     Raises:
       LinkError: the transfer failed.
     """
     most = max(len(owned(prefix_lengths, rank, link.cp)) for rank in range(link.cp))
-    padded = KeyValues(_pad(mine.key, 1, most), _pad(mine.value, 1, most), _pad(mine.places, 2, most))
+    padded = Held(tuple(_pad(x, 1, most) for x in mine.rows), _pad(mine.places, 2, most))
     parts = link.gather(padded) if link.cp > 1 else [padded]
-    index = torch.from_numpy(recovery(prefix_lengths, link.cp)).to(mine.key.device)
-    key, value = (torch.cat(x, dim=1).index_select(1, index) for x in list(zip(*parts, strict=True))[:2])
-    return Prefix(key, value)
+    index = torch.from_numpy(recovery(prefix_lengths, link.cp)).to(mine.places.device)
+    return tuple(torch.cat(x, dim=1).index_select(1, index) for x in zip(*(part.rows for part in parts), strict=True))
 
 
 def _pad(x: Tensor, dim: int, length: int) -> Tensor:

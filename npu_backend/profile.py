@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from npu_backend.exchange import KeyValues, Link, Report, travel
-from npu_backend.ring import Clock, Ring
+from npu_backend.exchange import Link, Report, travel
+from npu_backend.ring import Clock, Ring, held_by
 from npu_backend.shard import Shard
 
 
@@ -22,12 +22,11 @@ class Profile(NamedTuple):
 
 def time_exchange(ring: Ring, shard: Shard, device: torch.device, report: Report) -> list[float]:
     """Seconds of each wait of the ring's exchange, when nothing is computed meanwhile."""
-    key, value, position, segment = (torch.from_numpy(x).to(device) for x in shard[1:])
     link = Link(ring.rank, ring.cp, report, ring.digest)
     if ring.cp > 1:
         dist.barrier()
     waits = []
-    arrivals = travel(ring.exchange, link, KeyValues(key, value, torch.stack([position, segment])))
+    arrivals = travel(ring.exchange, link, held_by(shard, device))
     for _ in range(ring.cp):
         started = time.perf_counter()
         next(arrivals)

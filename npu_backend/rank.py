@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from npu_backend.decode import Decoding, decode_attention
 from npu_backend.errors import InputError, LinkError, RankError
-from npu_backend.exchange import KeyValues, Link, Report
+from npu_backend.exchange import Held, Link, Report
 from npu_backend.families import FAMILIES, Family
 from npu_backend.files import Case, RankResult, read_case, write_result
 from npu_backend.operators import Partial
-from npu_backend.prefix import Prefix, gather_prefix, owned
+from npu_backend.prefix import gather_prefix, owned
 from npu_backend.profile import profile_of, time_exchange
 from npu_backend.provenance import provenance
 from npu_backend.ring import Ring, ring_attention
@@ -151,14 +152,15 @@ def _on_first_rank(share: Any) -> list[Any] | None:
     return shares
 
 
-def _prefix(ring: Ring, case: Case, device: torch.device, report: Report) -> Prefix | None:
+def _prefix(ring: Ring, case: Case, device: torch.device, report: Report) -> tuple[Tensor, ...] | None:
     """The cached prefixes of a pack, each rank giving the blocks that it owns; None if there are none."""
     lengths, tokens = ring.requests.prefix_lengths, case.query.shape[1]
     if not any(lengths):
         return None
     rows = tokens + owned(lengths, ring.rank, ring.cp)
     places = np.stack([case.kv_position[:, rows], case.kv_segment[:, rows]])
-    mine = KeyValues(*(torch.from_numpy(x).to(device) for x in (case.key[:, rows], case.value[:, rows], places)))
+    places, *held = (torch.from_numpy(x).to(device) for x in (places, *(x[:, rows] for x in case.rows)))
+    mine = Held(tuple(held), places)
     return gather_prefix(Link(ring.rank, ring.cp, report, ring.digest), mine, lengths)
 
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from npu_backend.errors import RankError
-from npu_backend.exchange import KeyValues, Link, Report, travel
+from npu_backend.exchange import Held, Link, Report, travel
 from npu_backend.families import FAMILIES, Family
 from npu_backend.operators import Partial
 from npu_backend.packing import held_rows, indices
-from npu_backend.prefix import Prefix
 from npu_backend.schedule import Block, Exchange, blocks, held_chunks, source, tokens_in_chunk
 from npu_backend.shard import PAD, Requests, Shard
 
@@ -47,24 +46,23 @@ class Clock(NamedTuple):
 
 
 def ring_attention(
-    ring: Ring, shard: Shard, device: torch.device, report: Report, prefix: Prefix | None = None
+    ring: Ring, shard: Shard, device: torch.device, report: Report, prefix: tuple[Tensor, ...] | None = None
 ) -> tuple[Partial, Clock]:
     """Attention of the rank's queries over all keys: `out` `[B, t, N, V]`, `lse` `[B, t, N]`; seconds per step.
 
-    The default process group has cp ranks. Outputs of pads are arbitrary.
+    The default process group has cp ranks; `prefix` is of `gather_prefix`. Outputs of pads are arbitrary.
 
     Raises:
       RankError: keys arrived that the schedule does not say, or of another case.
       LinkError: a transfer failed.
     """
-    query, key, value, position, segment = (torch.from_numpy(x).to(device) for x in shard)
-    mine = KeyValues(key, value, torch.stack([position, segment]))
+    query = torch.from_numpy(shard.query).to(device)
     first, last, recovery = (torch.from_numpy(x).to(device) for x in indices(ring.requests.chunk_lengths, ring.cp)[:3])
     halves = (first, last)
     queries = dict(zip(held_chunks(ring.rank, ring.cp), (query.index_select(1, half) for half in halves), strict=True))
     carried: dict[int, list[Any]] = {chunk: [None] * len(ring.requests.chunk_lengths) for chunk in queries}
     link, clock = Link(ring.rank, ring.cp, report, ring.digest), Clock([], [], [])
-    arrivals = travel(ring.exchange, link, mine)
+    arrivals = travel(ring.exchange, link, held_by(shard, device))
     for step in range(ring.cp):
         started, waits = time.perf_counter(), len(link.waited)
         held = next(arrivals)
@@ -72,7 +70,7 @@ def ring_attention(
         arrived = time.perf_counter()
         for block in blocks(ring.rank, step, ring.cp, is_causal=ring.is_causal, exchange=ring.exchange):
             report("compute", step)
-            _attend(ring, step, block, queries[block.query_chunk], held, halves, carried[block.query_chunk])
+            _attend(ring, step, block, queries[block.query_chunk], held.rows, halves, carried[block.query_chunk])
         if step == ring.cp - 1 and prefix is not None:
             for chunk in queries:
                 report("compute", step)
@@ -87,14 +85,26 @@ def ring_attention(
     return Partial(out, lse), clock
 
 
+def held_by(shard: Shard, device: torch.device) -> Held:
+    """What this rank gives to the others."""
+    position, segment, *rows = (torch.from_numpy(x).to(device) for x in (shard.position, shard.segment, *shard.rows))
+    return Held(tuple(rows), torch.stack([position, segment]))
+
+
 def _attend(
-    ring: Ring, step: int, block: Block, query: Tensor, held: KeyValues, halves: tuple[Tensor, Tensor], carried: list
+    ring: Ring,
+    step: int,
+    block: Block,
+    query: Tensor,
+    key_value: tuple[Tensor, ...],
+    halves: tuple[Tensor, Tensor],
+    carried: list,
 ) -> None:
     """One block: a chunk of queries against one of the two chunks that are held, for each request of the pack."""
     sender = source(ring.rank, step, ring.cp, ring.exchange)
     half = halves[held_chunks(sender, ring.cp).index(block.kv_chunk)]
     sizes = list(ring.requests.chunk_lengths)
-    parts = (x.split(sizes, dim=1) for x in (query, held.key.index_select(1, half), held.value.index_select(1, half)))
+    parts = (x.split(sizes, dim=1) for x in (query, *(x.index_select(1, half) for x in key_value)))
     for i, (q, k, v) in enumerate(zip(*parts, strict=True)):
         # Causal: a pad comes after every real token, so no real query sees it. Otherwise it must not be passed at all.
         kv_lengths = None if ring.is_causal else tokens_in_chunk(block.kv_chunk, sizes[i], ring.requests.lengths[i])
@@ -104,7 +114,7 @@ def _attend(
         )
 
 
-def _attend_prefix(ring: Ring, query: Tensor, prefix: Prefix, carried: list) -> None:
+def _attend_prefix(ring: Ring, query: Tensor, prefix: tuple[Tensor, ...], carried: list) -> None:
     lengths = list(ring.requests.prefix_lengths)
     parts = (query.split(list(ring.requests.chunk_lengths), dim=1), *(x.split(lengths, dim=1) for x in prefix))
     for i, (q, k, v) in enumerate(zip(*parts, strict=True)):

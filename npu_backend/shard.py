@@ -19,8 +19,7 @@ class Shard(NamedTuple):
     """The tokens of one rank in per-device order, request after request: t = T/cp tokens."""
 
     query: np.ndarray  # [B, t, N, H] float16
-    key: np.ndarray  # [B, t, K, H] float16
-    value: np.ndarray  # [B, t, K, V] float16
+    rows: tuple[np.ndarray, ...]  # keys [B, t, K, H], values [B, t, K, V]; float16
     position: np.ndarray  # [B, t] int32
     segment: np.ndarray  # [B, t] int32
 
@@ -62,8 +61,8 @@ def shard(case: Case, rank: int) -> Shard:
     """
     held = held_rows(rank, case.cp, requests_of(case).chunk_lengths)
     real = (case.q_segment[:, held] != PAD)[..., None, None]
-    query, key, value = (np.where(real, x[:, held], np.float16(0)) for x in (case.query, case.key, case.value))
-    return Shard(query, key, value, case.q_position[:, held], case.q_segment[:, held])
+    query, *rows = (np.where(real, x[:, held], np.float16(0)) for x in (case.query, *case.rows))
+    return Shard(query, tuple(rows), case.q_position[:, held], case.q_segment[:, held])
 
 
 def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
@@ -72,7 +71,7 @@ def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
     Raises:
       InputError: one line with the rule and the fix.
     """
-    name, (_, tokens, heads, head_dim), value_dim = case.name, case.query.shape, case.value.shape[3]
+    name, (_, tokens, heads, head_dim), value_dim = case.name, case.query.shape, case.value_dim
     if case.layout == "decode":
         _check_decode(case, family)
         return
@@ -85,8 +84,10 @@ def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
         raise InputError(
             f"{name}: {heads} query heads; {family.operators[0]} takes at most 128 per device, split them over tp"
         )
-    if case.layout == "zigzag" and tokens != case.key.shape[1]:
-        raise InputError(f'{name}: {tokens} queries but {case.key.shape[1]} keys; only layout "packed" has a prefix')
+    if case.layout == "zigzag" and tokens != case.kv_position.shape[1]:
+        raise InputError(
+            f'{name}: {tokens} queries but {case.kv_position.shape[1]} keys; only layout "packed" has a prefix'
+        )
     if tokens % (2 * case.cp):
         raise InputError(
             f"{name}: {tokens} tokens are no multiple of 2·cp = {2 * case.cp}; "
@@ -108,14 +109,15 @@ def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
 
 def _check_decode(case: Case, family: Family) -> None:
     """One row; requests 0, 1, … one after the other, of each its last tokens as queries and all as keys; no pads."""
-    name, (_, _, heads, head_dim), (_, _, kv_heads, value_dim) = case.name, case.query.shape, case.value.shape
+    name, (_, _, heads, head_dim), (key, value) = case.name, case.query.shape, case.rows
+    kv_heads, value_dim = value.shape[2:]
     if family.name == "ring_mla":
         if (head_dim, value_dim, kv_heads) != (576, 512, 1) or heads not in HEADS:
             raise InputError(
                 f"{name}: {heads} heads on {kv_heads}, head dims {head_dim} and {value_dim}; decode by "
                 f"atb::npu_multi_head_latent_attention takes the latent, 576 and 512 of 1 head, for {HEADS} query heads"
             )
-        if not np.array_equal(case.value, case.key[..., :512]):
+        if not np.array_equal(value, key[..., :512]):
             raise InputError(f"{name}: values are not the first 512 of the keys' 576, as in a cached latent")
         if not 0 < case.scale <= 1:
             raise InputError(f"{name}: scale {case.scale:g}; the decode operator takes more than 0 and at most 1")

@@ -207,7 +207,7 @@ def test_places_that_are_no_decode_are_refused(tmp_path):
         case._replace(q_position=case.q_position - 1),
         case._replace(kv_position=case.kv_position[:, ::-1]),
         case._replace(kv_segment=case.kv_segment * 0),
-        case._replace(value=case.value + np.float16(1)),
+        case._replace(rows=(case.rows[0], case.rows[1] + np.float16(1))),
     ):
         with pytest.raises(InputError):
             check_computable(changed, FAMILIES["ring_mla"])

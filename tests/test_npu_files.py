@@ -24,8 +24,8 @@ def good(tmp_path, name="case"):
 
 def test_a_case_is_read_as_it_was_written(tmp_path):
     case = read_case(good(tmp_path)[0])
-    for name, x in zip(("query", "key", "value"), P[:3], strict=True):
-        np.testing.assert_array_equal(getattr(case, name), x)
+    for read, x in zip((case.query, *case.rows), P[:3], strict=True):
+        np.testing.assert_array_equal(read, x)
     np.testing.assert_array_equal(case.q_position, P.position)
     np.testing.assert_array_equal(case.kv_segment, P.segment)
     assert (case.scale, case.is_causal, case.cp, case.name) == (P.scale, True, 2, "case")
@@ -194,9 +194,10 @@ def test_descriptions_that_the_backend_cannot_compute_are_refused(tmp_path, chan
 
 def test_shapes_that_the_backend_cannot_compute_are_refused(tmp_path):
     case = read_case(good(tmp_path)[0])
-    longer = case._replace(key=np.repeat(case.key, 2, axis=1))
+    key, value = case.rows
+    longer = case._replace(kv_position=np.repeat(case.kv_position, 2, axis=1))
     for changed, rule in (
-        (case._replace(value=case.value[..., :64]), "npu_ring_mla takes 192 and 128"),
+        (case._replace(rows=(key, value[..., :64])), "npu_ring_mla takes 192 and 128"),
         (case._replace(query=np.repeat(case.query, 100, axis=2)), "at most 128"),
         (longer, "12 queries but 24 keys"),
     ):
@@ -209,11 +210,12 @@ def test_shards_are_the_sequence_and_their_pads_are_zero(tmp_path, cp):
     case = read_case(write_case(tmp_path, p))
     rows = np.concatenate([held_rows(rank, cp, (12 // (2 * cp),)) for rank in range(cp)])
     assert sorted(rows) == list(range(12))
-    for name in ("query", "key", "value"):
-        whole = np.concatenate([getattr(shard(case, rank), name) for rank in range(cp)], axis=1)
-        expected = np.where((p.segment == 0)[..., None, None], getattr(p, name), 0)
+    shards = [shard(case, rank) for rank in range(cp)]
+    for x, parts in zip(p[:3], zip(*((held.query, *held.rows) for held in shards), strict=True), strict=True):
+        whole = np.concatenate(parts, axis=1)
+        expected = np.where((p.segment == 0)[..., None, None], x, 0)
         np.testing.assert_array_equal(whole, expected[:, rows])
-    position = np.concatenate([shard(case, rank).position for rank in range(cp)], axis=1)
+    position = np.concatenate([held.position for held in shards], axis=1)
     np.testing.assert_array_equal(position, p.position[:, rows])
 
 

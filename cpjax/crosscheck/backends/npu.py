@@ -33,7 +33,7 @@ class Npu:
 
         q_places, kv_places = ([np.asarray(x) for x in places] for places in (case.q_tokens, case.kv_tokens))
         theirs = files.Case(
-            case.name, case.digest, case.query, case.key, case.value, q_places[0], q_places[1], kv_places[0],
+            case.name, case.digest, case.query, (case.key, case.value), q_places[0], q_places[1], kv_places[0],
             kv_places[1], case.scale, case.is_causal, case.cp, case.precision, case.layout,
         )  # fmt: skip
         try:
