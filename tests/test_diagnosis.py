@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from cpjax.crosscheck import judge
 from cpjax.crosscheck.diagnosis.places import numbers
@@ -73,7 +74,7 @@ def test_weights_are_recovered_to_three_decimals(weight, name):
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from(["flash_fp16", "ring_mla_fp16", "float32"]))
-@settings(max_examples=30)
+@examples(0.3)
 def test_correct_results_have_no_diagnosis(seed, is_causal, profile):
     p = problem(seed, cp=2, is_causal=is_causal, logits=2.0).cast("float32" if profile == "float32" else "float16")
     out, lse = attend(p, PROFILES[profile], "ring")
@@ -84,7 +85,7 @@ def test_correct_results_have_no_diagnosis(seed, is_causal, profile):
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS), st.booleans(), st.sampled_from(list(places(2))))
-@settings(max_examples=25)
+@examples(0.25)
 def test_the_place_is_found(seed, kind, is_causal, place):
     if kind == "unmasked" and (not is_causal or place.step > 0):
         return

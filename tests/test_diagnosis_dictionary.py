@@ -21,8 +21,9 @@ from broken import (
     with_prefix,
     without_keys,
 )
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import examples
 
 from cpjax.crosscheck.diagnosis.words import UNKNOWN
 from cpjax.trial.emulators import PROFILES, attend
@@ -42,10 +43,6 @@ def problems(draw, is_causal=None, heads=((1, 1), (2, 1), (2, 2))):
     )
 
 
-def few(count: int):
-    return settings(max_examples=count)
-
-
 def everywhere(said):
     """The equals that explain all query chunks; there must be some. A chunk that is wrong alone has a cause alone."""
     assert not said.passed
@@ -59,14 +56,14 @@ nonzero = st.integers(1, 40).flatmap(lambda k: st.sampled_from([k, -k]))
 
 
 @given(problems(is_causal=True), nonzero, st.booleans())
-@few(8)
+@examples(0.08)
 def test_by_how_much_the_causal_mask_is_shifted(p, k, with_lse):
     said = said_of(p, shifted(p, k), with_lse=with_lse)
     assert {(f.kind, f.number) for f in everywhere(said)} == {("causal mask shifted", k)}, said.diagnosis
 
 
 @given(problems(is_causal=True), st.integers(1, CHUNK - 2).flatmap(lambda k: st.sampled_from([k, -k])), st.booleans())
-@few(8)
+@examples(0.08)
 def test_a_mask_that_is_shifted_on_the_diagonal_only(p, k, with_lse):
     wrong = shifted_on_the_diagonal(p, k)
     said = said_of(p, wrong, with_lse=with_lse)
@@ -76,7 +73,7 @@ def test_a_mask_that_is_shifted_on_the_diagonal_only(p, k, with_lse):
 
 
 @given(problems(), st.booleans(), st.sampled_from(["absent or applied", "in every chunk"]))
-@few(6)
+@examples(0.06)
 def test_a_mask_where_there_should_be_none_and_none_where_there_should_be(p, with_lse, kind):
     assume(kind != "in every chunk" or not p.is_causal)
     if kind == "in every chunk":
@@ -90,7 +87,7 @@ def test_a_mask_where_there_should_be_none_and_none_where_there_should_be(p, wit
 
 
 @given(problems(), st.data())
-@few(10)
+@examples(0.1)
 def test_where_a_chunk_was_masked_like_the_diagonal(p, data):
     rank = data.draw(st.integers(0, p.cp - 1))
     last = 2 * p.cp - 1
@@ -105,7 +102,7 @@ def test_where_a_chunk_was_masked_like_the_diagonal(p, data):
 
 
 @given(problems(is_causal=None), st.integers(1, 60), st.sampled_from([None, 7, 20]))
-@few(8)
+@examples(0.08)
 def test_a_window_of_another_size(p, size, asked):
     assume(size != asked and size < p.key.shape[1] - 1)
     asked_of = replace(p, window=asked)
@@ -120,7 +117,7 @@ def test_a_window_that_was_not_applied():
 
 
 @given(problems(), st.floats(-2.0, 2.0), st.booleans())
-@few(8)
+@examples(0.08)
 def test_the_scale_is_fitted(p, log_factor, with_lse):
     factor = float(np.exp(log_factor))
     assume(abs(factor - 1) > 0.005)
@@ -131,7 +128,7 @@ def test_the_scale_is_fitted(p, log_factor, with_lse):
 
 
 @given(problems(heads=((4, 2), (2, 2))), st.data())
-@few(8)
+@examples(0.08)
 def test_exchanged_heads_chunks_and_ranks_are_found(p, data):
     right = attend(p, FLASH, "ring")
     kind = data.draw(st.sampled_from(["heads", "kv heads", "chunks"]))
@@ -165,7 +162,7 @@ LSE = {
 
 
 @given(problems(), st.sampled_from(sorted(LSE)))
-@few(6)
+@examples(0.06)
 def test_what_was_handed_over_as_lse(p, kind):
     out, lse = attend(p, FLASH, "ring")
     said = said_of(p, Result(out, LSE[kind](lse).astype(np.float32)))
@@ -183,7 +180,7 @@ PRECISIONS = {
 
 
 @given(problems(), st.sampled_from(sorted(PRECISIONS)))
-@few(8)
+@examples(0.08)
 def test_which_precision_fits_better(p, name):
     claimed = "float32" if name.endswith("FP16") and not name.startswith("scores") else "flash_fp16"
     if claimed == "float32":
@@ -195,7 +192,7 @@ def test_which_precision_fits_better(p, name):
 
 
 @given(problems(), st.integers(3, 30), st.data())
-@few(6)
+@examples(0.06)
 def test_pads_that_leaked(p, pads, data):
     """As a kernel that rounds the length up shows some of them."""
     length = p.key.shape[1] - pads
@@ -230,7 +227,7 @@ def test_numbers_in_pads_that_are_none_do_not_hide_another_fault():
 
 
 @given(problems(is_causal=True), st.data())
-@few(8)
+@examples(0.08)
 def test_the_first_request_of_a_pack_bleeds_into_the_second(p, data):
     total = p.key.shape[1]
     first, second = data.draw(st.integers(5, total // 2)), data.draw(st.integers(5, total // 2 - 4))
@@ -242,7 +239,7 @@ def test_the_first_request_of_a_pack_bleeds_into_the_second(p, data):
 
 
 @given(problems(), st.sampled_from(["in place", "by position"]))
-@few(4)
+@examples(0.04)
 def test_requests_that_see_each_other(p, how):
     p = packed(p, [20, 17, p.key.shape[1] - 37])
     places = {"q_positions": index(p), "kv_positions": index(p)} if how == "in place" else {}
@@ -252,7 +249,7 @@ def test_requests_that_see_each_other(p, how):
 
 
 @given(problems(), st.data())
-@few(6)
+@examples(0.06)
 def test_a_dropped_prefix(p, data):
     length = data.draw(st.integers(4, p.key.shape[1] - 4))
     p = with_prefix(p, length)
@@ -262,7 +259,7 @@ def test_a_dropped_prefix(p, data):
 
 
 @given(problems(is_causal=True), st.data())
-@few(6)
+@examples(0.06)
 def test_the_merge_that_did_not_rescale(p, data):
     step = data.draw(st.integers(1, 3))
     said = said_of(p, rescaled_except(p, step))
@@ -271,7 +268,7 @@ def test_the_merge_that_did_not_rescale(p, data):
 
 
 @given(problems(is_causal=False), st.data())
-@few(5)
+@examples(0.05)
 def test_what_cannot_be_told_apart_is_a_set(p, data):
     """From out alone only the ratio of two weights can be seen."""
     p = replace(posed(data.draw(st.integers(0, 999)), logits=1.0), is_causal=True)
@@ -286,7 +283,7 @@ def test_what_cannot_be_told_apart_is_a_set(p, data):
 
 
 @given(problems(), st.data())
-@few(8)
+@examples(0.08)
 def test_of_two_faults_in_one_place_none_is_named(p, data):
     rank = data.draw(st.integers(0, p.cp - 1))
     last = 2 * p.cp - 1
@@ -340,7 +337,7 @@ STRANGE = {
 
 
 @given(problems(), st.sampled_from(sorted(STRANGE)), st.booleans())
-@few(8)
+@examples(0.08)
 def test_what_is_in_no_dictionary_is_refused(p, kind, with_lse):
     said = said_of(p, STRANGE[kind](p), with_lse=with_lse)
     assert not said.passed

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_crosscheck import crosschecked
 from npu_strategies import write_tensors
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from strategies import examples
 
 from cpjax.crosscheck.case import read_case
 from cpjax.crosscheck.session import judge_result
@@ -63,7 +64,7 @@ def test_blocks_are_where_the_specification_puts_them(length, cp):
 
 
 @pytest.mark.parametrize("cp", CP)
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@examples(0.08)
 @given(data=st.data())
 def test_decode_agrees_with_dense_and_the_specification(pools, cp, data):
     lengths = data.draw(st.lists(st.sampled_from((1, 5, 128, 129, 300, 700)), min_size=1, max_size=3))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from npu_crosscheck import computed, crosschecked, specified
 from npu_strategies import exact_problem, problem, problems, write_case, write_tensors
+from strategies import examples
 
 import cpjax.packing
 import cpjax.schedule
@@ -76,7 +77,7 @@ def test_every_exchange_and_family_agrees_with_dense_and_the_specification(pools
 
 
 @pytest.mark.parametrize("cp", CP)
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@examples(0.08)
 @given(data=st.data())
 def test_drawn_problems_agree_with_dense(pools, cp, data):
     p = data.draw(problems(cp, max_tokens=40))
@@ -87,7 +88,7 @@ def test_drawn_problems_agree_with_dense(pools, cp, data):
 
 
 @pytest.mark.parametrize("cp", CP)
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@examples(0.12)
 @given(data=st.data())
 def test_drawn_problems_agree_with_the_specification(pools, cp, data):
     lengths = tuple(data.draw(st.lists(st.integers(1, 48), min_size=2, max_size=2)))
@@ -236,7 +237,7 @@ def write_pack(folder: Path, lengths, prefixes, *, cp, is_causal, seed, heads=(2
 
 
 @pytest.mark.parametrize("cp", CP)
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@examples(0.08)
 @given(data=st.data())
 def test_packs_with_prefixes_agree_with_dense(pools, cp, data):
     lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
@@ -245,7 +246,7 @@ def test_packs_with_prefixes_agree_with_dense(pools, cp, data):
 
 
 @pytest.mark.parametrize("cp", CP)
-@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@examples(0.06)
 @given(data=st.data())
 def test_packs_with_prefixes_agree_with_the_specification(pools, cp, data):
     lengths, prefixes = data.draw(st.sampled_from((((7, 19), (0, 0)), ((9, 1, 20), (300, 0, 150)))))
