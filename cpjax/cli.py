@@ -75,6 +75,10 @@ def crosscheck(
     decode: Annotated[
         bool, typer.Option("--decode", help="also a decode step, over the KV cache that cp·sp ranks share")
     ] = False,
+    latent: Annotated[
+        bool,
+        typer.Option("--latent", help="the latent travels, and each rank makes keys and values of it, as in MindIE"),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="of the inputs, which are normally distributed")] = 0,
     keep: Annotated[Path | None, typer.Option(help="keep the case and the results in this folder")] = None,
     backend: Annotated[
@@ -99,12 +103,14 @@ def crosscheck(
         check_names(names)
         _free(report)
         if given is None:
-            cases, remarks = cases_of(config, tokens=tokens, geometry=geometry, seed=seed, shares=shares, decode=decode)
-        elif (config, tokens, geometry, seed, shares, decode) == (None, None, None, 0, 1, False):
+            cases, remarks = cases_of(
+                config, tokens=tokens, geometry=geometry, seed=seed, shares=shares, decode=decode, latent=latent
+            )
+        elif (config, tokens, geometry, seed, shares, decode, latent) == (None, None, None, 0, 1, False, False):
             cases, remarks = read_cases(given), []
         else:
             raise InputError(
-                "--cases says all; leave out --config, --tokens, --geometry, --shares, --decode and --seed"
+                "--cases says all; leave out --config, --tokens, --geometry, --shares, --decode, --latent and --seed"
             )
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)

@@ -20,16 +20,22 @@ from npu_backend.errors import InputError
 
 VERSION = "1"
 LAYOUTS = ("zigzag", "packed", "decode")
-TENSORS = {
+_COMMON = {
     "query": ("F16", "BTNH"),
-    "key": ("F16", "BSKH"),
-    "value": ("F16", "BSKV"),
     "q_position": ("I32", "BT"),
     "q_segment": ("I32", "BT"),
     "kv_position": ("I32", "BS"),
     "kv_segment": ("I32", "BS"),
 }
+TENSORS = _COMMON | {"key": ("F16", "BSKH"), "value": ("F16", "BSKV")}
 """Name → (dtype as safetensors writes it, shape letters); the same letter is the same number."""
+LATENT_TENSORS = _COMMON | {
+    "c_kv": ("F16", "BSC"),
+    "k_rope": ("F16", "BSR"),
+    "w_uk": ("F16", "CND"),
+    "w_uv": ("F16", "CNV"),
+}
+"""Of a case in which keys and values are made of a latent."""
 
 
 class Case(NamedTuple):
@@ -38,7 +44,7 @@ class Case(NamedTuple):
     name: str
     digest: str
     query: np.ndarray  # [B, T, N, H] float16
-    rows: tuple[np.ndarray, ...]  # what travels: keys [B, S, K, H], values [B, S, K, V]; float16
+    rows: tuple[np.ndarray, ...]  # what travels: keys [B, S, K, H], values [B, S, K, V]; or latents [B, S, 1, C + R]
     q_position: np.ndarray  # [B, T] int32
     q_segment: np.ndarray
     kv_position: np.ndarray  # [B, S] int32
@@ -48,11 +54,12 @@ class Case(NamedTuple):
     cp: int
     precision: dict[str, Any]  # backend name → profile name
     layout: str = "zigzag"
+    up: tuple[np.ndarray, np.ndarray] | None = None  # with latents: W_UK [C, N, D], W_UV [C, N, V]
 
     @property
     def value_dim(self) -> int:
         """V."""
-        return self.rows[1].shape[3]
+        return (self.rows if self.up is None else self.up)[1].shape[-1]
 
 
 class RankResult(NamedTuple):
@@ -98,8 +105,15 @@ def _read_case(path: Path) -> Case:
         raise InputError(
             "the content does not have the digest that the file states; the file was altered, make it again"
         )
-    rows = tuple(arrays.pop(name) for name in ("key", "value"))
-    return Case(path.stem, metadata["digest"], rows=rows, **arrays, **_description(description))
+    said = _description(description)
+    if "key" in arrays:
+        rows, up = (arrays.pop("key"), arrays.pop("value")), None
+    else:
+        rows = (np.concatenate([arrays.pop("c_kv"), arrays.pop("k_rope")], axis=2)[:, :, None],)
+        up = arrays.pop("w_uk"), arrays.pop("w_uv")
+        if said["layout"] == "decode":
+            raise InputError("is a decode with tensor 'c_kv'; decode takes the latent as key and value of one head")
+    return Case(path.stem, metadata["digest"], rows=rows, up=up, **arrays, **said)
 
 
 def _expect(metadata: dict[str, str], key: str, value: str) -> None:
@@ -108,11 +122,14 @@ def _expect(metadata: dict[str, str], key: str, value: str) -> None:
 
 
 def _check_tensors(dtypes: dict[str, str], shapes: dict[str, list[int]]) -> None:
-    if dtypes.keys() != TENSORS.keys():
-        missing, extra = sorted(TENSORS.keys() - dtypes.keys()), sorted(dtypes.keys() - TENSORS.keys())
-        raise InputError(f"missing tensors {missing}, unknown tensors {extra}; a case has exactly {sorted(TENSORS)}")
+    tensors = LATENT_TENSORS if "c_kv" in dtypes else TENSORS
+    if dtypes.keys() != tensors.keys():
+        missing, extra = sorted(tensors.keys() - dtypes.keys()), sorted(dtypes.keys() - tensors.keys())
+        raise InputError(
+            f"missing tensors {missing}, unknown tensors {extra}; such a case has exactly {sorted(tensors)}"
+        )
     sizes: dict[str, tuple[int, str]] = {}
-    for name, (dtype, letters) in TENSORS.items():
+    for name, (dtype, letters) in tensors.items():
         shape = shapes[name]
         if dtypes[name] == "BF16":
             raise InputError(f"tensor {name!r} is BF16; MindIE's context parallelism is FP16 only: convert it to F16")
@@ -124,7 +141,11 @@ def _check_tensors(dtypes: dict[str, str], shapes: dict[str, list[int]]) -> None
             known, where = sizes.setdefault(letter, (size, name))
             if size != known:
                 raise InputError(f"{letter} is {known} in {where!r} but {size} in {name!r}; they must be equal")
-    if sizes["N"][0] % sizes["K"][0]:
+    if tensors is LATENT_TENSORS:
+        head_dim, nope, rope = (sizes[letter][0] for letter in "HDR")
+        if head_dim != nope + rope:
+            raise InputError(f"query head dim {head_dim} is not that of 'w_uk' and 'k_rope', {nope} + {rope}")
+    elif sizes["N"][0] % sizes["K"][0]:
         raise InputError(f"{sizes['N'][0]} query heads cannot share {sizes['K'][0]} key/value heads evenly")
 
 
@@ -179,8 +200,19 @@ def finished(path: Path, case: Case) -> dict[str, Any] | None:
     raise InputError(f"{path} is there and is {found}, not this case's ({case.digest[:8]}…); move it away")
 
 
-def write_result(path: Path, case: Case, ranks: list[RankResult], *, precision: str, order: str, about: dict) -> None:
+def write_result(
+    path: Path,
+    case: Case,
+    ranks: list[RankResult],
+    *,
+    precision: str,
+    order: str,
+    about: dict,
+    key_value: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:
     """Write the result of all ranks to `path`: whole, or not at all.
+
+    `key_value` are the keys `[B, S, N, H]` and values `[B, S, N, V]` that were made of a case's latents.
 
     Raises:
       InputError: something is there already.
@@ -188,7 +220,9 @@ def write_result(path: Path, case: Case, ranks: list[RankResult], *, precision: 
     """
     if finished(path, case) is not None:
         raise InputError(f"{path} is there already; move it away to compute it again")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
+    if key_value is not None:
+        tensors["key"], tensors["value"] = key_value
     for rank, result in enumerate(ranks):
         for name, array in result._asdict().items():
             tensors[f"{name}.{rank}"] = np.ascontiguousarray(array)

@@ -18,7 +18,9 @@ from npu_backend.errors import InputError, LinkError, RankError
 from npu_backend.exchange import Held, Link, Report
 from npu_backend.families import FAMILIES, Family
 from npu_backend.files import Case, RankResult, read_case, write_result
+from npu_backend.latent import PREFIX, Made, check_same, latents_of, up_projection
 from npu_backend.operators import Partial
+from npu_backend.packing import held_rows
 from npu_backend.prefix import gather_prefix, owned
 from npu_backend.profile import profile_of, time_exchange
 from npu_backend.provenance import provenance
@@ -81,11 +83,14 @@ def compute_case(
     if case.layout == "decode":
         _decode(case, result_path, device, report, settings)
         return
-    ring = Ring(rank, cp, case.is_causal, case.scale, requests_of(case), case.digest, settings.exchange, family)
+    up = None if case.up is None else up_projection(*(torch.from_numpy(x).to(device) for x in case.up))
+    ring = Ring(rank, cp, case.is_causal, case.scale, requests_of(case), case.digest, settings.exchange, family, up)
     mine = shard(case, rank)
     alone = time_exchange(ring, mine, device, report) if settings.profile else None
-    partial, clock = ring_attention(ring, mine, device, report, _prefix(ring, case, device, report))
+    made = Made(keep=rank == 0)
+    partial, clock = ring_attention(ring, mine, device, report, _prefix(ring, case, device, report), made)
     report("wait", cp)
+    _check_made(made, cp)
     share = (_share(partial, mine), clock.step, None if alone is None else profile_of(clock, alone))
     shares = _on_first_rank(share)
     if shares is not None:
@@ -96,7 +101,36 @@ def compute_case(
         if settings.profile:
             about["profile"] = [profile._asdict() for profile in profiles]
         order = settings.exchange.order
-        write_result(result_path, case, list(results), precision=family.precision, order=order, about=about)
+        key_value = None if up is None else _in_order(made, ring, case)
+        write_result(
+            result_path,
+            case,
+            list(results),
+            precision=family.precision,
+            order=order,
+            about=about,
+            key_value=key_value,
+        )
+
+
+def _check_made(made: Made, cp: int) -> None:
+    """Compare what this rank has made of latents with what the others have."""
+    if made.digests:
+        everybody: list[Any] = [None] * cp
+        _collective(dist.all_gather_object, everybody, made.digests)
+        check_same(everybody)
+
+
+def _in_order(made: Made, ring: Ring, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The keys and values that were made, in the case's order of tokens."""
+    places = {latents_of(rank): held_rows(rank, ring.cp, ring.requests.chunk_lengths) for rank in range(ring.cp)}
+    places[PREFIX] = np.arange(case.query.shape[1], case.kv_position.shape[1])
+    batch, tokens = case.kv_position.shape
+    first = made.kept[latents_of(0)]
+    key, value = (np.empty((batch, tokens, *x.shape[2:]), np.float16) for x in first)
+    for of, parts in made.kept.items():
+        key[:, places[of]], value[:, places[of]] = parts
+    return key, value
 
 
 def _decode(case: Case, result_path: Path, device: torch.device, report: Report, settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """Context-parallel attention, for one rank. The queries stay; keys and values come to them.
 
     for each step:   what the exchange brings at this step (the next is already on its way)
+                     make keys and values of it, if it is a latent
                      compute my two chunks of queries against the two chunks of keys
     at last:         the cached prefix, which all queries of its request see whole
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from npu_backend.errors import RankError
 from npu_backend.exchange import Held, Link, Report, travel
 from npu_backend.families import FAMILIES, Family
+from npu_backend.latent import PREFIX, Made, UpProjection, expand, latents_of
 from npu_backend.operators import Partial
 from npu_backend.packing import held_rows, indices
 from npu_backend.schedule import Block, Exchange, blocks, held_chunks, source, tokens_in_chunk
@@ -35,6 +37,7 @@ class Ring(NamedTuple):
     digest: str  # the case's: what travels is stamped with it
     exchange: Exchange = Exchange()
     family: Family = FAMILIES["ring_mla"]
+    up: UpProjection | None = None  # if what travels are latents
 
 
 class Clock(NamedTuple):
@@ -46,11 +49,17 @@ class Clock(NamedTuple):
 
 
 def ring_attention(
-    ring: Ring, shard: Shard, device: torch.device, report: Report, prefix: tuple[Tensor, ...] | None = None
+    ring: Ring,
+    shard: Shard,
+    device: torch.device,
+    report: Report,
+    prefix: tuple[Tensor, ...] | None = None,
+    made: Made | None = None,
 ) -> tuple[Partial, Clock]:
     """Attention of the rank's queries over all keys: `out` `[B, t, N, V]`, `lse` `[B, t, N]`; seconds per step.
 
-    The default process group has cp ranks; `prefix` is of `gather_prefix`. Outputs of pads are arbitrary.
+    The default process group has cp ranks; `prefix` is of `gather_prefix`. Outputs of pads are arbitrary. To `made` are
+    added the keys and values that were made of latents, behind the clock's back.
 
     Raises:
       RankError: keys arrived that the schedule does not say, or of another case.
@@ -68,18 +77,25 @@ def ring_attention(
         held = next(arrivals)
         check_places(ring, step, held.places)
         arrived = time.perf_counter()
+        report("compute", step)
+        key_value, cached = _key_value(ring, held.rows), None
         for block in blocks(ring.rank, step, ring.cp, is_causal=ring.is_causal, exchange=ring.exchange):
             report("compute", step)
-            _attend(ring, step, block, queries[block.query_chunk], held.rows, halves, carried[block.query_chunk])
+            _attend(ring, step, block, queries[block.query_chunk], key_value, halves, carried[block.query_chunk])
         if step == ring.cp - 1 and prefix is not None:
+            cached = _key_value(ring, prefix)
             for chunk in queries:
                 report("compute", step)
-                _attend_prefix(ring, queries[chunk], prefix, carried[chunk])
+                _attend_prefix(ring, queries[chunk], cached, carried[chunk])
         torch.get_device_module(device).synchronize()
         ended = time.perf_counter()
         clock.step.append(ended - started)
         clock.compute.append(ended - arrived)
         clock.waited.append(sum(link.waited[waits:]))
+        if ring.up is not None and made is not None:
+            made.add(latents_of(source(ring.rank, step, ring.cp, ring.exchange)), key_value)
+            if cached is not None:
+                made.add(PREFIX, cached)
     parts = [ring.family.finish(x) for chunk in queries for x in carried[chunk]]
     out, lse = (torch.cat(x, dim=1).index_select(1, recovery) for x in zip(*parts, strict=True))
     return Partial(out, lse), clock
@@ -89,6 +105,10 @@ def held_by(shard: Shard, device: torch.device) -> Held:
     """What this rank gives to the others."""
     position, segment, *rows = (torch.from_numpy(x).to(device) for x in (shard.position, shard.segment, *shard.rows))
     return Held(tuple(rows), torch.stack([position, segment]))
+
+
+def _key_value(ring: Ring, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return rows if ring.up is None else expand(rows[0], ring.up)
 
 
 def _attend(

@@ -19,7 +19,7 @@ class Shard(NamedTuple):
     """The tokens of one rank in per-device order, request after request: t = T/cp tokens."""
 
     query: np.ndarray  # [B, t, N, H] float16
-    rows: tuple[np.ndarray, ...]  # keys [B, t, K, H], values [B, t, K, V]; float16
+    rows: tuple[np.ndarray, ...]  # keys [B, t, K, H], values [B, t, K, V]; or latents [B, t, 1, C + R]; float16
     position: np.ndarray  # [B, t] int32
     segment: np.ndarray  # [B, t] int32
 

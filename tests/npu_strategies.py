@@ -330,14 +330,57 @@ def block_problems(draw, dims, dtypes=(torch.float16, torch.bfloat16), heads=HEA
     return BlockProblem(*tensors, q_lengths, kv_lengths, is_causal, scale)
 
 
+def with_latent(tensors: dict[str, np.ndarray], width: int, kind: str, *, seed: int, is_causal: bool):
+    """A case's tensors whose keys (192) and values (128) are made of a latent of this width; pads hold NaN.
+
+    normal: keys and values of variance 1. whole: whole numbers, whose sums are exact in any order. needle: every query
+    wants one key only, any it may see; its scale is 1/4.
+    """
+    rng, (batch, count), heads = np.random.default_rng(seed), tensors["kv_segment"].shape, tensors["query"].shape[2]
+    shapes = ((batch, count, width), (batch, count, 64), (width, heads, 128), (width, heads, 128))
+    if kind == "whole":
+        c_kv, k_rope, w_uk, w_uv = (rng.integers(-1, 2, size=x).astype(float) for x in shapes)
+    else:
+        c_kv, k_rope, w_uk, w_uv = (rng.normal(size=x) / (np.sqrt(width) if x[0] == width else 1) for x in shapes)
+    query = tensors["query"].astype(float)
+    if kind == "needle":
+        key = np.concatenate(
+            [np.einsum("bsc,cnd->bsnd", c_kv, w_uk), np.repeat(k_rope[:, :, None], heads, axis=2)], axis=3
+        )
+        for b, i in np.argwhere(tensors["q_segment"] >= 0):
+            seen = tensors["kv_segment"][b] == tensors["q_segment"][b, i]
+            if is_causal:
+                seen &= tensors["kv_position"][b] <= tensors["q_position"][b, i]
+            query[b, i] = [key[b, rng.choice(np.flatnonzero(seen)), h] for h in range(heads)]
+    hidden = tensors["kv_segment"] < 0
+    c_kv[hidden], k_rope[hidden] = np.nan, np.nan
+    made = {"query": query, "c_kv": c_kv, "k_rope": k_rope, "w_uk": w_uk, "w_uv": w_uv}
+    places = {name: x for name, x in tensors.items() if x.dtype == np.int32}
+    return places | {name: x.astype(np.float16) for name, x in made.items()}
+
+
+def places_of(p: Problem) -> dict[str, np.ndarray]:
+    """Positions and segments of queries and keys."""
+    return {f"{side}_{name}": getattr(p, name) for side in ("q", "kv") for name in ("position", "segment")}
+
+
+def write_latent(folder: Path, p: Problem, width: int, kind: str, name: str = "case", seed: int = 0, **changes) -> Path:
+    """A case file with the queries and places of `p`, and a latent; see `with_latent`."""
+    tensors = with_latent({"query": p.query} | places_of(p), width, kind, seed=seed, is_causal=p.is_causal)
+    scale = 0.25 if kind == "needle" else SCALE
+    return write_tensors(folder / f"{name}.safetensors", tensors, described(p, **{"scale": scale} | changes))
+
+
+def described(p: Problem, **changes) -> str:
+    """The JSON description of a case."""
+    case = {"scale": p.scale, "is_causal": p.is_causal, "cp": p.cp, "layout": "zigzag"}
+    return json.dumps(case | {"precision": {"npu": "ring_mla_fp16"}, "about": {}} | changes)
+
+
 def write_case(folder: Path, p: Problem, name: str = "case", **changes) -> Path:
     """A case file as docs/formats.md says; `changes` replaces fields of the JSON description."""
-    tensors = {"query": p.query, "key": p.key, "value": p.value}
-    for side in ("q", "kv"):
-        tensors |= {f"{side}_position": p.position, f"{side}_segment": p.segment}
-    case = {"scale": p.scale, "is_causal": p.is_causal, "cp": p.cp, "layout": "zigzag"}
-    case |= {"precision": {"npu": "ring_mla_fp16"}, "about": {}} | changes
-    return write_tensors(folder / f"{name}.safetensors", tensors, json.dumps(case))
+    tensors = {"query": p.query, "key": p.key, "value": p.value} | places_of(p)
+    return write_tensors(folder / f"{name}.safetensors", tensors, described(p, **changes))
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], case: str, **changes: str) -> Path:
@@ -352,6 +395,51 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], case: str, **chang
     metadata = {"format": "cpjax.case", "version": "1", "name": path.stem, "case": case, "digest": sha.hexdigest()}
     save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, path, metadata | changes)
     return path
+
+
+def write_pack(
+    folder: Path,
+    lengths,
+    prefixes,
+    *,
+    cp,
+    is_causal,
+    seed,
+    heads=(2, 1),
+    precision="ring_mla_fp16",
+    latent=0,
+    kind="normal",
+):
+    """A packed case; pads hold NaN. `latent` is the width of the latent that keys and values are made of, if any."""
+    rng = np.random.default_rng(seed)
+    positions, segments = [], []
+    for i, (n, cached) in enumerate(zip(lengths, prefixes, strict=True)):
+        total = -(-n // (2 * cp)) * 2 * cp
+        positions.append(cached + np.arange(total))
+        segments.append(np.where(np.arange(total) < n, i, -1))
+    position, segment = (np.concatenate(x)[None].astype(np.int32) for x in (positions, segments))
+    cached = [(j, i) for i, n in enumerate(prefixes) for j in range(n)]
+    more = np.array(cached, np.int32).reshape(-1, 2).T
+    kv_position, kv_segment = (
+        np.concatenate([x, y[None]], axis=1) for x, y in zip((position, segment), more, strict=True)
+    )
+    query, key, value = (
+        rng.normal(size=(1, n, k, width)).astype(np.float16)
+        for n, k, width in (
+            (position.shape[1], heads[0], 192),
+            (kv_position.shape[1], heads[1], 192),
+            (kv_position.shape[1], heads[1], 128),
+        )
+    )
+    query[segment < 0] = np.nan
+    key[kv_segment < 0], value[kv_segment < 0] = np.nan, np.nan
+    tensors = {"query": query, "key": key, "value": value, "q_position": position, "q_segment": segment}
+    tensors |= {"kv_position": kv_position, "kv_segment": kv_segment}
+    if latent:
+        tensors = with_latent(tensors, latent, kind, seed=seed, is_causal=is_causal)
+    about = {"scale": 0.25 if kind == "needle" else SCALE, "is_causal": is_causal, "cp": cp, "layout": "packed"}
+    about |= {"precision": {"npu": precision}, "about": {}}
+    return write_tensors(folder / "pack.safetensors", tensors, json.dumps(about))
 
 
 def joined(path: Path, p: Problem) -> tuple[np.ndarray, np.ndarray]:

@@ -139,6 +139,7 @@ def test_questions_about_other_arrays_are_refused(results):
     from cpjax.crosscheck.between import _question
 
     right = results["ring", "flash_fp16"]
-    one, other = _question(CASE, right), _question(replace(CASE, key=CASE.key.copy()), right)
-    with pytest.raises(ValueError, match="about the same arrays"):
-        agreement(one, other, (right.out, right.lse), (right.out, right.lse))
+    one = _question(CASE, right)
+    for changed in (replace(CASE, query=CASE.query.copy()), replace(CASE, value=CASE.value[..., :16])):
+        with pytest.raises(ValueError, match="about the same queries"):
+            agreement(one, _question(changed, right), (right.out, right.lse), (right.out, right.lse))

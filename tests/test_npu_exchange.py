@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_crosscheck import computed, crosschecked, specified
-from npu_strategies import exact_problem, problem, problems, write_case, write_tensors
+from npu_strategies import exact_problem, problem, problems, write_case, write_pack
 from strategies import examples
 
 import cpjax.packing
@@ -201,39 +201,6 @@ def test_prefix_blocks_are_dealt_out_and_come_back_in_order(lengths, cp):
     np.testing.assert_array_equal(padded[prefix.recovery(tuple(lengths), cp)], np.arange(sum(lengths)))
     start = int(np.cumsum([0, *lengths])[int(np.argmax(np.array(lengths) > 0))])
     assert of_rank[0][0] == start  # block 0 is on rank 0
-
-
-def write_pack(folder: Path, lengths, prefixes, *, cp, is_causal, seed, heads=(2, 1), precision="ring_mla_fp16"):
-    """A packed case; pads hold NaN."""
-    rng = np.random.default_rng(seed)
-    positions, segments = [], []
-    for i, (n, cached) in enumerate(zip(lengths, prefixes, strict=True)):
-        total = -(-n // (2 * cp)) * 2 * cp
-        positions.append(cached + np.arange(total))
-        segments.append(np.where(np.arange(total) < n, i, -1))
-    position, segment = (np.concatenate(x)[None].astype(np.int32) for x in (positions, segments))
-    cached = [(j, i) for i, n in enumerate(prefixes) for j in range(n)]
-    more = np.array(cached, np.int32).reshape(-1, 2).T
-    kv_position, kv_segment = (
-        np.concatenate([x, y[None]], axis=1) for x, y in zip((position, segment), more, strict=True)
-    )
-    query, key, value = (
-        rng.normal(size=(1, n, k, width)).astype(np.float16)
-        for n, k, width in (
-            (position.shape[1], heads[0], 192),
-            (kv_position.shape[1], heads[1], 192),
-            (kv_position.shape[1], heads[1], 128),
-        )
-    )
-    query[segment < 0] = np.nan
-    key[kv_segment < 0], value[kv_segment < 0] = np.nan, np.nan
-    tensors = {"query": query, "key": key, "value": value, "q_position": position, "q_segment": segment}
-    tensors |= {"kv_position": kv_position, "kv_segment": kv_segment}
-    import json
-
-    about = {"scale": 192**-0.5, "is_causal": is_causal, "cp": cp, "layout": "packed"}
-    about |= {"precision": {"npu": precision}, "about": {}}
-    return write_tensors(folder / "pack.safetensors", tensors, json.dumps(about))
 
 
 @pytest.mark.parametrize("cp", CP)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from npu_strategies import problem, write_case
+from npu_strategies import problem, write_case, write_latent
 from safetensors.numpy import load_file
 from test_npu_decode import write_decode
 
@@ -250,6 +250,23 @@ def test_a_rank_whose_code_is_broken_is_named_and_nothing_is_written(tmp_path, f
         with pytest.raises(RankError, match=text):
             workers.run(case, tmp_path / "r.safetensors")
         assert workers.pids == []
+    assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def makes_other_keys():
+    from npu_backend import ring
+
+    real = ring.expand
+    ring.expand = lambda latent, up: tuple(-x for x in real(latent, up))
+
+
+@pytest.mark.parametrize("exchange", [Exchange("ring"), Exchange("gather")])
+def test_a_rank_that_makes_other_keys_of_a_latent_is_named(tmp_path, exchange):
+    """Its results would be those of other weights, and rank 0 writes its own keys only."""
+    case = write_latent(tmp_path, small(), 16, "normal", "c")
+    text = r"rank 1 has made other keys and values of rank \d's latents than rank 0"
+    with Faulty(makes_other_keys, 1, settings=Settings(exchange)) as workers, pytest.raises(RankError, match=text):
+        workers.run(case, tmp_path / "r.safetensors")
     assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
 
 

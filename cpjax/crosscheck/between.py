@@ -10,7 +10,7 @@ from cpjax.crosscheck.agreement import Agreement, agreement
 from cpjax.crosscheck.case import Case
 from cpjax.crosscheck.question import Question, question
 from cpjax.crosscheck.result import Result, read_result
-from cpjax.crosscheck.session import Judged, how
+from cpjax.crosscheck.session import Judged, computed_on, how
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def compare(case: Case, one: Result, two: Result) -> Agreement:
 
 
 def _question(case: Case, result: Result) -> Question:
-    return question(case.query, case.key, case.value, **how(case), precision=result.precision, order=result.order)
+    key, value = computed_on(case, result)
+    return question(case.query, key, value, **how(case), precision=result.precision, order=result.order)
 
 
 def between_sentence(compared: list[Compared]) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cpjax.crosscheck.decode import check_decode
+from cpjax.crosscheck.latent import Latent, expanded
 from cpjax.crosscheck.pack import check_pack
 from cpjax.crosscheck.whole import whole
 from cpjax.errors import InputError
@@ -23,16 +24,22 @@ from cpjax.precision import PROFILES
 
 VERSION = "1"
 NAME = r"[A-Za-z0-9._-]+"
-TENSORS = {
+_COMMON = {
     "query": ("F16", "BTNH"),
-    "key": ("F16", "BSKH"),
-    "value": ("F16", "BSKV"),
     "q_position": ("I32", "BT"),
     "q_segment": ("I32", "BT"),
     "kv_position": ("I32", "BS"),
     "kv_segment": ("I32", "BS"),
 }
+TENSORS = _COMMON | {"key": ("F16", "BSKH"), "value": ("F16", "BSKV")}
 """Name → (dtype as safetensors writes it, shape letters); the same letter is the same number."""
+LATENT_TENSORS = _COMMON | {
+    "c_kv": ("F16", "BSC"),
+    "k_rope": ("F16", "BSR"),
+    "w_uk": ("F16", "CND"),
+    "w_uv": ("F16", "CNV"),
+}
+"""Of a case whose keys and values are made of a latent; H is D + R."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Case:
     """Or "packed" (`cpjax.crosscheck.pack`), or "decode" (`cpjax.crosscheck.decode`)."""
     window: int | None = None
     """Only keys with |q_position − kv_position| < window are seen; None is no window."""
+    latent: Latent | None = None
+    """What `key` and `value` are made of, if that is what travels; then they are `expanded(latent)`."""
 
 
 class _Description(BaseModel):
@@ -93,6 +102,25 @@ def gaussian_case(
     return Case(name, query, key, value, places, places, head_dim**-0.5, True, cp, precision, about | {"seed": seed})
 
 
+def latent_case(case: Case, width: int, *, nope: int, seed: int) -> Case:
+    """`case` with keys and values of all heads made of a normally distributed latent of this width, and k_rope.
+
+    The weights have variance 1/width, so that keys and values have variance 1.
+
+    Args:
+      nope: D, the part of the head dim that is made; the rest is k_rope.
+    """
+    rng = np.random.default_rng(seed)
+    batch, tokens, heads = case.key.shape[0], case.key.shape[1], case.query.shape[2]
+    shapes = (batch, tokens, width), (batch, tokens, case.query.shape[3] - nope)
+    weights = (width, heads, nope), (width, heads, case.value.shape[3])
+    c_kv, k_rope, w_uk, w_uv = (rng.standard_normal(shape, dtype=np.float32) for shape in (*shapes, *weights))
+    parts = (c_kv, k_rope, w_uk / np.sqrt(np.float32(width)), w_uv / np.sqrt(np.float32(width)))
+    latent = Latent(*(x.astype(np.float16) for x in parts))
+    key, value = expanded(latent)
+    return replace(case, key=key, value=value, latent=latent)
+
+
 def write_case(folder: Path, case: Case) -> Case:
     """Write `folder/name.safetensors`, whole or not at all; the case with its digest.
 
@@ -103,16 +131,15 @@ def write_case(folder: Path, case: Case) -> Case:
     if case.window is not None:  # a case without one stays the bytes that it was
         description["window"] = case.window
     text = json.dumps(description | {"precision": case.precision, "about": case.about})
-    arrays = {
+    made_of = {"key": case.key, "value": case.value} if case.latent is None else vars(case.latent)
+    arrays = made_of | {
         "query": case.query,
-        "key": case.key,
-        "value": case.value,
         "q_position": case.q_tokens.position,
         "q_segment": case.q_tokens.segment,
         "kv_position": case.kv_tokens.position,
         "kv_segment": case.kv_tokens.segment,
     }
-    dtypes = {name: dtype for name, (dtype, _) in TENSORS.items()}
+    dtypes = {name: dtype for name, (dtype, _) in (TENSORS | LATENT_TENSORS).items() if name in arrays}
     case = replace(case, digest=content_digest(text, arrays, dtypes))
     metadata = {"format": "cpjax.case", "version": VERSION, "name": case.name, "case": text, "digest": case.digest}
     write_whole(folder / f"{case.name}.safetensors", arrays, metadata)
@@ -154,11 +181,17 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         check_pack(tensors["q_segment"], tensors["kv_segment"], said.cp)
     if said.layout == "decode":
         check_decode(tensors["q_segment"], tensors["kv_segment"])
+    latent = (
+        Latent(**{part: tensors[part] for part in ("c_kv", "k_rope", "w_uk", "w_uv")}) if "c_kv" in tensors else None
+    )
+    if latent is not None and said.layout == "decode":
+        raise InputError("is a decode with tensor 'c_kv'; decode takes the latent as key and value of one head")
+    key, value = (tensors["key"], tensors["value"]) if latent is None else expanded(latent)
     return Case(
         name,
         tensors["query"],
-        tensors["key"],
-        tensors["value"],
+        key,
+        value,
         Tokens(tensors["q_position"], tensors["q_segment"]),
         Tokens(tensors["kv_position"], tensors["kv_segment"]),
         float(said.scale),
@@ -169,23 +202,31 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         metadata["digest"],
         said.layout,
         said.window,
+        latent,
     )
 
 
 def _check_tensors(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> None:
-    if tensors.keys() != TENSORS.keys():
-        missing, extra = sorted(TENSORS.keys() - tensors.keys()), sorted(tensors.keys() - TENSORS.keys())
-        raise InputError(f"missing tensors {missing}, unknown tensors {extra}; a case has exactly {sorted(TENSORS)}")
+    wanted = LATENT_TENSORS if "c_kv" in tensors else TENSORS
+    if tensors.keys() != wanted.keys():
+        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        raise InputError(
+            f"missing tensors {missing}, unknown tensors {extra}; such a case has exactly {sorted(wanted)}"
+        )
     sizes: dict[str, int] = {}
-    for name, (dtype, letters) in TENSORS.items():
+    for name, (dtype, letters) in wanted.items():
         shape = tensors[name].shape
         if dtypes[name] != dtype or len(shape) != len(letters) or 0 in shape:
-            wanted = f"{dtype} [{', '.join(letters)}], nothing empty"
-            raise InputError(f"tensor {name!r} is {dtypes[name]} {list(shape)}; it must be {wanted}")
+            form = f"{dtype} [{', '.join(letters)}], nothing empty"
+            raise InputError(f"tensor {name!r} is {dtypes[name]} {list(shape)}; it must be {form}")
         for letter, size in zip(letters, shape, strict=True):
             if sizes.setdefault(letter, size) != size:
                 raise InputError(f"{letter} is {size} in {name!r} but {sizes[letter]} elsewhere; they must be equal")
-    if sizes["N"] % sizes["K"]:
+    if wanted is LATENT_TENSORS:
+        if sizes["H"] != sizes["D"] + sizes["R"]:
+            parts = f"{sizes['D']} + {sizes['R']}"
+            raise InputError(f"query head dim {sizes['H']} is not that of 'w_uk' and 'k_rope', {parts}")
+    elif sizes["N"] % sizes["K"]:
         raise InputError(f"{sizes['N']} query heads cannot share {sizes['K']} key/value heads evenly")
 
 

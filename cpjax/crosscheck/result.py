@@ -16,6 +16,8 @@ from cpjax.mask import PAD
 from cpjax.precision import PROFILES
 
 FIELDS = {"out": "F16", "lse": "F32", "positions": "I32", "segments": "I32"}
+MADE = ("key", "value")
+"""What a backend made of a case's latent; one of each, in the case's order of tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Result:
     """`[B, T, N]` float32, natural logarithm; None where the backend does not give it."""
     about: dict[str, Any]
     """Where it comes from: versions, device; free, but JSON."""
+    key_value: tuple[np.ndarray, np.ndarray] | None = None
+    """Keys `[B, S, N, H]` and values `[B, S, N, V]`, float16, that it made of the case's latent; None: the case's."""
 
 
 def write_result(folder: Path, case: Case, result: Result) -> Path:
@@ -40,13 +44,15 @@ def write_result(folder: Path, case: Case, result: Result) -> Path:
       InputError: a file is there already, or the folder cannot be written.
     """
     rows = _held(case)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
+    if result.key_value is not None:
+        arrays |= zip(MADE, result.key_value, strict=True)
     for rank, held in enumerate(rows):
         arrays[f"out.{rank}"] = result.out[:, held]
         if result.lse is not None:
             arrays[f"lse.{rank}"] = result.lse[:, held]
-        arrays[f"positions.{rank}"] = case.q_tokens.position[:, held]
-        arrays[f"segments.{rank}"] = case.q_tokens.segment[:, held]
+        arrays[f"positions.{rank}"] = np.asarray(case.q_tokens.position)[:, held]
+        arrays[f"segments.{rank}"] = np.asarray(case.q_tokens.segment)[:, held]
     metadata = {"format": "cpjax.result", "version": VERSION, "name": case.name, "digest": case.digest}
     metadata |= {"backend": result.backend, "precision": result.precision, "order": result.order}
     path = folder / f"{case.name}.safetensors"
@@ -72,6 +78,7 @@ def read_result(path: Path, case: Case) -> Result:
     wanted = case.precision.get(backend)
     if wanted is not None and wanted != precision:
         raise InputError(f"was computed as {precision}, but the case wants {wanted} of backend {backend}")
+    key_value = _made(tensors, dtypes, case)
     joined = _join(tensors, dtypes, case)
     try:
         about = json.loads(metadata.get("about", "{}"))
@@ -79,7 +86,20 @@ def read_result(path: Path, case: Case) -> Result:
         about = None
     if not isinstance(about, dict):
         raise InputError("metadata 'about' is no JSON object")
-    return Result(backend, precision, order, joined["out"], joined.get("lse"), about)
+    return Result(backend, precision, order, joined["out"], joined.get("lse"), about, key_value)
+
+
+def _made(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) -> tuple[np.ndarray, np.ndarray] | None:
+    """Takes the backend's own keys and values out of `tensors`."""
+    if not any(name in tensors for name in MADE):
+        return None
+    if case.latent is None:
+        raise InputError("has a tensor 'key' or 'value', but the case gives keys and values itself; leave them out")
+    for name, wanted in zip(MADE, (case.key, case.value), strict=True):
+        if name not in tensors or (dtypes[name], tensors[name].shape) != ("F16", wanted.shape):
+            found = f"{dtypes[name]} {list(tensors[name].shape)}" if name in tensors else "missing"
+            raise InputError(f"tensor {name!r} is {found}; it must be F16 {list(wanted.shape)}, or both be left out")
+    return tensors.pop("key"), tensors.pop("value")
 
 
 def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) -> dict[str, np.ndarray]:

@@ -6,19 +6,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cpjax.crosscheck.case import Case, read_case
 from cpjax.crosscheck.checksums import verify
 from cpjax.crosscheck.judge import judge
+from cpjax.crosscheck.latent import check_expanded
 from cpjax.crosscheck.outcome import read_note
 from cpjax.crosscheck.question import question
 from cpjax.crosscheck.readings import read
 from cpjax.crosscheck.report.figures import Figures, figures
-from cpjax.crosscheck.result import read_result
-from cpjax.crosscheck.verdict import Verdict
+from cpjax.crosscheck.result import Result, read_result
+from cpjax.crosscheck.verdict import Verdict, malformed
 from cpjax.errors import InputError
+from cpjax.mask import PAD
 
 Progress = Callable[[str, int, int], None]
 """Called with what is judged, rows done, and their total."""
@@ -110,24 +113,14 @@ def judge_result(
         result = read_result(path, case)
     except InputError as error:
         return Judged(case.name, backend, None, None, None, None, f"{path.name} {error}")
+    said: dict[str, Any] = how(case) | {"precision": result.precision, "order": result.order}
     try:
-        verdict = judge(
-            case.query,
-            case.key,
-            case.value,
-            result.out,
-            result.lse,
-            **how(case),
-            precision=result.precision,
-            order=result.order,
-            progress=lambda done, total: progress(result.backend, done, total),
-        )
+        verdict, remarks = _verdict(case, result, said, lambda done, total: progress(result.backend, done, total))
     except ValueError as error:  # the case itself cannot be judged
         return Judged(case.name, result.backend, result.precision, result.order, None, None, str(error))
     drawn = None
-    if draw:
-        asked = question(case.query, case.key, case.value, **how(case), precision=result.precision, order=result.order)
-        drawn = figures(asked, result.out)
+    if draw and "form" not in verdict.failed_tests:
+        drawn = figures(question(case.query, *computed_on(case, result), **said), result.out)
     return Judged(
         case.name,
         result.backend,
@@ -135,10 +128,37 @@ def judge_result(
         result.order,
         result.about.get("seconds_per_step"),
         verdict,
-        remarks=tuple(read(case, result)),
+        remarks=(*remarks, *read(case, result)),
         about=result.about,
         figures=drawn,
     )
+
+
+def _verdict(
+    case: Case, result: Result, said: dict[str, Any], progress: Callable[[int, int], None]
+) -> tuple[Verdict, list[str]]:
+    """The verdict on a result, and remarks. Keys and values that it made of a latent must be right too.
+
+    Attention is judged on these, so that each of the two is right or wrong for itself.
+    """
+    key, value = computed_on(case, result)
+    if case.latent is None or result.key_value is None:
+        return judge(case.query, key, value, result.out, result.lse, **said, progress=progress), []
+    is_real = np.asarray(case.kv_tokens.segment) != PAD
+    found = check_expanded(case.latent, key, value, is_real)
+    if not all(np.isfinite(x[is_real]).all() for x in (key, value)):
+        return malformed(question(case.query, case.key, case.value, **said), found.reasons[0]), []
+    verdict = judge(case.query, key, value, result.out, result.lse, **said, progress=progress)
+    remark = f"{found.differing:.2%} of its keys and values are not the FP16 number next to the exact product"
+    if not found.reasons:
+        return verdict, [remark]
+    reasons, tests = [*found.reasons, *verdict.reasons], ("expansion", *verdict.failed_tests)
+    return replace(verdict, passed=False, judgeable=True, reasons=reasons, failed_tests=tests), [remark]
+
+
+def computed_on(case: Case, result: Result) -> tuple[np.ndarray, np.ndarray]:
+    """The keys and values with which a result was computed: its own, if it made them of a latent."""
+    return (case.key, case.value) if result.key_value is None else result.key_value
 
 
 def how(case: Case) -> dict[str, Any]:

@@ -59,8 +59,10 @@ class Verdict:
     reasons: list[str]
     """Why it did not pass, one sentence each; empty when it did."""
     failed_tests: tuple[str, ...]
-    """Names of all tests that failed: form, range, bound, spread, worst row, lse bound, lse spread, lse worst row,
-    heads, query chunks, ranks, scale, key, bfloat16, unjudged. A test that adds nothing to others has no sentence."""
+    """Names of all tests that failed: form, expansion, range, bound, spread, worst row, lse bound, lse spread, lse
+    worst row, heads, query chunks, ranks, scale, key, bfloat16, unjudged. A test that adds nothing to others has no
+    sentence.
+    """
     precision: str
     order: str
     rows: int

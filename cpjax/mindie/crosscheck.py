@@ -1,10 +1,11 @@
 """From a deployment to cases: attention of one layer, a case for each share of the heads that is computed; decode."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from cpjax.crosscheck.case import Case, gaussian_case
+from cpjax.crosscheck.case import Case, gaussian_case, latent_case
 from cpjax.errors import InputError
-from cpjax.mindie.decode import decode_case
+from cpjax.mindie.decode import LATENT, decode_case
 from cpjax.mindie.deployment import read_deployment
 from cpjax.mindie.models import geometry as geometry_of
 from cpjax.mindie.models import local_heads, parse_geometry
@@ -26,6 +27,7 @@ def cases_of(
     seed: int = 0,
     shares: int = 1,
     decode: bool = False,
+    latent: bool = False,
 ) -> tuple[list[Case], list[str]]:
     """The cases of a config file (None: the vendor's example), and remarks for the user.
 
@@ -34,6 +36,7 @@ def cases_of(
       geometry: HEADS,NOPE,ROPE,VALUE; None: by the model's name.
       shares: of the tp shares of the heads so many are computed, a case each, with other inputs.
       decode: also a case of decode, over the cache that cp·sp ranks share.
+      latent: of the prompt the latent is given, of which each rank makes keys and values, as in MindIE.
 
     Raises:
       InputError: what cannot be read or computed.
@@ -71,6 +74,13 @@ def cases_of(
         )
         for share in range(shares)
     ]
+    if latent:
+        if shape.rope == 0:
+            raise InputError("the geometry has no rotary part; --latent needs one, as 128,128,64,128")
+        cases = [
+            latent_case(replace(case, name=f"{case.name}-latent"), LATENT, nope=shape.nope, seed=seed + shares + share)
+            for share, case in enumerate(cases)
+        ]
     cache_ranks = sizes.cp * sizes.sp
     if not decode:
         if sizes.sp > 1:

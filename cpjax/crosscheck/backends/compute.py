@@ -85,7 +85,13 @@ def checked(result: Any, case: Case) -> Result:
     if not isinstance(result.about, dict):
         raise TypeError(f"about is a {type(result.about).__name__}; it must be a dict")
     json.dumps(result.about)
-    return replace(result, out=out, lse=lse)
+    made = result.key_value
+    if made is not None:
+        if case.latent is None:
+            raise ValueError("key_value is given, but the case gives keys and values itself; leave it None")
+        key, value = made
+        made = _array("key", key, "float16", case.key.shape), _array("value", value, "float16", case.value.shape)
+    return replace(result, out=out, lse=lse, key_value=made)
 
 
 def _array(name: str, given: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
