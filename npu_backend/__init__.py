@@ -18,8 +18,9 @@ Read in this order; each file imports only files above it:
     families.py    three ways of folding blocks with them
     packing.py     several requests in one row: index arrays
     shard.py       what a rank holds of a case
-    exchange.py    how keys and values travel: ring, gather, double ring
+    exchange.py    how what the ranks hold travels: ring, gather, double ring
     prefix.py      cached prefixes: who holds which blocks
+    latent.py      keys and values that are made of a latent, where it has arrived
     ring.py        the algorithm, for one rank
     decode.py      a KV cache cut by tokens: partials per rank, exchanged and merged
     profile.py     how much of the transfers was hidden
