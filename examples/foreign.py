@@ -74,9 +74,9 @@ def compute(path, folder):
     metadata, tensors = read(path)
     said = json.loads(metadata["case"])
     about = {"format": "cpjax.result", "version": "1", "name": metadata["name"], "digest": metadata["digest"]}
-    if said["layout"] != "zigzag" or "window" in said:
+    if said["layout"] != "zigzag" or "window" in said or "c_kv" in tensors:
         note = about | {"format": "cpjax.outcome", "backend": "foreign", "outcome": "unsupported"}
-        note["reason"] = "a window" if "window" in said else said["layout"]
+        note["reason"] = "a window" if "window" in said else "a latent" if "c_kv" in tensors else said["layout"]
         (folder / f"{path.stem}.json").write_text(json.dumps(note))
         return
     (batch, tokens, heads, _), cp, value_dim = tensors["query"][0], said["cp"], tensors["value"][0][3]
