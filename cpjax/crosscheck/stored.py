@@ -17,6 +17,9 @@ from cpjax.crosscheck.groups import Groups, groups_of, score_groups_of, sum_of_s
 from cpjax.crosscheck.shared import Roundings
 from cpjax.tiles import KEY_TILE
 
+ABSORBED = 0.6
+"""Of a small term, what a sum loses at most, in unit roundoffs of the sum (§3.7)."""
+
 
 class Stored(Arithmetic):
     """Variances of what is stored, and the errors among them that have one sign."""
@@ -191,8 +194,10 @@ class Stored(Arithmetic):
         error = self._carry[1] + self._chunk[1]
         absorbed = self._absorbed
         if absorbed.any():
-            of_values = absorbed @ rows.size + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
-            error = error + of_values
+            # A sum of products is as large as they are: where the heavy keys have small values it absorbs less.
+            count = (absorbed > 0).sum(axis=1, keepdims=True)
+            of_products = np.minimum(absorbed @ rows.size, count * ABSORBED * self._eps * self._weighted_magnitude)
+            error = error + of_products + absorbed.sum(axis=1, keepdims=True) * np.abs(rows.out)
         return error
 
     @cached_property
@@ -202,9 +207,9 @@ class Stored(Arithmetic):
         starts = np.concatenate([np.arange(start, stop, KEY_TILE) for start, stop in pairwise(rows.edges)])
         tile = np.add.reduceat(rows.weight, starts, axis=1)
         sizes = np.diff(np.append(starts, rows.weight.shape[1]))
-        of_tile = np.where(tile < 8 * eps, np.minimum(tile, 0.6 * eps), 0.0)
+        of_tile = np.where(tile < 8 * eps, np.minimum(tile, ABSORBED * eps), 0.0)
         share = np.divide(of_tile, tile, out=np.zeros_like(tile), where=tile > 0)
         whole = np.repeat(tile, sizes, axis=1)
-        lost = np.where(rows.weight < 8 * eps * whole, np.minimum(rows.weight, 0.6 * eps * whole), 0.0)
+        lost = np.where(rows.weight < 8 * eps * whole, np.minimum(rows.weight, ABSORBED * eps * whole), 0.0)
         lost = np.maximum(lost, rows.weight * np.repeat(share, sizes, axis=1))
         return lost * (self._seen_keys > 1)[:, None]
