@@ -4,8 +4,8 @@
 
 576 numbers a token travel in one row (512 + 64 of DeepSeek-V3), where 16 heads' keys and values are 5,120. The product
 is one, in FP16, with both weights beside each other, as MindIE's kv_b, and k_rope is repeated over the heads. MindIE
-multiplies all gathered tokens at once; here those of a rank are multiplied when it is their turn, in 1/cp of the
-memory, and alike in every exchange.
+multiplies all gathered tokens at once; here those of a rank are multiplied when it is their turn, alike in every
+exchange, and those of cached prefixes at last.
 
 A float32 sum that lies near the middle between two FP16 numbers may come out as either, and which of them is the
 kernel's business. So a result says with which keys and values it was computed, and all ranks must have made the same.
@@ -52,21 +52,8 @@ def expand(latent: Tensor, up: UpProjection) -> tuple[Tensor, Tensor]:
     return torch.cat([key, k_rope.expand(-1, -1, up.heads, -1)], dim=3), value.contiguous()
 
 
-class Made:
-    """The keys and values that this rank has made of each rank's latents, and of the prefixes'."""
-
-    def __init__(self, *, keep: bool):
-        """Their digests are always kept, they themselves if asked for: they are many times the latent."""
-        self.keep = keep
-        self.digests: dict[str, str] = {}
-        self.kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-
-    def add(self, of: str, key_value: tuple[Tensor, ...]) -> None:
-        """What was made of the latents of `of`, as `latents_of` names them."""
-        key, value = (x.cpu().contiguous().numpy() for x in key_value)
-        self.digests[of] = hashlib.sha256(key.tobytes() + value.tobytes()).hexdigest()
-        if self.keep:
-            self.kept[of] = key, value
+Made = dict[str, tuple[Tensor, ...]]
+"""Keys and values that a rank has made, by whose latents they were: `latents_of` a rank, or `PREFIX`."""
 
 
 def latents_of(rank: int) -> str:
@@ -74,16 +61,35 @@ def latents_of(rank: int) -> str:
     return f"rank {rank}'s latents"
 
 
-def check_same(digests: list[dict[str, str]]) -> None:
-    """All ranks must have made the same keys and values, to the last bit; `digests` are theirs, by rank.
+def digests(made: Made) -> dict[str, str]:
+    """SHA-256 of each, so that ranks can compare what they have made without sending it."""
+    return {of: hashlib.sha256(b"".join(_bytes(x) for x in key_value)).hexdigest() for of, key_value in made.items()}
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.cpu().contiguous().numpy().tobytes()
+
+
+def check_same(of_ranks: list[dict[str, str]]) -> None:
+    """All ranks must have made the same keys and values, to the last bit; given are their `digests`, by rank.
 
     Raises:
       RankError: two have not; the message names both, and whose latents they were.
     """
-    for rank, made in enumerate(digests):
+    for rank, made in enumerate(of_ranks):
         for of, digest in made.items():
-            if digest != digests[0][of]:
+            if digest != of_ranks[0][of]:
                 raise RankError(
                     f"rank {rank} has made other keys and values of {of} than rank 0: one product of the same numbers "
                     f"must have the same bits on every device"
                 )
+
+
+def in_order(made: Made, places: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All keys `[B, S, N, H]` and values `[B, S, N, V]` that were made; `places` are those of their tokens."""
+    tokens = sum(len(places[of]) for of in made)
+    first = next(iter(made.values()))
+    key, value = (np.empty((x.shape[0], tokens, *x.shape[2:]), np.float16) for x in first)
+    for of, parts in made.items():
+        key[:, places[of]], value[:, places[of]] = (x.cpu().numpy() for x in parts)
+    return key, value

@@ -18,7 +18,7 @@ from npu_backend.errors import InputError, LinkError, RankError
 from npu_backend.exchange import Held, Link, Report
 from npu_backend.families import FAMILIES, Family
 from npu_backend.files import Case, RankResult, read_case, write_result
-from npu_backend.latent import PREFIX, Made, check_same, latents_of, up_projection
+from npu_backend.latent import PREFIX, Made, check_same, digests, in_order, latents_of, up_projection
 from npu_backend.operators import Partial
 from npu_backend.packing import held_rows
 from npu_backend.prefix import gather_prefix, owned
@@ -87,10 +87,9 @@ def compute_case(
     ring = Ring(rank, cp, case.is_causal, case.scale, requests_of(case), case.digest, settings.exchange, family, up)
     mine = shard(case, rank)
     alone = time_exchange(ring, mine, device, report) if settings.profile else None
-    made = Made(keep=rank == 0)
-    partial, clock = ring_attention(ring, mine, device, report, _prefix(ring, case, device, report), made)
+    partial, clock, made = ring_attention(ring, mine, device, report, _prefix(ring, case, device, report))
     report("wait", cp)
-    _check_made(made, cp)
+    _compare(made, cp)
     share = (_share(partial, mine), clock.step, None if alone is None else profile_of(clock, alone))
     shares = _on_first_rank(share)
     if shares is not None:
@@ -101,7 +100,6 @@ def compute_case(
         if settings.profile:
             about["profile"] = [profile._asdict() for profile in profiles]
         order = settings.exchange.order
-        key_value = None if up is None else _in_order(made, ring, case)
         write_result(
             result_path,
             case,
@@ -109,28 +107,22 @@ def compute_case(
             precision=family.precision,
             order=order,
             about=about,
-            key_value=key_value,
+            key_value=_stated(made, ring, case) if made else None,
         )
 
 
-def _check_made(made: Made, cp: int) -> None:
-    """Compare what this rank has made of latents with what the others have."""
-    if made.digests:
+def _compare(made: Made, cp: int) -> None:
+    """Compare what this rank has made of latents with what the others have; nothing if keys and values travelled."""
+    if made:
         everybody: list[Any] = [None] * cp
-        _collective(dist.all_gather_object, everybody, made.digests)
+        _collective(dist.all_gather_object, everybody, digests(made))
         check_same(everybody)
 
 
-def _in_order(made: Made, ring: Ring, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The keys and values that were made, in the case's order of tokens."""
+def _stated(made: Made, ring: Ring, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """What was made of latents, in the case's order of tokens."""
     places = {latents_of(rank): held_rows(rank, ring.cp, ring.requests.chunk_lengths) for rank in range(ring.cp)}
-    places[PREFIX] = np.arange(case.query.shape[1], case.kv_position.shape[1])
-    batch, tokens = case.kv_position.shape
-    first = made.kept[latents_of(0)]
-    key, value = (np.empty((batch, tokens, *x.shape[2:]), np.float16) for x in first)
-    for of, parts in made.kept.items():
-        key[:, places[of]], value[:, places[of]] = parts
-    return key, value
+    return in_order(made, places | {PREFIX: np.arange(case.query.shape[1], case.kv_position.shape[1])})
 
 
 def _decode(case: Case, result_path: Path, device: torch.device, report: Report, settings: Settings) -> None:

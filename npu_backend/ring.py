@@ -54,12 +54,11 @@ def ring_attention(
     device: torch.device,
     report: Report,
     prefix: tuple[Tensor, ...] | None = None,
-    made: Made | None = None,
-) -> tuple[Partial, Clock]:
+) -> tuple[Partial, Clock, Made]:
     """Attention of the rank's queries over all keys: `out` `[B, t, N, V]`, `lse` `[B, t, N]`; seconds per step.
 
-    The default process group has cp ranks; `prefix` is of `gather_prefix`. Outputs of pads are arbitrary. To `made` are
-    added the keys and values that were made of latents, behind the clock's back.
+    The default process group has cp ranks; `prefix` is of `gather_prefix`. Outputs of pads are arbitrary. Also returned
+    is what was made of latents; nothing if keys and values travel.
 
     Raises:
       RankError: keys arrived that the schedule does not say, or of another case.
@@ -70,7 +69,7 @@ def ring_attention(
     halves = (first, last)
     queries = dict(zip(held_chunks(ring.rank, ring.cp), (query.index_select(1, half) for half in halves), strict=True))
     carried: dict[int, list[Any]] = {chunk: [None] * len(ring.requests.chunk_lengths) for chunk in queries}
-    link, clock = Link(ring.rank, ring.cp, report, ring.digest), Clock([], [], [])
+    link, clock, made = Link(ring.rank, ring.cp, report, ring.digest), Clock([], [], []), Made()
     arrivals = travel(ring.exchange, link, held_by(shard, device))
     for step in range(ring.cp):
         started, waits = time.perf_counter(), len(link.waited)
@@ -78,12 +77,12 @@ def ring_attention(
         check_places(ring, step, held.places)
         arrived = time.perf_counter()
         report("compute", step)
-        key_value, cached = _key_value(ring, held.rows), None
+        key_value = _key_value(ring, held.rows, latents_of(source(ring.rank, step, ring.cp, ring.exchange)), made)
         for block in blocks(ring.rank, step, ring.cp, is_causal=ring.is_causal, exchange=ring.exchange):
             report("compute", step)
             _attend(ring, step, block, queries[block.query_chunk], key_value, halves, carried[block.query_chunk])
         if step == ring.cp - 1 and prefix is not None:
-            cached = _key_value(ring, prefix)
+            cached = _key_value(ring, prefix, PREFIX, made)
             for chunk in queries:
                 report("compute", step)
                 _attend_prefix(ring, queries[chunk], cached, carried[chunk])
@@ -92,13 +91,9 @@ def ring_attention(
         clock.step.append(ended - started)
         clock.compute.append(ended - arrived)
         clock.waited.append(sum(link.waited[waits:]))
-        if ring.up is not None and made is not None:
-            made.add(latents_of(source(ring.rank, step, ring.cp, ring.exchange)), key_value)
-            if cached is not None:
-                made.add(PREFIX, cached)
     parts = [ring.family.finish(x) for chunk in queries for x in carried[chunk]]
     out, lse = (torch.cat(x, dim=1).index_select(1, recovery) for x in zip(*parts, strict=True))
-    return Partial(out, lse), clock
+    return Partial(out, lse), clock, made
 
 
 def held_by(shard: Shard, device: torch.device) -> Held:
@@ -107,8 +102,12 @@ def held_by(shard: Shard, device: torch.device) -> Held:
     return Held(tuple(rows), torch.stack([position, segment]))
 
 
-def _key_value(ring: Ring, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return rows if ring.up is None else expand(rows[0], ring.up)
+def _key_value(ring: Ring, rows: tuple[Tensor, ...], of: str, made: Made) -> tuple[Tensor, ...]:
+    """Keys and values: what travelled, or what is made of it, which is noted."""
+    if ring.up is None:
+        return rows
+    made[of] = expand(rows[0], ring.up)
+    return made[of]
 
 
 def _attend(

@@ -139,7 +139,11 @@ def test_questions_about_other_arrays_are_refused(results):
     from cpjax.crosscheck.between import _question
 
     right = results["ring", "flash_fp16"]
-    one = _question(CASE, right)
-    for changed in (replace(CASE, query=CASE.query.copy()), replace(CASE, value=CASE.value[..., :16])):
-        with pytest.raises(ValueError, match="about the same queries"):
-            agreement(one, _question(changed, right), (right.out, right.lse), (right.out, right.lse))
+    one, outputs = _question(CASE, right), ((right.out, right.lse), (right.out, right.lse))
+    for changed in (replace(CASE, query=CASE.query.copy()), replace(CASE, key=CASE.key.copy())):
+        with pytest.raises(ValueError, match="about the same arrays"):
+            agreement(one, _question(changed, right), *outputs)
+    assert agreement(one, _question(replace(CASE, key=CASE.key.copy()), right), *outputs, own_keys=True).agrees
+    narrow = _question(replace(CASE, value=CASE.value[..., :16]), right)
+    with pytest.raises(ValueError, match="about the same arrays"):
+        agreement(one, narrow, *outputs, own_keys=True)

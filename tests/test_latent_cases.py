@@ -21,6 +21,7 @@ from cpjax.crosscheck.latent import Latent, check_expanded, expanded
 from cpjax.crosscheck.result import read_result, write_result
 from cpjax.crosscheck.session import judge_result
 from cpjax.errors import InputError
+from cpjax.mindie.crosscheck import cases_of
 
 PLAIN = gaussian_case("c", (61, 2, 2, 48, 32), cp=2, precision={}, seed=3, about={})
 CASE = latent_case(PLAIN, 64, nope=32, seed=4)
@@ -125,6 +126,77 @@ def test_another_product_is_named(fault, width, seed):
         assert "batch 1, token 3, head 2, dim 1: " in found.reasons[0]
 
 
+def others(x: Latent, product: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Of each product the other FP16 number that float32 sums could make of it, where there is one."""
+    exact_product, near = exact(x.c_kv, weight), product
+    room = (weight.shape[0] - 1) * 2.0**-24 * np.abs(terms(x.c_kv, weight)).astype(np.float64).sum(axis=0)
+    low, high = ((exact_product + sign * room).astype(np.float16) for sign in (-1, 1))
+    return np.where(low != near, low, high)
+
+
+@pytest.mark.parametrize("where", ["in all", "of head 1", "of tokens 512 to 1023"])
+def test_too_many_neighbours_are_named(where):
+    """Each of them alone is possible, so many are not: in one head, in some tokens, everywhere."""
+    x = latent(np.random.default_rng(3), 256, batch=1, tokens=1200, heads=3, dims=(8, 2, 8))
+    key, value = expanded(x)
+    wrong = others(x, value, x.w_uv)
+    share = (wrong != value).mean()
+    assert 0.5 < share < 1
+    at = {"in all": (), "of head 1": np.s_[:, :, 1], "of tokens 512 to 1023": np.s_[:, 512:1024]}[where]
+    value[at] = wrong[at]
+    (reason,) = check_expanded(x, key, value, np.ones((1, 1200), bool)).reasons
+    assert reason.startswith("value: ")
+    assert f" numbers {where} are not the FP16 number next to the product, where float32 sums explain " in reason
+
+
+def test_as_many_neighbours_as_sums_explain_are_right():
+    """The limit is Σq; what lies nearest to a middle comes out otherwise first."""
+    x = latent(np.random.default_rng(3), 256, batch=1, tokens=300, heads=1, dims=(8, 2, 8))
+    key, value = expanded(x)
+    wrong, product = others(x, value, x.w_uv), exact(x.c_kv, x.w_uv)
+    size = np.abs(terms(x.c_kv, x.w_uv)).astype(np.float64).sum(axis=0)
+    spacing = np.spacing(np.abs(value)).astype(np.float64)
+    explained = np.minimum(1, 16 * 2.0**-24 * size / spacing).sum()
+    nearest = np.argsort(np.abs(np.abs(product - value) / spacing - 0.5), axis=None)
+    for share, count in ((0.9, 0), (1.6, 1)):
+        some = value.copy()
+        at = np.unravel_index(nearest[: int(share * explained)], value.shape)
+        some[at] = wrong[at]
+        assert len(check_expanded(x, key, some, np.ones((1, 300), bool)).reasons) == count
+
+
+def test_one_term_is_exact_and_two_are_off_by_their_last_place():
+    a, b = np.float16(1 + 2.0**-5), np.float16(1 + 2.0**-6)  # a·b = 1 + 2^-5 + 2^-6 + 2^-11: in the middle
+    product = float(a) * float(b)
+    even, odd = np.float16(product), np.nextafter(np.float16(product), np.float16(2))
+    single = Latent(np.full((1, 1, 1), a), np.zeros((1, 1, 1), np.float16), *(np.full((1, 1, 1), b),) * 2)
+    rope = np.zeros((1, 1, 1, 1), np.float16)
+
+    def reasons(x, number):
+        given = np.full((1, 1, 1, 1), number)
+        return check_expanded(x, np.concatenate([given, rope], axis=3), given, np.ones((1, 1), bool)).reasons
+
+    assert reasons(single, even) == []
+    assert len(reasons(single, odd)) == 2  # no sum, so nothing can be off
+    # A second term takes the sum below the middle: by less than a last place of float32, or by more.
+    for power, count in ((-24, 0), (-22, 2)):
+        c_kv = np.array([[[a, 2.0**-12]]], np.float16)
+        w = np.array([b, -(2.0 ** (power + 12))], np.float16).reshape(2, 1, 1)
+        assert len(reasons(Latent(c_kv, single.k_rope, w, w), odd)) == count
+
+
+def test_equal_tokens_differ_together():
+    """One sum that float32 gets otherwise is got otherwise in every token that has the same latent: that is one."""
+    rng = np.random.default_rng(3)
+    row = latent(rng, 256, batch=1, tokens=1, heads=1, dims=(8, 2, 8))
+    x = replace(row, c_kv=np.repeat(row.c_kv, 2000, axis=1), k_rope=np.repeat(row.k_rope, 2000, axis=1))
+    key, value = expanded(x)
+    wrong = others(x, value, x.w_uv)
+    assert (wrong != value)[..., :6].sum() > 4000
+    value[..., :6] = wrong[..., :6]
+    assert check_expanded(x, key, value, np.ones((1, 2000), bool)).reasons == []
+
+
 def test_a_rotary_part_of_another_token_is_named_and_pads_are_not_looked_at():
     x = latent(np.random.default_rng(0), 16)
     key, value = expanded(x)
@@ -136,7 +208,10 @@ def test_a_rotary_part_of_another_token_is_named_and_pads_are_not_looked_at():
     seen = np.ones((2, 6), bool)
     seen[1, 2] = False
     value[1, 2] = np.nan
-    assert check_expanded(x, moved, value, seen) == ([], 0.0)
+    for hidden in (np.nan, np.inf):
+        x.c_kv[1, 2], x.k_rope[1, 2] = hidden, hidden
+        assert check_expanded(x, moved, value, seen) == ([], 0.0)
+        assert np.isfinite(expanded(x)[1][seen]).all()
 
 
 # Through files --------------------------------------------------------------------------------------------------------
@@ -197,9 +272,14 @@ def test_attention_is_judged_on_the_keys_that_were_used(given_case, tmp_path):
     own = neighbours(case)
     assert 0 < (own[0] != case.key).mean() < 0.01
     with_own = replace(Spec().run(replace(case, key=own[0], value=own[1])), key_value=own)
-    said = judged(tmp_path, case, with_own)
+    path = judged(tmp_path, case, with_own)
+    said = judge_result(case, tmp_path / "results" / "c.safetensors", draw=True)
+    assert path.passed
     assert said.passed, said.reasons
-    assert compare(case, result, with_own).agrees
+    assert said.figures is not None
+    found = compare(case, result, with_own)
+    assert found.agrees
+    assert found.lse_z < 0.5  # 1.3 if both were taken to have the same keys
 
 
 def test_wrong_keys_and_wrong_attention_are_told_apart(given_case, tmp_path):
@@ -222,10 +302,31 @@ def test_keys_that_are_no_numbers_fail(given_case, tmp_path):
     case, result = given_case
     key = case.key.copy()
     key[0, 5, 1, 3] = np.nan
+    judged(tmp_path, case, replace(result, key_value=(key, case.value)))
+    said = judge_result(case, tmp_path / "results" / "c.safetensors", draw=True)
+    assert said.outcome == "fail"
+    assert said.verdict.failed_tests == ("expansion", "form")
+    assert "nan instead of" in said.reasons[0]
+    assert said.figures is None
+
+
+def test_a_product_beyond_the_range_fails_with_a_reason(tmp_path):
+    """65,519.9987 is next to 65,504, but a float32 sum of it may be 65,520, which is infinite."""
+    case = write_case(tmp_path, replace(CASE, latent=_beyond()))
+    case = read_case(tmp_path / "c.safetensors")
+    result = checked(Spec().run(case), case)
+    key = case.key.copy()
+    key[..., :32] = np.where(key[..., :32] == 65504, np.float16(np.inf), key[..., :32])
+    assert np.isinf(key).any()
     said = judged(tmp_path, case, replace(result, key_value=(key, case.value)))
     assert said.outcome == "fail"
-    assert said.verdict.failed_tests == ("form",)
-    assert "nan instead of" in said.reasons[0]
+    assert said.reasons == ["its keys or values are infinite: the product leaves what FP16 can hold"]
+
+
+def _beyond() -> Latent:
+    c_kv, w_uk = np.zeros_like(CASE.latent.c_kv), np.zeros_like(CASE.latent.w_uk)
+    c_kv[..., :3], w_uk[:3, 0, 0] = np.array([65504, 1, 1], np.float16), np.array([1, 16, -(2.0**-10)], np.float16)
+    return replace(CASE.latent, c_kv=c_kv, w_uk=w_uk)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +363,13 @@ def test_keys_of_a_case_that_gives_them_itself_are_errors(tmp_path):
     result = replace(Spec().run(case), key_value=(case.key, case.value))
     with pytest.raises(ValueError, match="the case gives keys and values itself"):
         checked(result, case)
+    latent_case = replace(case, latent=CASE.latent)
+    for made, error in (
+        ((case.key[:, :5], case.value), "key is float16"),
+        ((case.key, case.value.astype(np.float32)), "value is float32"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            checked(replace(result, key_value=made), latent_case)
     (tmp_path / "results").mkdir()
     with pytest.raises(InputError, match="the case gives keys and values itself"):
         read_result(write_result(tmp_path / "results", case, result), case)
@@ -274,10 +382,19 @@ def test_the_command_computes_a_deployments_latent(tmp_path):
     report = json.loads(said.stdout)
     assert report["passed"]
     case = read_case(tmp_path / "kept" / "cases" / "deepseek-r1-cp2-45-latent.safetensors")
-    assert (case.latent.c_kv.shape, case.key.shape) == ((1, 48, 512), (1, 48, 2, 192))
+    x = case.latent
+    assert [y.shape for y in vars(x).values()] == [(1, 48, 512), (1, 48, 64), (512, 2, 128), (512, 2, 128)]
+    assert case.about["latent"] == {"width": 512, "seed": 1}
     of = {row["backend"]: row for row in report["results"]}
     assert "not the FP16 number next to the exact product" in of["npu"]["remarks"][0]
     assert report["between"][0]["agrees"]
+
+
+def test_each_share_of_the_heads_has_a_latent_of_its_own():
+    cases, _ = cases_of(None, tokens=40, shares=2, latent=True)
+    one, two = (case.latent for case in cases)
+    assert not np.array_equal(one.c_kv, two.c_kv)
+    assert not np.array_equal(one.w_uk, two.w_uk)
 
 
 @pytest.mark.parametrize(

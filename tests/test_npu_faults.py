@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from npu_strategies import problem, write_case, write_latent
+from npu_strategies import problem, write_case, write_pack
 from safetensors.numpy import load_file
 from test_npu_decode import write_decode
 
@@ -253,21 +253,41 @@ def test_a_rank_whose_code_is_broken_is_named_and_nothing_is_written(tmp_path, f
     assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
 
 
-def makes_other_keys():
+def makes_other(change):
     from npu_backend import ring
 
     real = ring.expand
-    ring.expand = lambda latent, up: tuple(-x for x in real(latent, up))
+    ring.expand = lambda latent, up: change(*real(latent, up))
 
 
+def makes_other_keys():
+    makes_other(lambda key, value: (-key, value))
+
+
+def makes_other_values():
+    makes_other(lambda key, value: (key, -value))
+
+
+def makes_other_prefixes():
+    makes_other(lambda key, value: (-key, value) if key.shape[1] == 300 else (key, value))
+
+
+@pytest.mark.parametrize(
+    ("fault", "whose"),
+    [
+        (makes_other_keys, r"rank \d's latents"),
+        (makes_other_values, r"rank \d's latents"),
+        (makes_other_prefixes, "the cached prefixes"),
+    ],
+)
 @pytest.mark.parametrize("exchange", [Exchange("ring"), Exchange("gather")])
-def test_a_rank_that_makes_other_keys_of_a_latent_is_named(tmp_path, exchange):
+def test_a_rank_that_makes_other_keys_of_a_latent_is_named(tmp_path, exchange, fault, whose):
     """Its results would be those of other weights, and rank 0 writes its own keys only."""
-    case = write_latent(tmp_path, small(), 16, "normal", "c")
-    text = r"rank 1 has made other keys and values of rank \d's latents than rank 0"
-    with Faulty(makes_other_keys, 1, settings=Settings(exchange)) as workers, pytest.raises(RankError, match=text):
+    case = write_pack(tmp_path, (12,), (300,), cp=CP, is_causal=True, seed=0, latent=16)
+    text = f"rank 1 has made other keys and values of {whose} than rank 0"
+    with Faulty(fault, 1, settings=Settings(exchange)) as workers, pytest.raises(RankError, match=text):
         workers.run(case, tmp_path / "r.safetensors")
-    assert [x.name for x in tmp_path.iterdir()] == ["c.safetensors"]
+    assert [x.name for x in tmp_path.iterdir()] == ["pack.safetensors"]
 
 
 @pytest.mark.parametrize("exchange", [Exchange("ring"), Exchange("double-ring", 3)])

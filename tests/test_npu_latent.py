@@ -152,6 +152,13 @@ def test_agrees_with_the_specifications_exchange_of_latents(pools, tmp_path, cp,
     assert agreement.z < 0.25  # the same stages in the same order: `SAME_STAGES` of test_npu_exchange.py
 
 
+def test_a_profile_is_written_of_a_latent_too(pools, tmp_path):
+    p = problem(1, "normal", (2, 1), (32,), 32, is_causal=True, cp=2)
+    _, result = computed(pools[2], write_latent(tmp_path, p, 64, "normal"), Settings(profile=True))
+    assert [len(of_rank["transfer_alone"]) for of_rank in result.about["profile"]] == [2, 2]
+    assert all(x > 0 for of_rank in result.about["profile"] for x in of_rank["compute"])
+
+
 def test_one_row_a_token_travels(tmp_path):
     p = problem(1, "normal", (4, 1), (16,), 16, is_causal=True, cp=2)
     mine = shard(files.read_case(write_latent(tmp_path, p, 512, "normal")), 1)

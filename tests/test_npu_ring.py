@@ -127,8 +127,9 @@ def test_one_rank_sends_nothing(tmp_path):
     case = read_case(write_case(tmp_path, p))
     alone = Ring(0, 1, p.is_causal, p.scale, requests_of(case), case.digest)
     assert not torch.distributed.is_initialized()
-    (out, lse), clock = ring_attention(alone, shard(case, 0), torch.device("cpu"), lambda what, step: None)
+    (out, lse), clock, made = ring_attention(alone, shard(case, 0), torch.device("cpu"), lambda what, step: None)
     assert_dense(p, out.numpy(), lse.numpy())
+    assert made == {}
     assert len(clock.step) == 1
 
 

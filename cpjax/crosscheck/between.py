@@ -42,7 +42,9 @@ def compare(case: Case, one: Result, two: Result) -> Agreement:
     Raises:
       ValueError: the case itself cannot be judged.
     """
-    return agreement(_question(case, one), _question(case, two), (one.out, one.lse), (two.out, two.lse))
+    asked, other = _question(case, one), _question(case, two)
+    own_keys = case.latent is not None
+    return agreement(asked, other, (one.out, one.lse), (two.out, two.lse), own_keys=own_keys)
 
 
 def _question(case: Case, result: Result) -> Question:

@@ -118,7 +118,8 @@ def latent_case(case: Case, width: int, *, nope: int, seed: int) -> Case:
     parts = (c_kv, k_rope, w_uk / np.sqrt(np.float32(width)), w_uv / np.sqrt(np.float32(width)))
     latent = Latent(*(x.astype(np.float16) for x in parts))
     key, value = expanded(latent)
-    return replace(case, key=key, value=value, latent=latent)
+    about = case.about | {"latent": {"width": width, "seed": seed}}
+    return replace(case, key=key, value=value, latent=latent, about=about)
 
 
 def write_case(folder: Path, case: Case) -> Case:

@@ -11,21 +11,21 @@ numbers are exact in float32), and rounding is monotonic:
     fl16(k − δ)  ≤  given  ≤  fl16(k + δ)
 
 δ is a worst case. Rounding errors that do not conspire grow like √C (Higham & Mary, doi 10.1137/18M1226312), and move a
-number across a middle with probability √C 2^-24 Σ|x_c w_c| over the spacing, at most: so many may be another number.
+number across a middle with probability q = √C 2^-24 Σ|x_c w_c| over the spacing, at most: so many may be another
+number, in each head, in each stretch of tokens, and in all.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.formats import FORMATS
-from cpjax.crosscheck.statistic import LIMIT
+from cpjax.crosscheck.statistic import LIMIT, expected_maximum
 
 TOKENS = 512
-"""Tokens of a tile, which bounds memory."""
+"""Of a stretch, which is compared at once and counted by itself."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def expanded(latent: Latent) -> tuple[Float[np.ndarray, "B S N H"], Float[np.nda
     (array([3., 3., 3., 3., 5., 5., 5.], dtype=float16), array([[3.],
            [3.]], dtype=float16))
     """
-    key, value = (np.concatenate([half(exact) for exact, _ in _tiles(latent, w)], axis=1) for w in _weights(latent))
+    key, value = (
+        np.concatenate([half(_product(latent.c_kv[:, at], weight)) for at in _stretches(latent)], axis=1)
+        for weight in (latent.w_uk, latent.w_uv)
+    )
     rope = np.broadcast_to(latent.k_rope[:, :, None], (*key.shape[:3], latent.k_rope.shape[2]))
     return np.concatenate([key, rope], axis=3), value
 
@@ -68,73 +71,104 @@ def check_expanded(
     is_real: Bool[np.ndarray, "B S"],
 ) -> Expansion:
     """Are these float16 keys and values what correct arithmetic makes of the latent? Pads may hold anything."""
-    reasons, found = [], []
     nope = latent.w_uk.shape[2]
+    reasons, differing, total = [], 0, 0
     for name, given, weight in (("key", key[..., :nope], latent.w_uk), ("value", value, latent.w_uv)):
-        numbers = _compare(latent, given, weight, is_real)
-        found.append(numbers)
-        if numbers.outside:
+        found = _compare(latent, given, weight, is_real)
+        total += int(found.total.sum())
+        differing += int(found.differing.sum())
+        if found.outside:
+            product = f"c_kv·{'W_UK' if name == 'key' else 'W_UV'}"
             reasons.append(
-                f"{name}: {numbers.outside:,} of {numbers.total:,} numbers are not c_kv·{_WEIGHT[name]} with float32 "
-                f"sums, the first at {numbers.first}"
+                f"{name}: {found.outside:,} of {is_real.sum() * weight[0].size:,} numbers are not {product} with "
+                f"float32 sums, the first at {found.first}"
             )
-        elif not numbers.differing - numbers.expected <= LIMIT * np.sqrt(numbers.expected + 1):
-            reasons.append(
-                f"{name}: {numbers.differing:,} of {numbers.total:,} numbers are not the FP16 number next to "
-                f"c_kv·{_WEIGHT[name]}, where float32 sums explain {numbers.expected:,.0f}"
-            )
+        elif (too_many := _too_many(found)) is not None:
+            reasons.append(f"{name}: {too_many}")
     rope = (key[..., nope:] != latent.k_rope[:, :, None]).any(axis=3) & is_real[..., None]
     if rope.any():
         b, s, n = np.argwhere(rope)[0]
-        reasons.append(f"key: the last {latent.k_rope.shape[2]} of {int(rope.sum()):,} keys are not k_rope, the first "
-                       f"at batch {b}, token {s}, head {n}")  # fmt: skip
-    return Expansion(reasons, sum(x.differing for x in found) / max(1, sum(x.total for x in found)))
+        reasons.append(
+            f"key: the last {latent.k_rope.shape[2]} of {int(rope.sum()):,} keys are not k_rope, the first at batch "
+            f"{b}, token {s}, head {n}"
+        )
+    return Expansion(reasons, differing / max(1, total))
 
 
-_WEIGHT = {"key": "W_UK", "value": "W_UV"}
+class _Found(NamedTuple):
+    """Of one of the two products; counts `[stretches, N]`, of different latents of real tokens."""
 
-
-class _Numbers(NamedTuple):
-    total: int
+    total: Int[np.ndarray, "I N"]
+    differing: Int[np.ndarray, "I N"]
+    explained: Float[np.ndarray, "I N"]
+    """How many may differ, Σq."""
     outside: int
-    differing: int
-    expected: float
     first: str
 
 
-def _compare(latent: Latent, given: np.ndarray, weight: np.ndarray, is_real: np.ndarray) -> _Numbers:
-    count, outside, differing, expected, first = 0, 0, 0, 0.0, ""
-    terms = weight.shape[0]
-    for number, (exact, size) in enumerate(_tiles(latent, weight)):
-        start = number * TOKENS
-        mine, real = (x[:, start : start + exact.shape[1]] for x in (given, is_real))
+@np.errstate(invalid="ignore")  # what is not finite in a case is refused when attention is asked about
+def _compare(latent: Latent, given: np.ndarray, weight: np.ndarray, is_real: np.ndarray) -> _Found:
+    c_kv, terms = np.where(is_real[..., None], latent.c_kv, 0), weight.shape[0]  # pads may hold NaN
+    is_counted = is_real & _is_first(c_kv)
+    counts, outside, first = [], 0, ""
+    for at in _stretches(latent):
+        exact = _product(c_kv[:, at], weight)
+        size = _product(np.abs(c_kv[:, at]), np.abs(weight))
+        mine, real, nearest = given[:, at], is_real[:, at, None, None], half(exact)
         room = (terms - 1) * 2.0**-24 * size
-        wrong = ~((half(exact - room) <= mine) & (mine <= half(exact + room))) & real[..., None, None]
+        wrong = ~((half(exact - room) <= mine) & (mine <= half(exact + room))) & real
         if wrong.any() and not first:
             b, s, n, d = np.argwhere(wrong)[0]
-            numbers = f"{mine[b, s, n, d]} instead of {half(exact)[b, s, n, d]}"
-            first = f"batch {b}, token {start + s}, head {n}, dim {d}: {numbers}"
-        flips = np.minimum(1.0, np.sqrt(terms) * 2.0**-24 * size / FORMATS["float16"].spacing(exact))
-        count += int(real.sum()) * weight[0].size
+            numbers = f"{mine[b, s, n, d]} instead of {nearest[b, s, n, d]}"
+            first = f"batch {b}, token {at.start + s}, head {n}, dim {d}: {numbers}"
         outside += int(wrong.sum())
-        differing += int(((mine != half(exact)) & real[..., None, None]).sum())
-        expected += float(flips[real].sum())
-    return _Numbers(count, outside, differing, expected, first)
+        counted = np.broadcast_to(is_counted[:, at, None, None], exact.shape)
+        q = np.minimum(1.0, np.sqrt(terms) * 2.0**-24 * size / FORMATS["float16"].spacing(exact))
+        columns = (counted, counted & (mine != nearest), np.where(counted, q, 0.0))
+        counts.append([x.sum(axis=(0, 1, 3)) for x in columns])
+    total, differing, explained = (np.array(x) for x in zip(*counts, strict=True))
+    return _Found(total, differing, explained, outside, first)
 
 
-def _weights(latent: Latent) -> tuple[np.ndarray, np.ndarray]:
-    return latent.w_uk, latent.w_uv
+def _too_many(found: _Found) -> str | None:
+    """Where more numbers differ than float32 sums explain: some heads, some stretches of tokens, or all of it."""
+    places = (
+        (0, lambda n: f"of head {n}"),
+        (1, lambda i: f"of tokens {i * TOKENS} to {(i + 1) * TOKENS - 1}"),
+        ((0, 1), lambda _: "in all"),
+    )
+    for axis, name in places:
+        counts = (found.total, found.differing, found.explained)
+        total, differing, explained = (np.atleast_1d(x.sum(axis=axis)) for x in counts)
+        deviate = (differing - explained) / np.sqrt(explained + 1)
+        wrong = ~(deviate - expected_maximum(len(deviate)) <= LIMIT)
+        if wrong.any() and (axis == (0, 1) or not wrong.all()):  # that all of them are wrong says nothing about where
+            worst = int(np.argmax(deviate))
+            return (
+                f"{differing[worst]:,} of {total[worst]:,} numbers {name(worst)} are not the FP16 number next to the "
+                f"product, where float32 sums explain {explained[worst]:,.0f}"
+            )
+    return None
 
 
-def _tiles(latent: Latent, weight: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of some tokens after the other `[B, s, N, …]`: the product in float64, and the sum of its terms' sizes."""
-    wide = weight.astype(np.float64).reshape(weight.shape[0], -1)
-    for start in range(0, latent.c_kv.shape[1], TOKENS):
-        c_kv = latent.c_kv[:, start : start + TOKENS].astype(np.float64)
-        with np.errstate(invalid="ignore"):  # pads may hold NaN
-            exact, size = c_kv @ wide, np.abs(c_kv) @ np.abs(wide)
-        shape = (*c_kv.shape[:2], *weight.shape[1:])
-        yield exact.reshape(shape), size.reshape(shape)
+def _is_first(c_kv: Float[np.ndarray, "B S C"]) -> Bool[np.ndarray, "B S"]:
+    """Tokens whose latent is none of an earlier token's: equal ones have equal sums, which differ together."""
+    rows = np.ascontiguousarray(c_kv + np.float16(0)).view(np.dtype((np.void, 2 * c_kv.shape[2])))[..., 0]
+    is_first = np.zeros(rows.size, bool)
+    is_first[np.unique(rows, return_index=True)[1]] = True
+    return is_first.reshape(rows.shape)
+
+
+def _stretches(latent: Latent) -> list[slice]:
+    tokens = latent.c_kv.shape[1]
+    return [slice(start, min(start + TOKENS, tokens)) for start in range(0, tokens, TOKENS)]
+
+
+def _product(c_kv: Float[np.ndarray, "B s C"], weight: Float[np.ndarray, "C N D"]) -> Float[np.ndarray, "B s N D"]:
+    """In float64, where at most a last place of 53 bits is lost."""
+    with np.errstate(invalid="ignore"):  # pads may hold NaN
+        product = c_kv.astype(np.float64) @ weight.astype(np.float64).reshape(weight.shape[0], -1)
+    return product.reshape(*c_kv.shape[:2], *weight.shape[1:])
 
 
 def half(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

@@ -147,7 +147,9 @@ def _verdict(
     is_real = np.asarray(case.kv_tokens.segment) != PAD
     found = check_expanded(case.latent, key, value, is_real)
     if not all(np.isfinite(x[is_real]).all() for x in (key, value)):
-        return malformed(question(case.query, case.key, case.value, **said), found.reasons[0]), []
+        reason = next(iter(found.reasons), "its keys or values are infinite: the product leaves what FP16 can hold")
+        verdict = malformed(question(case.query, case.key, case.value, **said), reason)
+        return replace(verdict, failed_tests=("expansion", "form")), []
     verdict = judge(case.query, key, value, result.out, result.lse, **said, progress=progress)
     remark = f"{found.differing:.2%} of its keys and values are not the FP16 number next to the exact product"
     if not found.reasons:
