@@ -44,6 +44,23 @@ def test_a_standard_deviation_is_less_than_what_is_possible(seed, name, logits):
     assert (expected.low <= expected.high).all()
 
 
+@examples(0.1)
+@given(SEED, st.integers(100, 500))
+def test_terms_that_a_sum_loses_are_expected(seed, count):
+    """Two heavy keys cancel; what is added between them lies below the sum's last place, each time."""
+    rng = np.random.default_rng(seed)
+    scores = np.concatenate([[0.0], np.log(2.0**-25 * rng.uniform(0.5, 0.9, count)), [0.0]])
+    value = np.concatenate([[10.0], np.full(count, 10.0), [-10.0]])
+    chunk, seen = np.zeros(count + 2, int), np.ones((1, count + 2), bool)
+    rows = attention_rows(np.ones((1, 1)), scores[:, None], value[:, None], seen, chunk, 1.0)
+    total, weighted = np.float32(0), np.float32(0)
+    for p, v in zip(np.exp(scores).astype(np.float32), value.astype(np.float32), strict=True):
+        total, weighted = total + p, weighted + p * v
+    expected = ErrorModel(rows, PROFILES["float32"], np.zeros((1, 1), int), 1, 1.0).expected()
+    error = float(weighted / total) - rows.out[0, 0]
+    assert 0.3 < abs(error) / expected.sigma[0, 0] < 2
+
+
 @examples(0.5)
 @given(SEED, NAMES, st.integers(-3, 3))
 def test_values_twice_as_large_have_errors_twice_as_large(seed, name, power):
