@@ -77,7 +77,7 @@ def crosscheck(
     ] = False,
     latent: Annotated[
         bool,
-        typer.Option("--latent", help="the latent travels, and each rank makes keys and values of it, as in MindIE"),
+        typer.Option("--latent", help="MLA's latent travels, and each rank makes keys and values of it"),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="of the inputs, which are normally distributed")] = 0,
     keep: Annotated[Path | None, typer.Option(help="keep the case and the results in this folder")] = None,
