@@ -85,7 +85,7 @@ def _common(
         if not all(fit.explains for fit in others):
             continue
         gain = sum(one.right.deviance for one in measured)
-        total = sum(fit.deviance - fault.cost for fit in [*of_fault.values(), *others]) + fault.cost
+        total = float(sum(fit.deviance - fault.cost for fit in [*of_fault.values(), *others]) + fault.cost)
         if total < gain - EQUAL:
             found.append((total, fault, max(fit.z for fit in of_fault.values())))
     if not found:
