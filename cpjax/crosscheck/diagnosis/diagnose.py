@@ -85,7 +85,7 @@ def _common(
         if not all(fit.explains for fit in others):
             continue
         gain = sum(one.right.deviance for one in measured)
-        total = float(sum(fit.deviance - fault.cost for fit in [*of_fault.values(), *others]) + fault.cost)
+        total = sum(fit.deviance - fault.cost for fit in [*of_fault.values(), *others]) + fault.cost
         if total < gain - EQUAL:
             found.append((total, fault, max(fit.z for fit in of_fault.values())))
     if not found:
@@ -102,7 +102,7 @@ def _common(
 
 
 def _same_total(entry: tuple[float, Fault, float], best: tuple[float, Fault, float]) -> bool:
-    return abs((entry[0] - entry[1].cost) - (best[0] - best[1].cost)) < 1e-6 * abs(best[0])
+    return bool(abs((entry[0] - entry[1].cost) - (best[0] - best[1].cost)) < 1e-6 * abs(best[0]))
 
 
 def gain_of(measured: list[Measured]) -> float:
