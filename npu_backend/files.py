@@ -109,11 +109,16 @@ def _read_case(path: Path) -> Case:
     if "key" in arrays:
         rows, up = (arrays.pop("key"), arrays.pop("value")), None
     else:
-        rows = (np.concatenate([arrays.pop("c_kv"), arrays.pop("k_rope")], axis=2)[:, :, None],)
+        rows = latent_rows(arrays.pop("c_kv"), arrays.pop("k_rope"))
         up = arrays.pop("w_uk"), arrays.pop("w_uv")
         if said["layout"] == "decode":
             raise InputError("is a decode with tensor 'c_kv'; decode takes the latent as key and value of one head")
     return Case(path.stem, metadata["digest"], rows=rows, up=up, **arrays, **said)
+
+
+def latent_rows(c_kv: np.ndarray, k_rope: np.ndarray) -> tuple[np.ndarray]:
+    """What travels of a latent: `[B, S, C]` and `[B, S, R]` in one row a token, `[B, S, 1, C + R]`."""
+    return (np.concatenate([c_kv, k_rope], axis=2)[:, :, None],)
 
 
 def _expect(metadata: dict[str, str], key: str, value: str) -> None:

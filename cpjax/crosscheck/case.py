@@ -140,7 +140,8 @@ def write_case(folder: Path, case: Case) -> Case:
         "kv_position": case.kv_tokens.position,
         "kv_segment": case.kv_tokens.segment,
     }
-    dtypes = {name: dtype for name, (dtype, _) in (TENSORS | LATENT_TENSORS).items() if name in arrays}
+    tensors = TENSORS if case.latent is None else LATENT_TENSORS
+    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
     case = replace(case, digest=content_digest(text, arrays, dtypes))
     metadata = {"format": "cpjax.case", "version": VERSION, "name": case.name, "case": text, "digest": case.digest}
     write_whole(folder / f"{case.name}.safetensors", arrays, metadata)
@@ -182,9 +183,7 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         check_pack(tensors["q_segment"], tensors["kv_segment"], said.cp)
     if said.layout == "decode":
         check_decode(tensors["q_segment"], tensors["kv_segment"])
-    latent = (
-        Latent(**{part: tensors[part] for part in ("c_kv", "k_rope", "w_uk", "w_uv")}) if "c_kv" in tensors else None
-    )
+    latent = Latent(*(tensors[x] for x in ("c_kv", "k_rope", "w_uk", "w_uv"))) if "c_kv" in tensors else None
     if latent is not None and said.layout == "decode":
         raise InputError("is a decode with tensor 'c_kv'; decode takes the latent as key and value of one head")
     key, value = (tensors["key"], tensors["value"]) if latent is None else expanded(latent)

@@ -173,5 +173,4 @@ def _product(c_kv: Float[np.ndarray, "B s C"], weight: Float[np.ndarray, "C N D"
 
 def half(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """Rounded to float16; beyond its range infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return x.astype(np.float16)
+    return FORMATS["float16"].round(x).astype(np.float16)

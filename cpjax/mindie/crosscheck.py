@@ -7,8 +7,8 @@ from cpjax.crosscheck.case import Case, gaussian_case, latent_case
 from cpjax.errors import InputError
 from cpjax.mindie.decode import LATENT, decode_case
 from cpjax.mindie.deployment import read_deployment
+from cpjax.mindie.models import Geometry, local_heads, parse_geometry
 from cpjax.mindie.models import geometry as geometry_of
-from cpjax.mindie.models import local_heads, parse_geometry
 
 EXAMPLE = Path(__file__).with_name("deepseek-r1-cp2.json")
 """The vendor's example; examples/deepseek-r1-cp2.json is a link to it."""
@@ -75,12 +75,7 @@ def cases_of(
         for share in range(shares)
     ]
     if latent:
-        if shape.rope == 0:
-            raise InputError("the geometry has no rotary part; --latent needs one, as 128,128,64,128")
-        cases = [
-            latent_case(replace(case, name=f"{case.name}-latent"), LATENT, nope=shape.nope, seed=seed + shares + share)
-            for share, case in enumerate(cases)
-        ]
+        cases = _of_latents(cases, shape, seed + shares)
     cache_ranks = sizes.cp * sizes.sp
     if not decode:
         if sizes.sp > 1:
@@ -92,3 +87,13 @@ def cases_of(
         raise InputError(f"{deployment.path}: cp·sp is {cache_ranks}; at most {MOST_CP} ranks are computed here")
     cases.append(decode_case(f"{name}-{tokens}-decode", shape, tokens, cache_ranks, seed, about | {"sp": sizes.sp}))
     return cases, remarks
+
+
+def _of_latents(cases: list[Case], shape: Geometry, seed: int) -> list[Case]:
+    """The same prompts, of which latents are given; each has seeds of its own, from `seed` on."""
+    if shape.rope == 0:
+        raise InputError("the geometry has no rotary part; --latent needs one, as 128,128,64,128")
+    return [
+        latent_case(replace(case, name=f"{case.name}-latent"), LATENT, nope=shape.nope, seed=seed + share)
+        for share, case in enumerate(cases)
+    ]

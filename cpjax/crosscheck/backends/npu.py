@@ -33,7 +33,7 @@ class Npu:
 
         q_places, kv_places = ([np.asarray(x) for x in places] for places in (case.q_tokens, case.kv_tokens))
         x = case.latent
-        rows = (case.key, case.value) if x is None else (np.concatenate([x.c_kv, x.k_rope], axis=2)[:, :, None],)
+        rows = (case.key, case.value) if x is None else files.latent_rows(x.c_kv, x.k_rope)
         theirs = files.Case(
             case.name, case.digest, case.query, rows, q_places[0], q_places[1], kv_places[0],
             kv_places[1], case.scale, case.is_causal, case.cp, case.precision, case.layout,
