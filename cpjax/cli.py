@@ -93,9 +93,9 @@ def crosscheck(
     """See CROSSCHECK_HELP."""
     from cpjax.crosscheck.backends import check_names
     from cpjax.crosscheck.backends.launch import launch
-    from cpjax.crosscheck.between import compare_folder
-    from cpjax.crosscheck.case import write_case
-    from cpjax.crosscheck.session import judge_folder, read_cases
+    from cpjax.crosscheck.files.case import write_case
+    from cpjax.crosscheck.run.compare import compare_folder
+    from cpjax.crosscheck.run.session import judge_folder, read_cases
     from cpjax.mindie.crosscheck import cases_of
 
     names = list(dict.fromkeys(backend or ["spec", "npu"]))
@@ -135,7 +135,7 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """See JUDGE_HELP."""
-    from cpjax.crosscheck.session import judge_folder, read_cases
+    from cpjax.crosscheck.run.session import judge_folder, read_cases
 
     with _errors():
         _free(report)
@@ -162,7 +162,7 @@ def cases(
     as_json: Json = False,
 ) -> None:
     """See CASES_HELP."""
-    from cpjax.crosscheck.conformance import VERSION, write_conformance
+    from cpjax.crosscheck.conformance.cases import VERSION, write_conformance
 
     with _errors():
         if preset != "conformance":
@@ -244,9 +244,9 @@ def judge_dump(
     """See DUMP_HELP."""
     from dataclasses import replace
 
-    from cpjax.crosscheck import dumped
+    from cpjax.crosscheck.dumps import judge_dump as dumped
     from cpjax.crosscheck.report.figures import figures
-    from cpjax.crosscheck.session import Judged
+    from cpjax.crosscheck.run.session import Judged
 
     with _errors():
         _free(report)
@@ -323,8 +323,8 @@ def _show(judged: list, as_json: bool, compared: list | None = None) -> None:
     """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
     from rich.console import Console
 
-    from cpjax.crosscheck.between import between_sentence
-    from cpjax.crosscheck.session import all_passed, sentence, table_of
+    from cpjax.crosscheck.run.compare import between_sentence
+    from cpjax.crosscheck.run.session import all_passed, sentence, table_of
 
     pairs = compared or []
     passed = all_passed(judged) and all(one.agreement.agrees for one in pairs)

@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from cpjax.attention import Attention
-from cpjax.checks import check_axes, check_inputs, check_precision, ranks
+from cpjax.checks import check_axes, check_precision, ranks
 from cpjax.errors import InputError
 from cpjax.exchange.decode import decode_attention
+from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens
 from cpjax.partial import Partial
 from cpjax.precision import Precision, profile
@@ -39,7 +40,7 @@ def context_parallel_decode(
       query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`, of one float dtype, N a multiple of K; the new
         tokens' own keys and values are among the S.
       q_tokens, kv_tokens: their places; several requests are segments of a row.
-      owner: the rank whose cache holds each of the S keys. MindIE's: `cpjax.mindie.kv_cache.block_ranks`.
+      owner: the rank whose cache holds each of the S keys. MindIE's: `cpjax.partition.kv_cache.block_ranks`.
       axis_name: the axis, or axes (outermost first), over which the cache is cut.
       mask: None is causal: a query sees the cache up to its own position.
       scale: None is 1/√H.

@@ -1,10 +1,19 @@
 """The definition: softmax(scale · q kᵀ + mask) v, in NumPy float64. The oracle that everything else is held against."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float
 
 from cpjax.mask import PAD, Mask, Tokens, visible
-from cpjax.partial import Partial
+
+
+class Dense(NamedTuple):
+    """Attention in float64."""
+
+    out: Float[np.ndarray, "B T N V"]
+    lse: Float[np.ndarray, "B T N"]
+
 
 QUERY_TILE = 256  # bounds memory; each query's row of scores is still whole
 
@@ -20,7 +29,7 @@ def dense_attention(
     scale: float,
     softcap: float | None = None,
     sink: Float[np.ndarray, " N"] | None = None,
-) -> Partial:
+) -> Dense:
     """Exact attention: `out` `[B, T, N, V]` and `lse` `[B, T, N]` in float64; (0, −inf) where a query sees no key.
 
     Args:
@@ -56,4 +65,4 @@ def dense_attention(
             with np.errstate(divide="ignore"):  # log 0 = −inf is the lse of a query that sees no key
                 lse[b, rows, n] = np.where(np.isneginf(m), 0.0, m) + np.log(total)
             out[b, rows, n] = (p @ v) / np.where(total == 0, 1.0, total)[:, None]
-    return Partial(out, lse)
+    return Dense(out, lse)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
+from cpjax.blocks.tiles import attend
 from cpjax.errors import InputError
 from cpjax.exchange.device import EXCHANGES
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
-from cpjax.tiles import attend
 
 HEADLESS = ("ring", "ring_both_ways", "gather", "pass_query")
 """Exchanges that do not deal out heads: a latent has none."""

@@ -14,13 +14,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from cpjax.attention import Attention
-from cpjax.checks import check_inputs, check_mesh, check_packed, check_precision, check_sink, ranks
+from cpjax.checks import check_mesh, check_packed, check_precision, check_sink, ranks
 from cpjax.errors import InputError
 from cpjax.exchange.device import attention_on_device
-from cpjax.layout import chunks_per_rank, inverse, order
+from cpjax.inputs import check_inputs
 from cpjax.mask import Mask, Tokens
-from cpjax.packing import packed_order
 from cpjax.partial import Partial
+from cpjax.partition.layout import chunks_per_rank, inverse, order
+from cpjax.partition.packing import packed_order
 from cpjax.precision import Precision, profile
 
 
@@ -57,7 +58,7 @@ def context_parallel_attention(
       head_axis, batch_axis: further axes of the mesh over which heads and batch are sharded ("tp", "dp").
       layout: who holds which tokens; it changes no result but in the last bits.
       lengths: a packed batch: real lengths of the requests, each padded on its own to a multiple of 2·cp
-        (`cpjax.packing.pack`) and laid out on its own. Places of the tokens follow from them.
+        (`cpjax.partition.packing.pack`) and laid out on its own. Places of the tokens follow from them.
       exchange: how keys meet queries, a name of `cpjax.exchange.device.EXCHANGES`.
       mask: None is causal.
       scale: None is 1/√H.

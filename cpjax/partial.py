@@ -20,7 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float
 
-from cpjax.precision import Precision, rounded
+from cpjax.precision import Precision
+from cpjax.rounding import rounded
 
 
 class Partial(NamedTuple):

@@ -10,20 +10,17 @@ running row maximum,
 
 Everything else is done in `compute`, the accumulation of matrix products included. Rounding is to nearest even.
 
-Rounding is written as a cast to the format and back after the operation, because XLA on a CPU keeps float32 inside a
-fused loop whatever the dtype says, while it never removes a cast that loses bits (tests/test_precision.py).
+A profile is a value of its own and needs no JAX; `cpjax.rounding` does what it says.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
-import jax
 import numpy as np
 
 from cpjax.errors import InputError
 
-Array = TypeVar("Array", jax.Array, np.ndarray)
+KEY_TILE = 512
+"""Keys that a kernel takes at a time: how often the maximum is raised and the sum rescaled is part of every profile."""
 
 
 @dataclass(frozen=True)
@@ -75,29 +72,6 @@ def profile(name: str) -> Precision:
     if name not in PROFILES:
         raise InputError(f"unknown precision {name!r}; known are {', '.join(PROFILES)}")
     return PROFILES[name]
-
-
-def rounded(x: Array, fmt: str) -> Array:
-    """`x` rounded to the format `fmt`, in the dtype it came in. Derivatives pass through it as if it were not there.
-
-    >>> float(rounded(np.float32([1 + 2**-12])[0:1], "float16")[0])
-    1.0
-    """
-    if x.dtype == fmt:
-        return x
-    if isinstance(x, np.ndarray):
-        return x.astype(fmt).astype(x.dtype)
-    return _there_and_back(x, fmt)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _there_and_back(x, fmt):
-    return x.astype(fmt).astype(x.dtype)
-
-
-@_there_and_back.defjvp
-def _unchanged(fmt, primals, tangents):
-    return _there_and_back(*primals, fmt), tangents[0]
 
 
 def scale_in(precision: Precision, scale: float) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 MODULE = '''
 import os
 import numpy as np
-from cpjax.crosscheck.result import Result
+from cpjax.crosscheck.files.result import Result
 
 
 class Dense:

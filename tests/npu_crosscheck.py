@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpjax.crosscheck.agreement import Agreement
 from cpjax.crosscheck.backends.compute import checked
 from cpjax.crosscheck.backends.spec import Spec
-from cpjax.crosscheck.between import compare
-from cpjax.crosscheck.case import Case, read_case
+from cpjax.crosscheck.files.case import Case, read_case
+from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.crosscheck.judge import judge
-from cpjax.crosscheck.result import Result, read_result
-from cpjax.crosscheck.session import how, judge_result
+from cpjax.crosscheck.judging.pairwise import Agreement
+from cpjax.crosscheck.run.compare import compare
+from cpjax.crosscheck.run.session import how, judge_result
 from npu_backend.rank import Settings
 from npu_backend.workers import Workers
 

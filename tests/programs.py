@@ -10,10 +10,10 @@ from oracle import dense
 from strategies import SCALE, Problem, Rule, largest, largest_logit, seen
 
 from cpjax.attention import Attention
+from cpjax.blocks.tiles import attend
 from cpjax.exchange.device import attention_on_device
 from cpjax.partial import Partial
 from cpjax.precision import profile
-from cpjax.tiles import attend
 
 
 def attention(rule: Rule, precision: str = "float64") -> Attention:

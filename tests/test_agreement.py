@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cpjax.crosscheck.agreement import agreement
 from cpjax.crosscheck.backends.spec import Spec
-from cpjax.crosscheck.between import compare
-from cpjax.crosscheck.case import gaussian_case
-from cpjax.crosscheck.result import Result
-from cpjax.crosscheck.statistic import SLACK
+from cpjax.crosscheck.files.case import gaussian_case
+from cpjax.crosscheck.files.result import Result
+from cpjax.crosscheck.judging.pairwise import agreement
+from cpjax.crosscheck.judging.statistic import SLACK
+from cpjax.crosscheck.run.compare import compare
 from cpjax.dense import dense_attention
 from cpjax.mask import Mask
 from cpjax.partial import Partial
@@ -136,7 +136,7 @@ def test_where_nothing_can_be_judged_nothing_agrees(results):
 
 
 def test_questions_about_other_arrays_are_refused(results):
-    from cpjax.crosscheck.between import _question
+    from cpjax.crosscheck.run.compare import _question
 
     right = results["ring", "flash_fp16"]
     one, outputs = _question(CASE, right), ((right.out, right.lse), (right.out, right.lse))

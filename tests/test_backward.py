@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from programs import attention, device_program, mesh
 from strategies import RULES, SCALE, examples, largest, problem, problems, seen
 
+from cpjax.blocks.tiles import attend
 from cpjax.exchange.device import EXCHANGES
 from cpjax.exchange.ring import ring_attention
 from cpjax.mask import Tokens, tokens
 from cpjax.partial import Partial
-from cpjax.tiles import attend
 
 
 def plain(rule, visible, q, k, v, sink):

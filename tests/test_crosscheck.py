@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from strategies import examples
 
 import cpjax
-from cpjax.crosscheck.case import gaussian_case, read_case, write_case
-from cpjax.crosscheck.result import read_result
-from cpjax.crosscheck.session import judge_result
+from cpjax.crosscheck.files.case import gaussian_case, read_case, write_case
+from cpjax.crosscheck.files.result import read_result
+from cpjax.crosscheck.run.session import judge_result
 from cpjax.errors import InputError
 
 ROOT = Path(cpjax.__file__).parents[1]
@@ -320,8 +320,8 @@ def test_more_cache_ranks_than_are_computed_are_refused(tmp_path):
 
 
 def test_pairs_that_do_not_agree_are_named():
-    from cpjax.crosscheck.agreement import Agreement
-    from cpjax.crosscheck.between import Compared, between_sentence
+    from cpjax.crosscheck.judging.pairwise import Agreement
+    from cpjax.crosscheck.run.compare import Compared, between_sentence
 
     good = Compared("a", ("npu", "spec"), Agreement(True, (), 0.5, 0.2, 0.5, 0.2, 9))
     bad = Compared("b", ("npu", "spec"), Agreement(False, ("out: far",), float("inf"), 2.0, float("nan"), 0.2, 9))

@@ -14,12 +14,12 @@ from programs import assert_dense, attention
 from strategies import RULES, SCALE, examples, problem, problems
 from test_precision import exact, same
 
-from cpjax.crosscheck.decode import chunks
 from cpjax.decode import cache_slots, context_parallel_decode
 from cpjax.errors import InputError
 from cpjax.exchange.decode import decode_attention
 from cpjax.mask import Tokens, tokens
 from cpjax.parallel import cp_mesh
+from cpjax.partition.paged import chunks
 
 CP = st.sampled_from([1, 2, 3, 5])
 

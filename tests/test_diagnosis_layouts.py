@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from cpjax.crosscheck import judge
-from cpjax.crosscheck.conformance import conformance_cases
-from cpjax.crosscheck.decode import chunks
-from cpjax.crosscheck.session import how
+from cpjax.crosscheck.conformance.cases import conformance_cases
+from cpjax.crosscheck.run.session import how
 from cpjax.dense import dense_attention
 from cpjax.mask import Mask, Tokens
+from cpjax.partition.paged import chunks
 
 CASES = {case.name: case for case in conformance_cases() if case.layout == "packed"}
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from cpjax.cli import app
-from cpjax.layout import order
+from cpjax.partition.layout import order
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.localise import problem
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from strategies import examples
 
 from cpjax.crosscheck import judge
-from cpjax.crosscheck.attention64 import attention_rows
-from cpjax.crosscheck.error_model import ErrorModel
-from cpjax.crosscheck.formats import FORMATS
-from cpjax.crosscheck.shared import Roundings, Shared, by_cell, cells, excess, merged
+from cpjax.crosscheck.error_model.model import ErrorModel
+from cpjax.crosscheck.error_model.row_covariance import Roundings, Shared, by_cell, cells, excess, merged
+from cpjax.crosscheck.exact.attention import attention_rows
+from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.precision import PROFILES
 from cpjax.trial.emulators import PROFILES as ARITHMETIC
 from cpjax.trial.emulators import attend

@@ -12,9 +12,9 @@ from oracle import dense
 from strategies import examples
 
 from cpjax.crosscheck import Verdict, judge
-from cpjax.crosscheck.extremes import rows_out_of_range
 from cpjax.crosscheck.judge import chosen_rows
-from cpjax.crosscheck.question import question
+from cpjax.crosscheck.judging.problem import question
+from cpjax.crosscheck.judging.range_check import rows_out_of_range
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.problem import Problem
 

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from cpjax.cli import app
 from cpjax.crosscheck.backends.compute import checked
 from cpjax.crosscheck.backends.spec import Spec
-from cpjax.crosscheck.between import compare
-from cpjax.crosscheck.case import gaussian_case, latent_case, read_case, write_case
-from cpjax.crosscheck.latent import Latent, check_expanded, expanded
-from cpjax.crosscheck.result import read_result, write_result
-from cpjax.crosscheck.session import judge_result
+from cpjax.crosscheck.files.case import gaussian_case, latent_case, read_case, write_case
+from cpjax.crosscheck.files.latent import Latent, check_expanded, expanded
+from cpjax.crosscheck.files.result import read_result, write_result
+from cpjax.crosscheck.run.compare import compare
+from cpjax.crosscheck.run.session import judge_result
 from cpjax.errors import InputError
 from cpjax.mindie.crosscheck import cases_of
 

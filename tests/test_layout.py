@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpjax.errors import InputError
-from cpjax.layout import LAYOUTS, chunks_per_rank, held_chunks, inverse, order
+from cpjax.partition.layout import LAYOUTS, chunks_per_rank, held_chunks, inverse, order
 
 CASES = given(st.sampled_from(LAYOUTS), st.integers(1, 12), st.integers(0, 5))
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from mindie_cases import build
 
 from cpjax.errors import InputError
-from cpjax.layout import order
 from cpjax.mindie.check import check, setting_of
 from cpjax.mindie.config import ConfigFile
 from cpjax.mindie.deployment import Deployment, Sizes, parse_deployment
-from cpjax.mindie.kv_cache import block_ranks, tokens_per_rank
 from cpjax.mindie.layout import as_json, groups, lay_out
 from cpjax.mindie.link import inverted, link_map, transfers
 from cpjax.mindie.mesh import mesh
+from cpjax.partition.kv_cache import block_ranks, tokens_per_rank
+from cpjax.partition.layout import order
 
 SIXTEEN = Sizes(world_size=16, dp=1, cp=2, sp=8, tp=8, pp=1, moe_ep=16, moe_tp=1)
 KINDS = ["attn_tp", "attn_cp", "attn_inner_sp", "moe_ep", "moe_tp", "attn_prefix_cache_cp"]

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from strategies import examples
 
-from cpjax.crosscheck.case import read_case
-from cpjax.crosscheck.session import judge_result
-from cpjax.mindie.kv_cache import tokens_per_rank
+from cpjax.crosscheck.files.case import read_case
+from cpjax.crosscheck.run.session import judge_result
+from cpjax.partition.kv_cache import tokens_per_rank
 from npu_backend import decode, files
 from npu_backend.__main__ import main
 from npu_backend.decode import Decoding, held_tokens, merge, partial_of, seen_lengths

@@ -15,9 +15,9 @@ from npu_crosscheck import computed, crosschecked, specified
 from npu_strategies import exact_problem, problem, problems, write_case, write_pack
 from strategies import examples
 
-import cpjax.packing
-import cpjax.schedule
-from cpjax.crosscheck.between import compare
+import cpjax.partition.packing
+import cpjax.partition.schedule
+from cpjax.crosscheck.run.compare import compare
 from npu_backend import packing, prefix
 from npu_backend.errors import InputError
 from npu_backend.families import FAMILIES
@@ -36,7 +36,7 @@ def exchanges(cp):
 
 @given(st.integers(1, 8), st.sampled_from(("ring", "gather")), st.booleans())
 def test_the_schedule_is_the_specifications(cp, name, is_causal):
-    wanted = cpjax.schedule.schedule(name, "zigzag", cp, is_causal=is_causal)
+    wanted = cpjax.partition.schedule.schedule(name, "zigzag", cp, is_causal=is_causal)
     for rank in range(cp):
         mine = [
             (step, *block)
@@ -183,7 +183,7 @@ def test_gathered_bits_do_not_depend_on_who_computes_and_the_rings_do(pools, tmp
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5))
 def test_index_arrays_are_those_of_the_specification(lengths, cp):
-    wanted = cpjax.packing.mindie_indices(lengths, cp)
+    wanted = cpjax.partition.packing.mindie_indices(lengths, cp)
     h = tuple(int(n) for n in wanted.chunk_lengths)
     mine = packing.indices(h, cp)
     for name in ("first", "last", "out_recovery", "kv_recovery"):

@@ -18,13 +18,13 @@ from safetensors.numpy import load_file
 from strategies import examples
 
 from cpjax.attention import Attention
-from cpjax.crosscheck.between import compare
-from cpjax.crosscheck.case import read_case
-from cpjax.crosscheck.result import Result
+from cpjax.crosscheck.files.case import read_case
+from cpjax.crosscheck.files.result import Result
+from cpjax.crosscheck.run.compare import compare
 from cpjax.errors import InputError as SpecificationError
 from cpjax.latent import UpProjection, latent_attention_on_device
-from cpjax.layout import order
 from cpjax.mask import Mask, Tokens
+from cpjax.partition.layout import order
 from cpjax.precision import profile
 from npu_backend import files
 from npu_backend.errors import InputError, RankError

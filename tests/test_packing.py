@@ -9,9 +9,9 @@ from oracle import dense
 from strategies import examples
 
 from cpjax.errors import InputError
-from cpjax.layout import LAYOUTS
-from cpjax.packing import mindie_indices, pack, packed_order, packed_tokens, padded_lengths, unpack
 from cpjax.parallel import context_parallel_attention, cp_mesh
+from cpjax.partition.layout import LAYOUTS
+from cpjax.partition.packing import mindie_indices, pack, packed_order, packed_tokens, padded_lengths, unpack
 
 REQUESTS = st.lists(st.integers(1, 20), min_size=1, max_size=4)
 CP = st.sampled_from([1, 2, 3, 4, 8])

@@ -15,9 +15,9 @@ from strategies import RULES, SCALE, examples, problem, problems
 from cpjax.dense import dense_attention
 from cpjax.errors import InputError
 from cpjax.exchange.device import EXCHANGES
-from cpjax.layout import LAYOUTS
 from cpjax.mask import Mask, Tokens, tokens
 from cpjax.parallel import context_parallel_attention, cp_mesh
+from cpjax.partition.layout import LAYOUTS
 from cpjax.precision import profile
 
 
@@ -68,7 +68,7 @@ def test_tp_and_dp_change_nothing(exchange):
 
 def test_one_rank_is_one_block_bit_for_bit():
     from cpjax.attention import Attention
-    from cpjax.tiles import attend
+    from cpjax.blocks.tiles import attend
 
     place = tokens(1, 8)
     p = problem(0, "normal", place, place, RULES[0])

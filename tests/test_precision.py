@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from programs import attention
 from strategies import RULES, SCALE, examples
 
-from cpjax import tiles
+from cpjax.blocks import tiles
 from cpjax.errors import InputError
 from cpjax.mask import tokens
 from cpjax.partial import Partial, merge
-from cpjax.precision import PROFILES, profile, rounded, scale_in
+from cpjax.precision import PROFILES, profile, scale_in
+from cpjax.rounding import rounded
 
 NAMES = sorted(twin.PROFILES)
 T, V = 24, 3

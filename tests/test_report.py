@@ -7,10 +7,10 @@ import pytest
 from html_page import Page
 
 from cpjax.crosscheck import judge
-from cpjax.crosscheck.question import question
+from cpjax.crosscheck.judging.problem import question
 from cpjax.crosscheck.report.figures import figures
 from cpjax.crosscheck.report.page import html, write_report
-from cpjax.crosscheck.session import Judged
+from cpjax.crosscheck.run.session import Judged
 from cpjax.errors import InputError
 from cpjax.trial.emulators import PROFILES, attend, chunk_results, cut, fold, visits
 from cpjax.trial.problem import Problem

@@ -10,8 +10,8 @@ import pytest
 from html_page import Page
 
 import cpjax
-from cpjax.crosscheck.case import gaussian_case, write_case
-from cpjax.crosscheck.result import Result, write_result
+from cpjax.crosscheck.files.case import gaussian_case, write_case
+from cpjax.crosscheck.files.result import Result, write_result
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.problem import Problem
 

@@ -11,12 +11,12 @@ from strategies import RULES, SCALE, examples
 from test_precision import exact
 
 import npu_backend.schedule
-from cpjax.crosscheck.order import merge_orders
 from cpjax.errors import InputError
 from cpjax.exchange.device import EXCHANGES
-from cpjax.layout import LAYOUTS, chunks_per_rank, held_chunks, order
 from cpjax.mask import Tokens
-from cpjax.schedule import Block, schedule, show
+from cpjax.partition.layout import LAYOUTS, chunks_per_rank, held_chunks, order
+from cpjax.partition.merge_order import merge_orders
+from cpjax.partition.schedule import Block, schedule, show
 
 CASES = given(st.sampled_from(list(EXCHANGES)), st.sampled_from(LAYOUTS), st.integers(1, 7), st.booleans(), st.data())
 

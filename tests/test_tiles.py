@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from programs import assert_dense, attention, block_program, equal_bits
 from strategies import RULES, examples, problem, problems
 
-from cpjax import tiles
+from cpjax.blocks import tiles
+from cpjax.blocks.tiles import attend
 from cpjax.mask import tokens
-from cpjax.tiles import attend
 
 SHAPES = [((5, 7), (4, 2)), ((1, 1), (1, 1)), ((3, 11), (3, 1)), ((2, 4), (2, 2)), ((4, 0), (4, 2)), ((0, 4), (4, 2))]
 NO_SINK = np.full(4, -np.inf)

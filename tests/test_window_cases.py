@@ -7,9 +7,9 @@ import pytest
 
 from cpjax.crosscheck import backends
 from cpjax.crosscheck.backends.compute import compute
-from cpjax.crosscheck.case import content_digest, gaussian_case, read_case, read_whole, write_case, write_whole
-from cpjax.crosscheck.conformance import conformance_cases
-from cpjax.crosscheck.session import judge_result
+from cpjax.crosscheck.conformance.cases import conformance_cases
+from cpjax.crosscheck.files.case import content_digest, gaussian_case, read_case, read_whole, write_case, write_whole
+from cpjax.crosscheck.run.session import judge_result
 from cpjax.errors import InputError
 
 

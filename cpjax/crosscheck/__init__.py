@@ -13,4 +13,4 @@ backends, session                       who computes a case (docs/backends.md); 
 """
 
 from cpjax.crosscheck.judge import judge as judge
-from cpjax.crosscheck.verdict import Verdict as Verdict
+from cpjax.crosscheck.judging.verdict import Verdict as Verdict

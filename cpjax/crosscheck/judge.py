@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from cpjax.crosscheck.diagnosis import diagnose
-from cpjax.crosscheck.evidence import collect
-from cpjax.crosscheck.extremes import rows_out_of_range
-from cpjax.crosscheck.formats import FORMATS
-from cpjax.crosscheck.question import Array, Question, question
-from cpjax.crosscheck.verdict import Verdict, decide, malformed
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.judging.evidence import collect
+from cpjax.crosscheck.judging.problem import Array, Question, question
+from cpjax.crosscheck.judging.range_check import rows_out_of_range
+from cpjax.crosscheck.judging.verdict import Verdict, decide, malformed
 from cpjax.precision import Precision
 
 WORK = 2**28

@@ -10,12 +10,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
+from cpjax.blocks.tiles import attend as attend_in_tiles
 from cpjax.exchange.all_to_all import to_few_heads, to_few_tokens
 from cpjax.exchange.blocks import Attend
 from cpjax.exchange.ring import ring_attention
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
-from cpjax.tiles import attend as attend_in_tiles
 
 
 def all_to_all_ring_attention(

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from cpjax.attention import Attention
 from cpjax.mask import Tokens
 from cpjax.partial import Partial, merge
-from cpjax.precision import rounded
+from cpjax.rounding import rounded
 
 Shard = tuple[Array, Array, Tokens]
 """Keys, values and the places of their tokens: what travels."""

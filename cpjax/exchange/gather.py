@@ -12,10 +12,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
+from cpjax.blocks.tiles import attend as attend_in_tiles
 from cpjax.exchange.blocks import Attend, finished, fold
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
-from cpjax.tiles import attend as attend_in_tiles
 
 
 def gather_attention(

@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
+from cpjax.blocks.tiles import without_pads
+from cpjax.blocks.tiles_backward import attend_backward
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
-from cpjax.tiles import without_pads
-from cpjax.tiles_backward import attend_backward
 
 
 def ring_backward(

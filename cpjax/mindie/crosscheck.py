@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from cpjax.crosscheck.case import Case, gaussian_case, latent_case
+from cpjax.crosscheck.files.case import Case, gaussian_case, latent_case
 from cpjax.errors import InputError
 from cpjax.mindie.decode import LATENT, decode_case
 from cpjax.mindie.deployment import read_deployment

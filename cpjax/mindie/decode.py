@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cpjax.crosscheck.case import Case
+from cpjax.crosscheck.files.case import Case
 from cpjax.mask import Tokens
 from cpjax.mindie.models import Geometry
 

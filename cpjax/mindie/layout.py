@@ -12,10 +12,10 @@ import math
 from typing import NamedTuple
 
 from cpjax.errors import InputError
-from cpjax.layout import held_chunks
 from cpjax.mindie.deployment import Deployment, Sizes
-from cpjax.mindie.kv_cache import block_ranks
 from cpjax.mindie.models import local_heads
+from cpjax.partition.kv_cache import block_ranks
+from cpjax.partition.layout import held_chunks
 
 Groups = list[list[int]]
 

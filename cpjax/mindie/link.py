@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cpjax.errors import InputError
 from cpjax.mindie.deployment import Sizes
-from cpjax.mindie.kv_cache import BLOCK, block_ranks
+from cpjax.partition.kv_cache import BLOCK, block_ranks
 
 
 class Transfer(NamedTuple):

@@ -6,9 +6,9 @@ from rich import box
 from rich.table import Table
 
 from cpjax.mindie.deployment import Sizes
-from cpjax.mindie.kv_cache import tokens_per_rank
 from cpjax.mindie.layout import Layout, short
 from cpjax.mindie.link import Transfer
+from cpjax.partition.kv_cache import tokens_per_rank
 
 
 def cards_table(layout: Layout) -> Table:

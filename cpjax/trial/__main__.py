@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cpjax.crosscheck.whole import whole
+from cpjax.crosscheck.files.atomic import whole
 from cpjax.errors import InputError
 from cpjax.trial import activations, detection, tables
 from cpjax.trial.emulators import PROFILES

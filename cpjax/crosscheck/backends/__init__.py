@@ -12,8 +12,8 @@ import inspect
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
-from cpjax.crosscheck.case import Case
-from cpjax.crosscheck.result import Result
+from cpjax.crosscheck.files.case import Case
+from cpjax.crosscheck.files.result import Result
 from cpjax.errors import InputError
 
 GROUP = "cpjax.backends"

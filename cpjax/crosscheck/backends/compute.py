@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from cpjax.crosscheck.backends import Backend
-from cpjax.crosscheck.case import Case
-from cpjax.crosscheck.order import ORDERS
-from cpjax.crosscheck.outcome import Note, write_note
-from cpjax.crosscheck.result import Result, write_result
+from cpjax.crosscheck.files.case import Case
+from cpjax.crosscheck.files.note import Note, write_note
+from cpjax.crosscheck.files.result import Result, write_result
+from cpjax.partition.merge_order import ORDERS
 from cpjax.precision import PROFILES
 
 FAILURES = (Exception, SystemExit)
@@ -74,7 +74,9 @@ def checked(result: Any, case: Case) -> Result:
       ValueError, TypeError: it is no result of this case.
     """
     if not isinstance(result, Result):
-        raise TypeError(f"run() returned {type(result).__name__}; it must return a cpjax.crosscheck.result.Result")
+        raise TypeError(
+            f"run() returned {type(result).__name__}; it must return a cpjax.crosscheck.files.result.Result"
+        )
     batch, tokens, heads, _ = case.query.shape
     out = _array("out", result.out, "float16", (batch, tokens, heads, case.value.shape[3]))
     lse = None if result.lse is None else _array("lse", result.lse, "float32", (batch, tokens, heads))

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cpjax.crosscheck.case import Case
-from cpjax.crosscheck.outcome import Note, write_note
-from cpjax.crosscheck.whole import is_free
+from cpjax.crosscheck.files.atomic import is_free
+from cpjax.crosscheck.files.case import Case
+from cpjax.crosscheck.files.note import Note, write_note
 from cpjax.errors import InputError
 
 REFUSED = 77

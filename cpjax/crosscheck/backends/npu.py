@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from cpjax.crosscheck.case import Case, write_case
-from cpjax.crosscheck.result import Result, read_result
+from cpjax.crosscheck.files.case import Case, write_case
+from cpjax.crosscheck.files.result import Result, read_result
 
 
 class Npu:

@@ -7,8 +7,8 @@ import importlib.util
 
 import numpy as np
 
-from cpjax.crosscheck.case import Case
-from cpjax.crosscheck.result import Result
+from cpjax.crosscheck.files.case import Case
+from cpjax.crosscheck.files.result import Result
 from cpjax.mask import PAD, Mask, visible
 
 MOST_SCORES = 2**28

@@ -4,11 +4,11 @@ import contextlib
 
 import numpy as np
 
-from cpjax.crosscheck import decode, pack
-from cpjax.crosscheck.case import Case
-from cpjax.crosscheck.result import Result
+from cpjax.crosscheck.files.case import Case
+from cpjax.crosscheck.files.result import Result
 from cpjax.mask import PAD, Mask, Tokens
 from cpjax.partial import Partial
+from cpjax.partition import packed, paged
 from cpjax.precision import Precision, profile
 
 
@@ -82,11 +82,11 @@ class Spec:
         import jax
 
         from cpjax.attention import Attention
+        from cpjax.blocks.tiles import attend
         from cpjax.partial import merge
-        from cpjax.tiles import attend
 
         segment = np.asarray(case.q_tokens.segment)[0]
-        lengths = tuple(int((segment[start:stop] != PAD).sum()) for start, stop in pack.bounds(segment, case.cp))
+        lengths = tuple(int((segment[start:stop] != PAD).sum()) for start, stop in packed.bounds(segment, case.cp))
         own, tokens = self._prefill(case, precision, lengths=lengths), len(segment)
         if case.key.shape[1] == tokens:
             return own
@@ -107,7 +107,7 @@ def _decode(case: Case, precision: Precision) -> Partial:
         case.value,
         case.q_tokens,
         case.kv_tokens,
-        owner=decode.chunks(np.asarray(case.kv_tokens.segment)[0], case.cp) % case.cp,
+        owner=paged.chunks(np.asarray(case.kv_tokens.segment)[0], case.cp) % case.cp,
         mesh=cp_mesh(case.cp),
         mask=Mask(is_causal=case.is_causal, window=case.window),
         scale=case.scale,

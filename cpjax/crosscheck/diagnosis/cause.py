@@ -7,7 +7,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault, chunk_faults, pairs_of, rank_faults
 from cpjax.crosscheck.diagnosis.measure import Fit, Measured
 from cpjax.crosscheck.diagnosis.weights import with_weight
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.judging.problem import Question
 
 BEST = 8
 """Of the faults of a chunk, so many are computed exactly."""

@@ -15,9 +15,9 @@ from cpjax.crosscheck.diagnosis.measure import MOST_Z, Fit, Measured
 from cpjax.crosscheck.diagnosis.permutation import chunks_from, heads_from, kv_heads_from
 from cpjax.crosscheck.diagnosis.sample import samples, suspects
 from cpjax.crosscheck.diagnosis.weights import chunk_weights
-from cpjax.crosscheck.directed import deviate
-from cpjax.crosscheck.evidence import Evidence
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.judging.evidence import Evidence
+from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.score_tests import deviate
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpjax.crosscheck.diagnosis.sample import Extent, Sample
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.judging.problem import Question
 from cpjax.precision import Precision
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.masks import before_of, first_query
-from cpjax.crosscheck.formats import FORMATS
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.judging.problem import Question
 from cpjax.precision import Precision
 
 

@@ -11,7 +11,7 @@ from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.predict import glance
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.diagnosis.scan import best_number
-from cpjax.crosscheck.error_model import ErrorModel
+from cpjax.crosscheck.error_model.model import ErrorModel
 
 
 def with_numbers(wrong: list[Measured]) -> list[Fault]:

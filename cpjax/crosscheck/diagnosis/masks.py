@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.diagnosis.sample import Sample
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.judging.problem import Question
 
 ALWAYS, NEVER = -np.inf, np.inf
 

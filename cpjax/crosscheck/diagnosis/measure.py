@@ -8,10 +8,10 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled
 from cpjax.crosscheck.diagnosis.sample import Sample
-from cpjax.crosscheck.formats import FORMATS
-from cpjax.crosscheck.question import Question
-from cpjax.crosscheck.shared import distinct
-from cpjax.crosscheck.statistic import effective_freedom
+from cpjax.crosscheck.error_model.row_covariance import distinct
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.statistic import effective_freedom
 
 MOST_Z = 2.0
 """A fault whose residual is larger than this many standard deviations explains nothing."""

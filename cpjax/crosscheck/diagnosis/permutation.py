@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cpjax.crosscheck.diagnosis.sample import index_in_chunk
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.judging.problem import Question
 from cpjax.mask import Tokens, visible
 
 NEAR = 2e-2

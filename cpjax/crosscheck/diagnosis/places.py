@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.judging.problem import Question
 
 
 def rank_of(question: Question, chunk: int) -> int | None:

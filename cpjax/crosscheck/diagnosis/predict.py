@@ -3,12 +3,12 @@
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.attention64 import Rows, attention_rows
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Block, Fault
 from cpjax.crosscheck.diagnosis.masks import mask_of
 from cpjax.crosscheck.diagnosis.sample import Sample
-from cpjax.crosscheck.error_model import ErrorModel
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.error_model.model import ErrorModel
+from cpjax.crosscheck.exact.attention import Rows, attention_rows
+from cpjax.crosscheck.judging.problem import Question
 from cpjax.precision import scale_in
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cpjax.crosscheck.evidence import RowTable
-from cpjax.crosscheck.question import Question
-from cpjax.crosscheck.statistic import SLACK, RowErrors, deviate, spread_deviate
+from cpjax.crosscheck.judging.evidence import RowTable
+from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.statistic import SLACK, RowErrors, deviate, spread_deviate
 from cpjax.mask import Tokens, visible
 
 ROWS = 12

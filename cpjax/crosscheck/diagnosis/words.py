@@ -8,8 +8,8 @@ from jaxtyping import Bool
 
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.places import holders, numbers, rank_of, ranks, step_of
-from cpjax.crosscheck.evidence import RowTable
-from cpjax.crosscheck.question import Question
+from cpjax.crosscheck.judging.evidence import RowTable
+from cpjax.crosscheck.judging.problem import Question
 
 UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
 

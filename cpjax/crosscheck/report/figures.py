@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.evidence import Tile, model_of
-from cpjax.crosscheck.formats import FORMATS
-from cpjax.crosscheck.question import Question
-from cpjax.crosscheck.shared import distinct
-from cpjax.crosscheck.statistic import effective_freedom
+from cpjax.crosscheck.error_model.row_covariance import distinct
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.judging.evidence import Tile, model_of
+from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.statistic import effective_freedom
 
 ROWS = 16
 """Rows of each query chunk, head and batch row that are looked at, at most."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from cpjax.crosscheck.files.atomic import is_free, whole
 from cpjax.crosscheck.report.figures import EDGES, Figures
-from cpjax.crosscheck.session import BACKENDS, Judged, all_passed, sentence
-from cpjax.crosscheck.whole import is_free, whole
+from cpjax.crosscheck.run.session import BACKENDS, Judged, all_passed, sentence
 from cpjax.errors import InputError
 
 WORDS = {"pass": "agrees", "fail": "WRONG", "unsupported": "unsupported", "error": "ERROR"}

@@ -1,0 +1,1 @@
+"""The conformance set: `cases` draws it, `explain` says in words what a result of it shows."""

@@ -1,0 +1,129 @@
+"""Sums of squares in which equal rounding errors add up before they are squared.
+
+Two keys with the same score are rounded alike, so their errors are one error, counted twice: (a + b)², not a² + b².
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
+
+from cpjax.crosscheck.exact.attention import Rows
+
+CELLS = 2.0**14
+"""Scores that agree after multiplication with this and rounding count as equal. In FP16 the spacing of p in (1/2, 1) is
+2^-11, so p's rounding error changes by less than an eighth of a spacing inside one cell."""
+
+EXACT = 2.0**-30
+"""Scores closer than this are equal for float32, whose sums then repeat the same rounding."""
+
+FURTHEST = 2.0**16
+"""Keys farther than this below the maximum have probability 0 in every format."""
+
+WORK = 2**22
+"""Above so many (key, column) pairs the columns are not all grouped: see `Groups.sum_of_squares`."""
+
+COLUMNS = 4
+"""How many columns are grouped then."""
+
+
+def sum_of_squares(
+    weight: Float[np.ndarray, "r S"], value: Float[np.ndarray, "S V"], center: Float[np.ndarray, "r V"] | None = None
+) -> Float[np.ndarray, "r V"]:
+    """Σ_j w_j² (v_j − center)²: independent errors."""
+    w2 = weight**2
+    total = w2 @ value**2
+    if center is not None:
+        total = np.maximum(total - 2 * center * (w2 @ value) + center**2 * w2.sum(axis=1, keepdims=True), 0.0)
+    return total
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows in which enough keys have equal scores, and which of their keys belong together.
+
+    The keys of rows `at` are listed group after group; no group spans two rows.
+    """
+
+    at: Int[np.ndarray, " r"]
+    row: Int[np.ndarray, " n"]
+    key: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " g"]
+    """Where each group begins in the list."""
+    is_repeated: Bool[np.ndarray, " R"]
+    """Of all rows, those in which more than one key in ten has exactly the score of another."""
+
+    @property
+    def row_starts(self) -> Int[np.ndarray, " r"]:
+        """Where each row's groups begin among the groups; every row has at least one."""
+        return np.flatnonzero(np.diff(self.row[self.starts], prepend=-1))
+
+    def sums(self, weight: Float[np.ndarray, "r S"], value: Float[np.ndarray, "S V"]) -> Float[np.ndarray, "g V"]:
+        """Σ_{j∈G} w_j v_j for each group; `weight` of the rows `at`."""
+        edges = np.append(self.starts, len(self.key))
+        matrix = sparse.csr_array((weight[self.row, self.key], self.key, edges), shape=(len(self.starts), len(value)))
+        return matrix @ value
+
+    def square_of_weights(self, weight: Float[np.ndarray, "r S"]) -> Float[np.ndarray, " r"]:
+        """Σ_G (Σ_{j∈G} w_j)²."""
+        sums = np.add.reduceat(weight[self.row, self.key], self.starts)
+        return np.add.reduceat(sums**2, self.row_starts)
+
+    def sum_of_squares(
+        self, weight: Float[np.ndarray, "r S"], value: Float[np.ndarray, "S V"], mean: Float[np.ndarray, "r V"]
+    ) -> Float[np.ndarray, "r V"]:
+        """Σ_G (Σ_{j∈G} w_j (v_j − mean))²: errors equal within a group, independent between groups.
+
+        Where that would take long (`WORK`), only `COLUMNS` columns are grouped, and all others are as much larger than
+        the ungrouped sum as these are on average.
+        """
+        columns = value.shape[1]
+        some = np.arange(columns)
+        if len(self.key) * columns > WORK and columns > COLUMNS:
+            some = np.linspace(0, columns - 1, COLUMNS).astype(int)
+        sums = self.sums(weight, value[:, some])
+        of_weights = np.add.reduceat(weight[self.row, self.key], self.starts)
+        sums -= of_weights[:, None] * mean[:, some][self.row[self.starts]]
+        grouped = np.add.reduceat(sums**2, self.row_starts, axis=0)
+        if len(some) == columns:
+            return grouped
+        plain = sum_of_squares(weight, value, mean)
+        total = plain[:, some].sum(axis=1)
+        ratio = np.divide(grouped.sum(axis=1), total, out=np.ones_like(total), where=total > 0)
+        return plain * ratio[:, None]
+
+
+def groups_of(rows: Rows) -> Groups:
+    """Keys with equal p = exp(s − M_c): p is rounded alike in every chunk. Only rows with many of them are grouped."""
+    return _groups(-np.maximum(rows.below, -FURTHEST), rows.seen, lambda below: np.round(below * CELLS))
+
+
+def score_groups_of(rows: Rows, digits: int) -> Groups:
+    """Keys with equal scores: q·k and s are rounded before a chunk's maximum is known, so alike in every chunk.
+
+    `digits` are those of the format of the scores; scores within an eighth of its spacing count as equal.
+    """
+
+    def cell(score: np.ndarray) -> np.ndarray:
+        fraction, exponent = np.frexp(score)
+        return np.ldexp(np.round(np.ldexp(fraction, digits + 3)), exponent)
+
+    return _groups(rows.score, rows.seen, cell)
+
+
+def _groups(place: Float[np.ndarray, "R S"], seen: Bool[np.ndarray, "R S"], cell: Callable) -> Groups:
+    """Groups of equal `cell(place)`, in the rows in which more than one key in ten shares its cell with another."""
+    place = np.where(seen, place, np.inf)  # hidden keys come last
+    order = np.argsort(place, axis=1)
+    place = np.take_along_axis(place, order, axis=1)
+    count = seen.sum(axis=1)
+    listed = np.arange(place.shape[1]) < count[:, None]
+    place = np.where(listed, place, 0.0)
+    begins = ~(np.diff(cell(place), axis=1, prepend=np.nan) == 0)
+    equal = np.diff(place, axis=1, prepend=np.nan) < EXACT
+    at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * count)
+    is_repeated = (equal & listed).sum(axis=1) > 0.1 * count
+    row, rank = np.nonzero(listed[at])
+    return Groups(at, row, order[at[row], rank], np.flatnonzero(begins[at[row], rank]), is_repeated)

@@ -1,0 +1,72 @@
+"""What stands in the place of a result where there is none: a note that says why (docs/formats.md)."""
+
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cpjax.crosscheck.files.atomic import whole
+from cpjax.crosscheck.files.case import VERSION, Case
+from cpjax.errors import InputError
+
+MOST_BYTES = 2**20
+
+
+class Note(NamedTuple):
+    """`unsupported`: the backend says beforehand that it does not compute such cases. `error`: it failed."""
+
+    outcome: Literal["unsupported", "error"]
+    reason: str
+
+
+class _File(BaseModel):
+    """The content of a note."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal["cpjax.outcome"]
+    version: Literal["1"]
+    name: str
+    digest: str
+    backend: str
+    outcome: Literal["unsupported", "error"]
+    reason: str = Field(min_length=1)
+
+
+def write_note(folder: Path, case: Case, backend: str, note: Note) -> Path:
+    """Write `folder/name.json`, whole or not at all.
+
+    Raises:
+      InputError: a file is there already, or the folder cannot be written.
+    """
+    path = folder / f"{case.name}.json"
+    if path.exists():
+        raise InputError(f"{path} is there already; nothing is overwritten, move it away")
+    content = {"format": "cpjax.outcome", "version": VERSION, "name": case.name, "digest": case.digest}
+    content |= {"backend": backend, "outcome": note.outcome, "reason": note.reason}
+    try:
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror})") from None
+    return path
+
+
+def read_note(path: Path, case: Case) -> tuple[str, Note]:
+    """The backend that left a note, and what it says.
+
+    Raises:
+      InputError: one line: no note, or one on another case.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"has more than {MOST_BYTES} bytes; it is no note on a case")
+        said = _File.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg']}") from None
+    if (said.name, said.digest) != (case.name, case.digest):
+        raise InputError(f"is a note on another case (digest {said.digest[:8]}…, not {case.digest[:8]}…)")
+    return said.backend, Note(said.outcome, said.reason)

@@ -1,0 +1,312 @@
+"""What is measured of a result, row by row: errors, what explains them, and the statistics of the directed tests.
+
+Rows are judged in tiles that bound memory. Nothing is decided here; `verdict` does that.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cpjax.crosscheck.error_model.model import ErrorModel, Expected
+from cpjax.crosscheck.error_model.row_covariance import Shared, distinct, excess, merged
+from cpjax.crosscheck.exact.attention import Rows, attention_rows
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.score_tests import Score, key_scores, on_bfloat16_lattice, scale_score
+from cpjax.crosscheck.judging.statistic import effective_freedom
+from cpjax.mask import Tokens, visible
+
+Progress = Callable[[int, int], None]
+"""Called with the number of rows done and their total."""
+
+ELEMENTS = 2**20
+"""Scores in one tile; the model holds about twenty arrays of them at a time."""
+
+ROWS = 256
+"""Most rows in one tile."""
+
+LEAST_ROWS = 32
+"""Fewest rows in one tile, where there are as many: what is done once a tile takes as long as a few rows."""
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """One entry per judged row. A row that cannot be judged counts in `unjudged` only; all else is neutral."""
+
+    batch: Int[np.ndarray, " R"]
+    position: Int[np.ndarray, " R"]
+    """Index in the sequence."""
+    head: Int[np.ndarray, " R"]
+    same: Int[np.ndarray, " R"]
+    """Equal numbers: the same query sees the same keys."""
+    unjudged: Bool[np.ndarray, " R"]
+    ratio: Float[np.ndarray, " R"]
+    """Largest |error| / bound of `out` in the row."""
+    outside: Int[np.ndarray, " R"]
+    """Outputs beyond the bound."""
+    mean_square: Float[np.ndarray, " R"]
+    """Mean of (error/σ)² over the outputs that are rounded at all; what must be exact is for the bound to check."""
+    rounded: Int[np.ndarray, " R"]
+    """How many these are."""
+    freedom: Float[np.ndarray, " R"]
+    bias: Float[np.ndarray, " R"]
+    """Mean of error/σ: told, never decisive."""
+    error: Float[np.ndarray, " R"]
+    """Largest |error| of `out`."""
+    lse_ratio: Float[np.ndarray, " R"]
+    lse_square: Float[np.ndarray, " R"]
+    lse_freedom: Float[np.ndarray, " R"]
+    lse_error: Float[np.ndarray, " R"]
+    scale_value: Float[np.ndarray, " R"]
+    scale_variance: Float[np.ndarray, " R"]
+    scale_bias: Float[np.ndarray, " R"]
+    scale_information: Float[np.ndarray, " R"]
+
+
+@dataclass
+class Lattice:
+    """For each FP16 number, whether an output that should be it was seen, and was then a BF16 number."""
+
+    expected: Bool[np.ndarray, "65536"]
+    found: Bool[np.ndarray, "65536"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is measured of a result."""
+
+    rows: RowTable
+    keys: Score
+    """Arrays `[B, K, S]`: whether a key entered with another weight than its own."""
+    lattice: Lattice
+    scale_excess: float
+    """Variance of the scale test beyond the sum of its rows', because rows share rounding errors."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some judged rows of the query heads that share one key/value head."""
+
+    batch: int
+    kv_head: int
+    position: Int[np.ndarray, " R"]
+    head: Int[np.ndarray, " R"]
+    same: Int[np.ndarray, " R"]
+    times: Int[np.ndarray, " R"]
+    """How many of all judged rows have the same query and keys: their scores are rounded alike."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    tile: Tile
+    table: RowTable
+    keys: Int[np.ndarray, " n"]
+    key_scores: Score
+    scale_shared: list[Shared]
+    lattice: tuple[np.ndarray, np.ndarray]
+
+
+def collect(
+    question: Question,
+    out: np.ndarray,
+    lse: np.ndarray | None,
+    chosen: Bool[np.ndarray, "B T N"],
+    progress: Progress = lambda done, total: None,
+) -> Evidence:
+    """The evidence on the `chosen` rows of a result in global token order."""
+    batch, length, kv_heads, _ = question.key.shape
+    keys = Score(*(np.zeros((batch, kv_heads, length)) for _ in Score._fields))
+    lattice = Lattice(np.zeros(2**16, bool), np.zeros(2**16, bool))
+    tables, done, total = [], 0, int(chosen.sum())
+    shared: list[Shared] = []
+    for found in _each_tile(partial(_measure, question, out, lse), question, chosen):
+        where = (found.tile.batch, found.tile.kv_head, found.keys)
+        for sums, part in zip(keys, found.key_scores, strict=True):
+            sums[where] += part
+        shared = merged(shared, found.scale_shared)
+        expected, is_bfloat16 = found.lattice
+        new = ~lattice.expected[expected]
+        lattice.expected[expected[new]] = True
+        lattice.found[expected[new]] = is_bfloat16[new]
+        tables.append(found.table)
+        done += len(found.tile.position)
+        progress(done, total)
+    columns = {field.name: [getattr(table, field.name) for table in tables] for field in fields(RowTable)}
+    return Evidence(
+        RowTable(**{name: np.concatenate(parts) for name, parts in columns.items()}), keys, lattice, excess(shared)
+    )
+
+
+def _each_tile(
+    measure: Callable[[np.ndarray, np.ndarray, Tile], _Found], question: Question, chosen: Bool[np.ndarray, "B T N"]
+) -> Iterator[_Found]:
+    """Measure all tiles; large problems on all processors, since NumPy works outside Python's lock."""
+    is_large = chosen.sum() * question.key.shape[1] >= 16 * ELEMENTS
+    with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
+        each = map if pool is None else pool.map
+        for (b, k), some in groupby(tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
+            key, value = (x[b, :, k].astype(np.float64) for x in (question.key, question.value))
+            yield from each(partial(measure, key, value), some)
+
+
+def tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
+    """The chosen rows in tiles, by batch row and key/value head."""
+    batch, position, head = np.nonzero(chosen)
+    query, same = _same_rows(question, batch, position, head)
+    times = np.bincount(query)[query]
+    kv_head = head // question.group
+    size = max(LEAST_ROWS, min(ROWS, ELEMENTS // question.key.shape[1]))
+    # Rows of one tile lie close together, so that under a causal mask they need few keys.
+    order = np.lexsort((head, position, kv_head, batch))
+    groups = np.flatnonzero(np.diff(batch[order] * question.key.shape[2] + kv_head[order], prepend=-1))
+    for start, stop in zip(groups, [*groups[1:], len(order)], strict=True):
+        for first in range(start, stop, size):
+            at = order[first : min(first + size, stop)]
+            yield Tile(int(batch[at[0]]), int(kv_head[at[0]]), position[at], head[at], same[at], times[at])
+
+
+def _same_rows(
+    question: Question, batch: np.ndarray, position: np.ndarray, head: np.ndarray
+) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
+    """Equal numbers for rows that have the same query and keys, to the last bit; and for those in the same place."""
+    kv = {
+        (b, k): hash((question.key[b, :, k].tobytes(), question.value[b, :, k].tobytes()))
+        for b, k in np.ndindex(question.key.shape[0], question.key.shape[2])
+    }
+    place = np.stack([np.asarray(x)[batch, position] for x in question.q_tokens], axis=1).astype(np.int64)
+    if not question.mask.is_causal and question.mask.window is None:
+        place[:, 0] = 0
+    shared = np.array([kv[b, n // question.group] for b, n in zip(batch, head, strict=True)], np.int64)
+    query = np.ascontiguousarray(question.query[batch, position, head]).view(np.uint8).reshape(len(batch), -1)
+    query = np.concatenate([query, shared[:, None].view(np.uint8)], axis=1)
+    alike = _numbered(query)
+    return alike, _numbered(np.column_stack([alike, place]).view(np.uint8))
+
+
+def _numbered(rows: np.ndarray) -> Int[np.ndarray, " R"]:
+    """A number for each row of bytes, the same for equal rows."""
+    rows = np.ascontiguousarray(rows)
+    return np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_inverse=True)[1]
+
+
+def _measure(
+    question: Question, out: np.ndarray, lse: np.ndarray | None, key: np.ndarray, value: np.ndarray, tile: Tile
+) -> _Found:
+    """The evidence of one tile; `key` and `value` of its head in float64."""
+    b, at = tile.batch, tile.position
+    rows, model = model_of(question, key, value, tile)
+    expected = model.expected()
+    given = out[b, at, tile.head].astype(np.float64)
+    unjudged = ~(expected.distortion <= 0.5) | ~np.isfinite(expected.low).all(1) | ~np.isfinite(expected.high).all(1)
+    unjudged |= ~model.in_range
+    with np.errstate(invalid="ignore"):
+        error = given - rows.out
+    error = np.where(unjudged[:, None] | ~np.isfinite(error), 0.0, error)
+    inside = unjudged[:, None] | ((given >= expected.low) & (given <= expected.high))
+    lse_columns, lse_error = _lse(rows, expected, None if lse is None else lse[b, at, tile.head], unjudged)
+    least = FORMATS[question.precision.out].spacing(rows.out) * 2.0**-10
+    mean_square, rounded, bias = _spread(error, np.where(expected.sigma > least, expected.sigma, 0.0))
+    mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
+    rounded = np.where(unjudged, 0, rounded)
+    different = distinct(rows.out, FORMATS[question.precision.out])
+    freedom = np.where(rounded > 0, effective_freedom(different, expected.coherent), 0.0)
+    scale, shared = scale_score(model, expected, error, lse_error, unjudged)
+    shared = [part._replace(variance=part.variance * tile.times) for part in shared]
+    inflation = np.divide(rounded, freedom, out=np.ones_like(freedom), where=freedom > 0) * tile.times
+    table = RowTable(
+        batch=np.full(len(at), b),
+        position=at,
+        head=tile.head,
+        same=tile.same,
+        unjudged=unjudged,
+        ratio=np.where(unjudged, 0.0, _ratio(given, rows.out, expected).max(axis=1)),
+        outside=(~inside).sum(axis=1),
+        mean_square=mean_square,
+        rounded=rounded,
+        freedom=freedom,
+        bias=bias,
+        error=np.where(unjudged | np.isfinite(given).all(axis=1), np.abs(error).max(axis=1), np.inf),
+        scale_value=scale.value,
+        scale_variance=scale.variance * tile.times,
+        scale_bias=scale.bias,
+        scale_information=scale.information,
+        **lse_columns,
+    )
+    scores = key_scores(model, expected, error, lse_error, inflation * ~unjudged)
+    return _Found(tile, table, rows.index, scores, shared, _lattice(question, rows, given, unjudged))
+
+
+def model_of(question: Question, key: np.ndarray, value: np.ndarray, tile: Tile) -> tuple[Rows, ErrorModel]:
+    """Exact attention of a tile's rows, and the error model of the arithmetic that is asked about."""
+    b, at = tile.batch, tile.position
+    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
+    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
+    seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]
+    query = question.query[b, at, tile.head].astype(np.float64)
+    rows = attention_rows(query, key, value, seen, question.kv_chunk, question.scale)
+    merging = question.merging_of(question.q_chunk[at], rows.chunks)
+    return rows, ErrorModel(rows, question.precision, merging, question.query.shape[3], question.scale)
+
+
+def _spread(
+    error: Float[np.ndarray, "R V"], sigma: Float[np.ndarray, "R V"]
+) -> tuple[Float[np.ndarray, " R"], Int[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+    """Mean square and mean of error/σ where σ > 0, and how many outputs that are."""
+    deviation = np.divide(error, sigma, out=np.zeros_like(error), where=sigma > 0)
+    count = (sigma > 0).sum(axis=1)
+    return (deviation**2).sum(axis=1) / np.maximum(count, 1), count, deviation.sum(axis=1) / np.maximum(count, 1)
+
+
+def _ratio(given: np.ndarray, exact: np.ndarray, expected: Expected) -> Float[np.ndarray, "R V"]:
+    """|error| / bound; infinite for NaN, and for any error where there is no room for one."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        ratio = np.abs(given - exact) / expected.room
+        inside = (given >= expected.low) & (given <= expected.high)
+    # An output beyond the interval is wrong, however little it is off; so is a NaN.
+    return np.where(inside, np.minimum(ratio, 1.0), np.where(ratio > 1.0, ratio, np.inf))
+
+
+def _lse(
+    rows: Rows, expected: Expected, given: np.ndarray | None, unjudged: Bool[np.ndarray, " R"]
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The columns of the table that speak of lse, and its error for the directed tests."""
+    zeros = np.zeros(len(unjudged))
+    if given is None:
+        return {"lse_ratio": zeros, "lse_square": zeros, "lse_freedom": zeros, "lse_error": zeros}, None
+    given = given.astype(np.float64)
+    blind = np.isneginf(rows.lse)
+    with np.errstate(invalid="ignore"):
+        error = np.where(blind, np.where(np.isneginf(given), 0.0, np.inf), given - rows.lse)
+    broken = ~unjudged & ~np.isfinite(error)
+    ratio = np.divide(np.abs(error), expected.lse_bound, out=np.full_like(error, np.inf), where=expected.lse_bound > 0)
+    ratio = np.where(error == 0, 0.0, np.where(np.isfinite(ratio), ratio, np.inf))
+    finite = np.where(unjudged | ~np.isfinite(error), 0.0, error)
+    sigma = expected.lse_sigma
+    square = np.divide(finite, sigma, out=np.zeros_like(finite), where=sigma > 0) ** 2
+    columns = {
+        "lse_ratio": np.where(unjudged, 0.0, ratio),
+        "lse_square": np.where(broken, np.inf, square),
+        "lse_freedom": np.where(unjudged | (sigma == 0), 0.0, 1.0),
+        "lse_error": np.where(broken, np.inf, np.abs(finite)),
+    }
+    return columns, finite
+
+
+def _lattice(
+    question: Question, rows: Rows, given: np.ndarray, unjudged: Bool[np.ndarray, " R"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """FP16 numbers (as bits) that are no BF16 numbers and should come out, and whether a BF16 number came instead."""
+    if question.precision.out != "float16":
+        return np.empty(0, np.int64), np.empty(0, bool)
+    exact = FORMATS["float16"].round(rows.out)
+    telling = ~unjudged[:, None] & ~on_bfloat16_lattice(exact) & (np.abs(exact) >= 2.0**-14) & np.isfinite(exact)
+    bits, first = np.unique(exact[telling].astype(np.float16).view(np.uint16), return_index=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bits.astype(np.int64), on_bfloat16_lattice(given[telling][first])

@@ -1,0 +1,64 @@
+"""The cheap check of every row, judged or not: finite, and between the least and the largest value that it may see."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.judging.problem import Question
+from cpjax.mask import PAD
+
+
+def rows_out_of_range(asked: Question, out: np.ndarray, lse: np.ndarray | None) -> Bool[np.ndarray, "B T N"]:
+    """Rows with a NaN, an infinity, or an output that is no average of visible values, rounding allowed for.
+
+    Under a causal mask these are the values up to the query's position, otherwise all of its segment; a window is not
+    taken into account, which only makes the range wider. Rows that see nothing are (0, −inf); with a window any may be.
+    """
+    result = np.zeros(out.shape[:3], bool)
+    for b, n in np.ndindex(out.shape[0], out.shape[2]):
+        low, high, sees = _visible_range(asked, b, n // asked.group)
+        room = _room(asked) * np.maximum(np.abs(low), np.abs(high)) + FORMATS[asked.precision.out].tiny * asked.cp * 4
+        given = out[b, :, n].astype(np.float64)
+        inside = (given >= low - room) & (given <= high + room) & np.isfinite(given)
+        empty = (given == 0).all(axis=1)
+        right = np.where(sees, inside.all(axis=1), empty)
+        if lse is not None:
+            unseen = np.isneginf(lse[b, :, n])
+            right &= np.where(sees, np.isfinite(lse[b, :, n]), unseen)
+            empty &= unseen
+        result[b, :, n] = ~(right | empty) if asked.mask.window is not None else ~right
+    return result
+
+
+def _room(asked: Question) -> float:
+    """What rounding may add, relative to the largest value: weights that do not sum to one, outputs, merges."""
+    p, out = FORMATS[asked.precision.probability], FORMATS[asked.precision.out]
+    keys = asked.key.shape[1]
+    return 2 * (p.u + p.tiny * keys + (2 * asked.cp + 2) * out.u + FORMATS[asked.precision.compute].u * (keys + 64))
+
+
+def _visible_range(
+    asked: Question, b: int, k: int
+) -> tuple[Float[np.ndarray, "T V"], Float[np.ndarray, "T V"], Bool[np.ndarray, " T"]]:
+    """Per query the least and the largest visible value, and whether it sees anything."""
+    q_position, q_segment = (np.asarray(x)[b].astype(np.int64) for x in asked.q_tokens)
+    kv_position, kv_segment = (np.asarray(x)[b].astype(np.int64) for x in asked.kv_tokens)
+    value = asked.value[b, :, k].astype(np.float64)
+    low, high = np.zeros((len(q_position), value.shape[1])), np.zeros((len(q_position), value.shape[1]))
+    sees = np.zeros(len(q_position), bool)
+    for segment in np.unique(q_segment[q_segment != PAD]):
+        keys = np.flatnonzero(kv_segment == segment)
+        queries = np.flatnonzero(q_segment == segment)
+        if len(keys) == 0:
+            continue
+        keys = keys[np.argsort(kv_position[keys], kind="stable")]
+        if asked.mask.is_causal:
+            last = np.searchsorted(kv_position[keys], q_position[queries], side="right") - 1
+        else:
+            last = np.full(len(queries), len(keys) - 1)
+        seeing = queries[last >= 0]
+        last = last[last >= 0]
+        low[seeing] = np.minimum.accumulate(value[keys])[last]
+        high[seeing] = np.maximum.accumulate(value[keys])[last]
+        sees[seeing] = True
+    return low, high, sees

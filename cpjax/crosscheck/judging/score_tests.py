@@ -1,0 +1,99 @@
+"""Tests for one particular fault each, where the spread of all errors together would not notice it (§7).
+
+The score test (Rao, 1948): if a fault of size ε moves the output by ε·g, the statistic Σ error·g/σ² is the most
+powerful one for small ε. Its variance under correct arithmetic follows from the same error model, correlations of the
+errors within a row included.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from cpjax.crosscheck.error_model.model import ErrorModel, Expected
+from cpjax.crosscheck.error_model.row_covariance import Shared
+
+
+class Score(NamedTuple):
+    """A score statistic, per row or per key, and what correct arithmetic makes of it."""
+
+    value: np.ndarray
+    variance: np.ndarray
+    """Of its random part."""
+    bias: np.ndarray
+    """The most that errors of one sign add to it."""
+    information: np.ndarray
+    """Σ g²/σ²; value / information estimates the size of the fault."""
+
+
+def scale_score(
+    model: ErrorModel,
+    expected: Expected,
+    error: Float[np.ndarray, "R V"],
+    lse_error: Float[np.ndarray, " R"] | None,
+    unjudged: Bool[np.ndarray, " R"],
+) -> tuple[Score, list[Shared]]:
+    """Is the scale off? With scale·(1 + ε): d out/dε = Σ A_j s_j (v_j − out), d lse/dε = Σ A_j s_j. Per row.
+
+    Rows that are `unjudged` count nothing. Returned besides is the part of the variance that rows may share (§3.10).
+    """
+    rows = model.rows
+    s = np.where(rows.seen, rows.score, 0.0)
+    weighted = rows.weight * s
+    mean_score = weighted.sum(axis=1)
+    g = weighted @ rows.value - mean_score[:, None] * rows.out
+    g, mean_score = np.where(unjudged[:, None], 0.0, g), np.where(unjudged, 0.0, mean_score)
+    per_out = g * _inverse_square(expected.sigma)
+    per_lse = np.zeros(len(g)) if lse_error is None else mean_score * _inverse_square(expected.lse_sigma)
+    value = (error * per_out).sum(axis=1) + (0.0 if lse_error is None else lse_error * per_lse)
+    bias = (np.abs(per_out) * model.drift).sum(axis=1) + np.abs(per_lse) * model.lse_one_signed
+    information = (g * per_out).sum(axis=1) + mean_score * per_lse
+    variance, shared = model.variance_along(per_out, per_lse)
+    return Score(value, variance, bias, information), shared
+
+
+def key_scores(
+    model: ErrorModel,
+    expected: Expected,
+    error: Float[np.ndarray, "R V"],
+    lse_error: Float[np.ndarray, " R"] | None,
+    inflation: Float[np.ndarray, " R"],
+) -> Score:
+    """Did one key enter with another weight? With weight (1 + ε) for key j: d out_i/dε = A_ij (v_j − out_i).
+
+    Per key, summed over the rows. `inflation` of each row is how much larger the variance of a sum of its errors may be
+    than if they were independent; 0 for rows that do not count.
+    """
+    rows, counts = model.rows, inflation > 0
+    weight = rows.weight * counts[:, None]
+    inverse = _inverse_square(expected.sigma)
+    pull = error * inverse
+    value = weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
+    drag = model.drift * inverse
+    bias = weight * (drag @ rows.size.T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
+    size = inverse @ rows.square.T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
+    square = size - 2 * (inverse * rows.out) @ rows.value.T
+    # A value that differs from the output by less than a millionth tells nothing but the oracle's own rounding.
+    information = weight**2 * np.maximum(square, 1e-12 * size)
+    if lse_error is not None:
+        of_lse = _inverse_square(expected.lse_sigma)[:, None]
+        value = value + weight * lse_error[:, None] * of_lse
+        bias = bias + weight * model.lse_one_signed[:, None] * of_lse
+        information = information + weight**2 * of_lse
+    return Score(value.sum(axis=0), inflation @ information, bias.sum(axis=0), information.sum(axis=0))
+
+
+def deviate(score: Score) -> np.ndarray:
+    """A score as a standard normal deviate, after what may be bias is taken off; 0 where nothing was measured."""
+    excess = np.sign(score.value) * np.maximum(np.abs(score.value) - score.bias, 0.0)
+    return np.divide(excess, np.sqrt(score.variance), out=np.zeros_like(excess), where=score.variance > 0)
+
+
+def on_bfloat16_lattice(x: Float[np.ndarray, "..."]) -> np.ndarray:
+    """Which FP16 numbers are BF16 numbers as well: normal, and the three last significand bits are zero."""
+    half = x.astype(np.float16)
+    return ((half.view(np.uint16) & 0b111) == 0) & (np.abs(x) >= 2.0**-14)
+
+
+def _inverse_square(sigma: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    return np.divide(1.0, sigma**2, out=np.zeros_like(sigma), where=sigma > 0)

@@ -1,0 +1,316 @@
+"""From evidence to a verdict: which tests a result fails, in words. Thresholds follow from `statistic.LIMIT` (§4)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cpjax.crosscheck.diagnosis import Diagnosis
+from cpjax.crosscheck.judging.evidence import Evidence, RowTable
+from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.score_tests import Score, deviate
+from cpjax.crosscheck.judging.statistic import (
+    LIMIT,
+    RowErrors,
+    binomial_deviate,
+    expected_maximum,
+    spread_deviate,
+    worst_row_deviate,
+)
+
+LATTICE_SHARE = 2 / 7
+"""Of outputs that should be no BF16 numbers, rounding errors typically move at most this share onto one: of the seven
+FP16 numbers between two BF16 numbers two are their neighbours."""
+
+
+Failure = tuple[str, str | None]
+"""A test's name, and a sentence unless others say it already."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A head, a query chunk or a rank on its own. `deviate` beyond 6, less what the worst of so many has, fails."""
+
+    name: str
+    z: float
+    lse_z: float | None
+    deviate: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's answer. Floats are NaN where nothing was measured (no lse given, no row judged)."""
+
+    passed: bool
+    """Correct arithmetic in the stated precision explains the result."""
+    judgeable: bool
+    """False: nothing is wrong where it could be judged, but somewhere it could not (out of the format's range)."""
+    hard_ratio: float
+    """Largest |error| / bound of `out`; beyond 1 no rounding explains it."""
+    z: float
+    """RMS(error / σ) of `out`: about 1 for correct arithmetic, less where it is better than claimed."""
+    lse_hard_ratio: float
+    lse_z: float
+    max_error: float
+    """Largest |error| of `out`; infinite where an output lies beyond its bound or is NaN."""
+    lse_max_error: float
+    reasons: list[str]
+    """Why it did not pass, one sentence each; empty when it did."""
+    failed_tests: tuple[str, ...]
+    """Names of all tests that failed: form, expansion, range, bound, spread, worst row, lse bound, lse spread, lse
+    worst row, heads, query chunks, ranks, scale, key, bfloat16, unjudged. A test that adds nothing to others has no
+    sentence.
+    """
+    precision: str
+    order: str
+    rows: int
+    """Rows (batch, position, head) that there are, pads not counted."""
+    rows_judged: int
+    """Rows that were judged; fewer than `rows` where they were sampled or out of range."""
+    bias: float
+    """Mean of error / σ: correct results have one too, so it decides nothing."""
+    scale_error: float
+    """The scale fitted to the errors, relative to the stated one: 1e-3 is 0.1 % too large."""
+    scale_deviate: float
+    parts: list[Part] = field(repr=False, default_factory=list)
+    search: Callable[[], Diagnosis] | None = field(repr=False, compare=False, default=None)
+    """Looks for what went wrong; None when passed. It takes seconds, so it runs when somebody asks."""
+
+    @property
+    def diagnosis(self) -> list[str]:
+        """What went wrong and where, most likely first (docs/diagnosis.md); empty when passed."""
+        return [] if self.found is None else self.found.sentences
+
+    @property
+    def chunk_weights(self) -> Float[np.ndarray, "Q C"] | None:
+        """Weight with which each key/value chunk entered each query chunk, 1 where right; NaN where not determined.
+
+        None when passed.
+        """
+        return None if self.found is None else self.found.chunk_weights
+
+    @cached_property
+    def found(self) -> Diagnosis | None:
+        """The whole diagnosis; None when passed."""
+        return None if self.search is None else self.search()
+
+    def __bool__(self) -> bool:
+        """Refused, so that nobody takes the object itself for the answer.
+
+        Raises:
+          TypeError: always.
+        """
+        raise TypeError("a Verdict is neither true nor false; ask .passed")
+
+
+def malformed(question: Question, reason: str) -> Verdict:
+    """The verdict on something that is no result at all."""
+    nan = float("nan")
+    return Verdict(
+        passed=False,
+        judgeable=True,
+        hard_ratio=float("inf"),
+        z=nan,
+        lse_hard_ratio=nan,
+        lse_z=nan,
+        max_error=float("inf"),
+        lse_max_error=nan,
+        reasons=[reason],
+        failed_tests=("form",),
+        precision=question.precision.name,
+        order=question.order,
+        rows=int(question.is_judged.sum()) * question.query.shape[2],
+        rows_judged=0,
+        bias=nan,
+        scale_error=nan,
+        scale_deviate=nan,
+    )
+
+
+def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: int, out_of_range: int) -> Verdict:
+    """The verdict that follows from the evidence.
+
+    Args:
+      row_count: rows that could have been judged.
+      out_of_range: rows with an output that no average of visible values can be (all rows are looked at for this).
+    """
+    table = evidence.rows
+    out_errors = RowErrors(table.mean_square, table.freedom, table.same)
+    lse_errors = RowErrors(table.lse_square, table.lse_freedom, table.same)
+    parts = list(_parts(question, table, has_lse))
+    scale = _scale_score(evidence)
+    scale_deviate = float(deviate(scale))
+    scale_error = float(scale.value / scale.information) if scale.information > 0 else float("nan")
+    failures: list[Failure] = []
+    if out_of_range:
+        failures.append(("range", f"out: {_count(out_of_range, row_count)} no average of the values it may see"))
+    failures += _bound(table, "out", table.ratio, table.outside)
+    failures += _errors(question, "out", out_errors, _z(table))
+    if has_lse:
+        failures += _bound(table, "lse", table.lse_ratio, ~(table.lse_ratio <= 1.0))
+        failures += _errors(question, "lse", lse_errors, _lse_z(table))
+    failures += _worst_parts(parts)
+    # A gross fault makes every directed test fail. It names itself only if it explains most of what is wrong.
+    enough = _excess(table) / 2 if failures else 0.0
+    if not abs(scale_deviate) <= LIMIT + 1 and _gain(scale) >= enough:
+        failures.append(("scale", _scale_sentence(scale_error, scale_deviate)))
+    failures += _keys(evidence, enough)
+    failures += _bfloat16(evidence)
+    unjudged = int(table.unjudged.sum())
+    wrong = bool(failures)
+    if unjudged:
+        sentence = f"{_count(unjudged, row_count)} not judgeable: scores or outputs leave what the format can hold"
+        failures.append(("unjudged", sentence))
+    return Verdict(
+        passed=not failures,
+        judgeable=wrong or not unjudged,
+        hard_ratio=float(table.ratio.max(initial=0.0)),
+        z=_z(table),
+        lse_hard_ratio=float(table.lse_ratio.max(initial=0.0)) if has_lse else float("nan"),
+        lse_z=_lse_z(table) if has_lse else float("nan"),
+        max_error=float(table.error.max(initial=0.0)),
+        lse_max_error=float(table.lse_error.max(initial=0.0)) if has_lse else float("nan"),
+        reasons=[sentence for _, sentence in failures if sentence is not None],
+        failed_tests=tuple(name for name, _ in failures),
+        precision=question.precision.name,
+        order=question.order,
+        rows=row_count,
+        rows_judged=len(table.position) - unjudged,
+        bias=_mean(table.bias, table.rounded),
+        scale_error=scale_error,
+        scale_deviate=scale_deviate,
+        parts=parts,
+    )
+
+
+def _count(some: int, of: int) -> str:
+    return f"{some:,} of {of:,} rows {'is' if some == 1 else 'are'}"
+
+
+def _place(table: RowTable, row: int) -> str:
+    return f"batch {table.batch[row]}, position {table.position[row]}, head {table.head[row]}"
+
+
+def _z(table: RowTable) -> float:
+    """RMS(error/σ) over all rounded outputs."""
+    return float(np.sqrt(_mean(table.mean_square, table.rounded)))
+
+
+def _lse_z(table: RowTable) -> float:
+    return float(np.sqrt(_mean(table.lse_square, table.lse_freedom)))
+
+
+def _mean(x: np.ndarray, weight: np.ndarray) -> float:
+    """Weighted mean; NaN if nothing has weight."""
+    counts = weight > 0
+    return float(np.average(x[counts], weights=weight[counts])) if counts.any() else float("nan")
+
+
+def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -> Iterator[Failure]:
+    rows = np.flatnonzero(~(ratio <= 1.0))
+    if len(rows):
+        worst = rows[np.argmax(ratio[rows])]
+        error = (table.error if name == "out" else table.lse_error)[worst]
+        size = f"is off by {ratio[worst]:.3g} times its bound"
+        if np.isinf(ratio[worst]):
+            size = "is no finite number, or should not be one" if np.isinf(error) else "may have no error at all"
+        yield (
+            "bound" if name == "out" else "lse bound",
+            f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; "
+            f"the worst, at {_place(table, int(worst))}, {size}",
+        )
+
+
+def _errors(question: Question, name: str, errors: RowErrors, z: float) -> Iterator[Failure]:
+    prefix = "" if name == "out" else "lse "
+    together, worst = spread_deviate(errors), worst_row_deviate(errors)
+    if not together <= LIMIT:
+        yield (
+            f"{prefix}spread",
+            f"{name}: errors are {z:.3g} times what {question.precision.name} makes them ({together:.3g} deviates)"
+            if np.isfinite(z)
+            else None,
+        )
+    if not worst <= LIMIT:
+        alone = f"{name}: one row's errors are too large for roundings ({worst:.3g} deviates)"
+        yield f"{prefix}worst row", alone if together <= LIMIT else None
+
+
+def _parts(question: Question, table: RowTable, has_lse: bool) -> Iterator[Part]:
+    chunk = question.q_chunk[table.position]
+    place = chunk % (2 * question.cp + 1) if question.layout == "packed" else chunk
+    rank = chunk if question.layout not in ("zigzag", "packed") else np.minimum(place, 2 * question.cp - 1 - place)
+    for name, label in (("head", table.head), ("query chunk", chunk), ("rank", rank)):
+        values: Int[np.ndarray, " n"] = np.unique(label)
+        for value in values:
+            rows: Bool[np.ndarray, " R"] = label == value
+            out = RowErrors(table.mean_square[rows], table.freedom[rows], table.same[rows])
+            lse = RowErrors(table.lse_square[rows], table.lse_freedom[rows], table.same[rows])
+            deviate = max(spread_deviate(out), spread_deviate(lse)) - expected_maximum(len(values))
+            z = float(np.sqrt(_mean(table.mean_square[rows], table.rounded[rows])))
+            lse_z = float(np.sqrt(_mean(lse.mean_square, lse.freedom))) if has_lse else None
+            yield Part(f"{name} {value}", z, lse_z, deviate)
+
+
+def _worst_parts(parts: list[Part]) -> Iterator[Failure]:
+    for kind, test in (("head", "heads"), ("query chunk", "query chunks"), ("rank", "ranks")):
+        wrong = [part for part in parts if part.name.rpartition(" ")[0] == kind and not part.deviate <= LIMIT]
+        if wrong:
+            names = ", ".join(part.name.rpartition(" ")[2] for part in wrong[:8]) + (", …" if len(wrong) > 8 else "")
+            many = sum(part.name.rpartition(" ")[0] == kind for part in parts)
+            # That all of them are wrong says nothing about where.
+            yield test, f"{test} that are wrong by themselves: {names} (of {many})" if len(wrong) < many else None
+
+
+def _excess(table: RowTable) -> float:
+    """Σ (error/σ)² beyond what correct results have; infinite where an output is not finite."""
+    total = 0.0
+    for square, count in ((table.mean_square, table.rounded), (table.lse_square, table.lse_freedom)):
+        counts = count > 0
+        total += float(((square[counts] - 1) * count[counts]).sum())
+    return total
+
+
+def _gain(score: Score) -> float:
+    """By how much Σ (error/σ)² falls if the fault that the score speaks of is taken out."""
+    return float(score.value**2 / score.information) if score.information > 0 else 0.0
+
+
+def _scale_score(evidence: Evidence) -> Score:
+    """The score test for the scale; value / information estimates by which fraction it is off."""
+    table = evidence.rows
+    variance = table.scale_variance.sum() + evidence.scale_excess
+    columns = (table.scale_value.sum(), variance, table.scale_bias.sum(), table.scale_information.sum())
+    return Score(*(np.asarray(column) for column in columns))
+
+
+def _scale_sentence(error: float, deviate: float) -> str:
+    return f"the errors are those of a scale {error:+.2%} off ({abs(deviate):.3g} deviates)"
+
+
+def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:
+    """A key that was lost, halved or doubled, and explains `enough`. Correct scores grow with the number of keys."""
+    keys = evidence.keys
+    change = np.divide(keys.value, keys.information, out=np.zeros_like(keys.value), where=keys.information > 0)
+    deviates = np.where((np.abs(change) >= 0.25) & (np.abs(change) <= 2.0), np.abs(deviate(keys)), 0.0)
+    b, k, s = np.unravel_index(np.argmax(deviates), deviates.shape)
+    gain = _gain(Score(*(x[b, k, s] for x in keys)))
+    if not deviates[b, k, s] - expected_maximum(deviates.size) <= LIMIT and gain >= enough:
+        yield (
+            "key",
+            f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} "
+            f"instead of 1 ({deviates[b, k, s]:.3g} deviates)",
+        )
+
+
+def _bfloat16(evidence: Evidence) -> Iterator[Failure]:
+    lattice = evidence.lattice
+    found, expected = int((lattice.found & lattice.expected).sum()), int(lattice.expected.sum())
+    deviate = binomial_deviate(found, expected, LATTICE_SHARE)
+    if not deviate <= LIMIT:
+        yield (
+            "bfloat16",
+            f"out went through BF16: {found:,} of {expected:,} different outputs are BF16 numbers and should not be",
+        )
