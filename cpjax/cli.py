@@ -94,8 +94,9 @@ def crosscheck(
     from cpjax.crosscheck.backends import check_names
     from cpjax.crosscheck.backends.launch import launch
     from cpjax.crosscheck.files.case import write_case
+    from cpjax.crosscheck.files.folders import read_cases
     from cpjax.crosscheck.run.compare import compare_folder
-    from cpjax.crosscheck.run.session import judge_folder, read_cases
+    from cpjax.crosscheck.run.session import judge_folder
     from cpjax.mindie.crosscheck import cases_of
 
     names = list(dict.fromkeys(backend or ["spec", "npu"]))
@@ -135,7 +136,8 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """See JUDGE_HELP."""
-    from cpjax.crosscheck.run.session import judge_folder, read_cases
+    from cpjax.crosscheck.files.folders import read_cases
+    from cpjax.crosscheck.run.session import judge_folder
 
     with _errors():
         _free(report)
@@ -245,7 +247,6 @@ def judge_dump(
     from dataclasses import replace
 
     from cpjax.crosscheck.dumps import judge_dump as dumped
-    from cpjax.crosscheck.report.figures import figures
     from cpjax.crosscheck.run.session import Judged
 
     with _errors():
@@ -263,8 +264,8 @@ def judge_dump(
         judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, None, said.verdict)
         if report is not None:
             # What is no result at all, by its form, cannot be drawn.
-            drawn = None if "form" in said.verdict.failed_tests else figures(said.asked, said.dump.out)
-            judged = replace(judged, figures=drawn, remarks=tuple(said.remarks))
+            shown = None if "form" in said.verdict.failed_tests else (said.asked, said.dump.out)
+            judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
         _report(report, [judged], "cpjax judge-dump")
         _show([judged], as_json)
 
@@ -324,7 +325,7 @@ def _show(judged: list, as_json: bool, compared: list | None = None) -> None:
     from rich.console import Console
 
     from cpjax.crosscheck.run.compare import between_sentence
-    from cpjax.crosscheck.run.session import all_passed, sentence, table_of
+    from cpjax.crosscheck.run.summary import all_passed, sentence, table_of
 
     pairs = compared or []
     passed = all_passed(judged) and all(one.agreement.agrees for one in pairs)

@@ -16,8 +16,10 @@ from cpjax.crosscheck import backends
 from cpjax.crosscheck.backends.compute import compute
 from cpjax.crosscheck.conformance.cases import conformance_cases
 from cpjax.crosscheck.files.case import gaussian_case, read_case, write_case
+from cpjax.crosscheck.files.folders import read_cases
 from cpjax.crosscheck.files.note import Note, write_note
-from cpjax.crosscheck.run.session import all_passed, judge_folder, judge_result, read_cases, sentence
+from cpjax.crosscheck.run.session import judge_folder, judge_result
+from cpjax.crosscheck.run.summary import all_passed, sentence
 from cpjax.errors import InputError
 
 ROOT = Path(cpjax.__file__).parents[1]

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from cpjax.cli import app
 from cpjax.crosscheck.conformance.cases import VERSION, conformance_cases, write_conformance
 from cpjax.crosscheck.conformance.explain import read
+from cpjax.crosscheck.files.folders import read_cases
 from cpjax.crosscheck.files.result import Result
-from cpjax.crosscheck.run.session import read_cases
 from cpjax.dense import dense_attention
 from cpjax.errors import InputError
 from cpjax.mask import Mask

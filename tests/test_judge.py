@@ -12,9 +12,9 @@ from oracle import dense
 from strategies import examples
 
 from cpjax.crosscheck import Verdict, judge
-from cpjax.crosscheck.judge import chosen_rows
 from cpjax.crosscheck.judging.problem import question
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
+from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.problem import Problem
 
@@ -204,7 +204,7 @@ def test_a_fault_in_one_chunk_is_never_accepted(seed, fault):
 
 def test_sampled_rows_are_one_in_128_of_each_head_and_all_rows_are_checked(monkeypatch, ordinary):
     p, (out, lse) = ordinary
-    monkeypatch.setattr(sys.modules["cpjax.crosscheck.judge"], "WORK", 1)
+    monkeypatch.setattr(sys.modules["cpjax.crosscheck.judging.sampling"], "WORK", 1)
     asked = _question(p)
     chosen = chosen_rows(asked, seed=3)
     assert chosen.sum() == 2

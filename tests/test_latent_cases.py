@@ -16,8 +16,9 @@ from cpjax.cli import app
 from cpjax.crosscheck.backends.compute import checked
 from cpjax.crosscheck.backends.spec import Spec
 from cpjax.crosscheck.files.case import gaussian_case, latent_case, read_case, write_case
-from cpjax.crosscheck.files.latent import Latent, check_expanded, expanded
+from cpjax.crosscheck.files.latent import Latent, expanded
 from cpjax.crosscheck.files.result import read_result, write_result
+from cpjax.crosscheck.judging.expansion import check_expanded
 from cpjax.crosscheck.run.compare import compare
 from cpjax.crosscheck.run.session import judge_result
 from cpjax.errors import InputError
@@ -276,7 +277,7 @@ def test_attention_is_judged_on_the_keys_that_were_used(given_case, tmp_path):
     said = judge_result(case, tmp_path / "results" / "c.safetensors", draw=True)
     assert path.passed
     assert said.passed, said.reasons
-    assert said.figures is not None
+    assert said.shown is not None
     found = compare(case, result, with_own)
     assert found.agrees
     assert found.lse_z < 0.5  # 1.3 if both were taken to have the same keys
@@ -307,7 +308,7 @@ def test_keys_that_are_no_numbers_fail(given_case, tmp_path):
     assert said.outcome == "fail"
     assert said.verdict.failed_tests == ("expansion", "form")
     assert "nan instead of" in said.reasons[0]
-    assert said.figures is None
+    assert said.shown is None
 
 
 def test_a_product_beyond_the_range_fails_with_a_reason(tmp_path):

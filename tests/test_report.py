@@ -31,9 +31,9 @@ def judged(*, wrong: bool, is_causal: bool = False) -> Judged:
         out[:, 16:32], lse[:, 16:32] = without[0][:, 16:32], without[1][:, 16:32]
     options = {**p.question(), "layout": "zigzag", "precision": "flash_fp16", "order": "ring"}
     verdict = judge(p.query, p.key, p.value, out, lse, **options)
-    drawn = figures(question(p.query, p.key, p.value, **options), out)
+    asked = question(p.query, p.key, p.value, **options)
     about = {"torch": "2.13.0", EVIL: EVIL}
-    return Judged(EVIL, EVIL, "flash_fp16", "ring", None, verdict, remarks=(EVIL,), about=about, figures=drawn)
+    return Judged(EVIL, EVIL, "flash_fp16", "ring", None, verdict, remarks=(EVIL,), about=about, shown=(asked, out))
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +67,18 @@ def test_a_right_result_has_no_diagnosis_and_passes():
 
 def test_the_maps_point_at_the_fault(wrong):
     """Chunk 2 was left out of query chunk 1: there the errors point along it; rank 1 met it at step 0."""
-    drawn = wrong.figures
+    drawn = figures(*wrong.shown)
     assert np.unravel_index(np.nanargmax(np.abs(drawn.pull)), drawn.pull.shape) == (1, 2)
     assert np.unravel_index(np.nanargmax(drawn.steps), drawn.steps.shape) == (1, 0)
     assert drawn.spread[1].min() > 3 > 1.3 > np.delete(drawn.spread, 1, axis=0).max()
     assert abs(drawn.histogram.sum() - 1) < 1e-9
-    right = judged(wrong=False).figures
+    right = figures(*judged(wrong=False).shown)
     assert right is not None
     assert np.nanmax(np.abs(right.pull)) < 6
 
 
 def test_what_nobody_sees_stays_empty():
-    drawn = judged(wrong=False, is_causal=True).figures
+    drawn = figures(*judged(wrong=False, is_causal=True).shown)
     assert drawn is not None
     seen = np.tri(4, dtype=bool)
     assert np.isnan(drawn.pull[~seen]).all()
@@ -87,7 +87,7 @@ def test_what_nobody_sees_stays_empty():
 
 def test_results_that_cannot_be_drawn_are_still_on_the_page(wrong):
     refused = Judged("a", "npu", None, None, None, None, "no such file")
-    words = " ".join(Page(html([refused, replace(wrong, figures=None)], "t")).words)
+    words = " ".join(Page(html([refused, replace(wrong, shown=None)], "t")).words)
     assert "no such file" in words
 
 

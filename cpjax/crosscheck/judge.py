@@ -5,21 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
 
 from cpjax.crosscheck.diagnosis import diagnose
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.evidence import collect
 from cpjax.crosscheck.judging.problem import Array, Question, question
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
+from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.crosscheck.judging.verdict import Verdict, decide, malformed
 from cpjax.precision import Precision
-
-WORK = 2**28
-"""Scores (query, key, head) up to which every row is judged; above, rows are sampled."""
-
-TILE = 128
-"""Of every so many queries of a head at least one is judged."""
 
 
 def judge(
@@ -87,6 +81,17 @@ def judge(
         precision=precision,
         order=order,
     )
+    return judge_problem(asked, out, lse, seed, progress)
+
+
+def judge_problem(
+    asked: Question,
+    out: Any,
+    lse: Any = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verdict:
+    """As `judge`, of a problem that is checked already."""
     wrong = _misshapen(asked, out, lse)
     if wrong is not None:
         return malformed(asked, wrong)
@@ -101,22 +106,6 @@ def judge(
     if verdict.passed or not verdict.judgeable:
         return verdict
     return replace(verdict, search=lambda: diagnose(asked, evidence, out, lse))
-
-
-def chosen_rows(asked: Question, seed: int) -> Bool[np.ndarray, "B T N"]:
-    """All rows but pads; where that would take too long, a few of every `TILE` queries of each head, at random."""
-    batch, length, heads, _ = asked.query.shape
-    judged = np.broadcast_to(asked.is_judged[..., None], (batch, length, heads))
-    work = batch * length * heads * asked.key.shape[1]
-    if work <= WORK:
-        return judged
-    some = max(1, TILE * WORK // work)
-    rng = np.random.default_rng(seed)
-    rank = np.full((batch, -(-length // TILE) * TILE, heads), np.inf)
-    rank[:, :length] = np.where(judged, rng.random((batch, length, heads)), np.inf)
-    tiles = rank.reshape(batch, -1, TILE, heads)
-    least = np.sort(tiles, axis=2)[:, :, some - 1 : some]
-    return (tiles <= least).reshape(rank.shape)[:, :length] & judged
 
 
 def _misshapen(asked: Question, out: object, lse: object) -> str | None:

@@ -22,9 +22,9 @@ import typer
 from cpjax.crosscheck import judge
 from cpjax.crosscheck.diagnosis import Cause, Diagnosis, diagnose
 from cpjax.crosscheck.diagnosis.words import UNKNOWN
-from cpjax.crosscheck.judge import chosen_rows
 from cpjax.crosscheck.judging.evidence import collect
 from cpjax.crosscheck.judging.problem import question
+from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.trial.emulators import PROFILES, attend, chunk_results, cut, fold, visits
 from cpjax.trial.faults import Bench, changes

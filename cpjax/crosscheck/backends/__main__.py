@@ -6,8 +6,8 @@ from pathlib import Path
 from cpjax.crosscheck.backends import load
 from cpjax.crosscheck.backends.compute import FAILURES, compute, one_line
 from cpjax.crosscheck.backends.launch import REFUSED, owed
+from cpjax.crosscheck.files.folders import read_cases
 from cpjax.crosscheck.files.note import Note, write_note
-from cpjax.crosscheck.run.session import read_cases
 from cpjax.errors import InputError
 
 

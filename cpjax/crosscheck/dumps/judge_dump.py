@@ -7,7 +7,7 @@ import numpy as np
 
 from cpjax.crosscheck.diagnosis.precision_search import consistent_with
 from cpjax.crosscheck.dumps.readers import LAYOUTS, read_tensor
-from cpjax.crosscheck.judge import judge
+from cpjax.crosscheck.judge import judge_problem
 from cpjax.crosscheck.judging.problem import PROFILE_OF, Question, question
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.errors import InputError
@@ -64,7 +64,7 @@ def judge_dump(
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"--layout-of {layout!r} is unknown; known are {', '.join(LAYOUTS)}")
     dumps = _readable(query, key, value, out, lse, layout)
-    found: list[tuple[tuple, Verdict, Dump, dict]] = []
+    found: list[tuple[tuple, Verdict, Dump, Question]] = []
     for dump in dumps:
         places = _places(dump, positions, lengths, is_causal=is_causal)
         profiles = [precision] if precision else _profiles(dump)
@@ -73,24 +73,19 @@ def judge_dump(
                 if found and found[-1][1].passed:
                     break
                 try:
-                    verdict = judge(
-                        dump.query, dump.key, dump.value, dump.out, dump.lse, scale=scale, is_causal=is_causal,
-                        cp=cp, precision=profile, order=one, **places,
+                    asked = question(
+                        dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=cp,
+                        layout="zigzag", precision=profile, order=one, **places,
                     )  # fmt: skip
                 except ValueError as error:
                     raise InputError(f"{next(iter(str(error).splitlines()), '')}") from None
-                found.append(((dump.layout, profile, one), verdict, dump, places))
+                found.append(((dump.layout, profile, one), judge_problem(asked, dump.out, dump.lse), dump, asked))
     # If nothing passes the strictest precision is taken: a laxer one would only make the failure look smaller.
     profiles = list(dict.fromkeys(entry[0][1] for entry in found))
-    choice, verdict, dump, places = min(
+    choice, verdict, dump, asked = min(
         found, key=lambda entry: (not entry[1].passed, profiles.index(entry[0][1]), _badness(entry[1]))
     )
     remarks = _remarks(choice, verdict, found, layout, precision, order)
-    _, profile, one = choice
-    asked = question(
-        dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=cp, layout="zigzag",
-        precision=profile, order=one, **{"q_positions": None, "kv_positions": None, "segment_ids": None, **places},
-    )  # fmt: skip
     if verdict.passed:
         remarks += _computes(dump, asked, scale)
     return Said(verdict, remarks, dump, asked)

@@ -19,21 +19,13 @@ from cpjax.crosscheck.error_model.row_covariance import Shared, distinct, excess
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.sampling import ELEMENTS, Tile, tiles
 from cpjax.crosscheck.judging.score_tests import Score, key_scores, on_bfloat16_lattice, scale_score
 from cpjax.crosscheck.judging.statistic import effective_freedom
 from cpjax.mask import Tokens, visible
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and their total."""
-
-ELEMENTS = 2**20
-"""Scores in one tile; the model holds about twenty arrays of them at a time."""
-
-ROWS = 256
-"""Most rows in one tile."""
-
-LEAST_ROWS = 32
-"""Fewest rows in one tile, where there are as many: what is done once a tile takes as long as a few rows."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +83,6 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Some judged rows of the query heads that share one key/value head."""
-
-    batch: int
-    kv_head: int
-    position: Int[np.ndarray, " R"]
-    head: Int[np.ndarray, " R"]
-    same: Int[np.ndarray, " R"]
-    times: Int[np.ndarray, " R"]
-    """How many of all judged rows have the same query and keys: their scores are rounded alike."""
-
-
-@dataclass(frozen=True)
 class _Found:
     tile: Tile
     table: RowTable
@@ -154,46 +133,6 @@ def _each_tile(
         for (b, k), some in groupby(tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
             key, value = (x[b, :, k].astype(np.float64) for x in (question.key, question.value))
             yield from each(partial(measure, key, value), some)
-
-
-def tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
-    """The chosen rows in tiles, by batch row and key/value head."""
-    batch, position, head = np.nonzero(chosen)
-    query, same = _same_rows(question, batch, position, head)
-    times = np.bincount(query)[query]
-    kv_head = head // question.group
-    size = max(LEAST_ROWS, min(ROWS, ELEMENTS // question.key.shape[1]))
-    # Rows of one tile lie close together, so that under a causal mask they need few keys.
-    order = np.lexsort((head, position, kv_head, batch))
-    groups = np.flatnonzero(np.diff(batch[order] * question.key.shape[2] + kv_head[order], prepend=-1))
-    for start, stop in zip(groups, [*groups[1:], len(order)], strict=True):
-        for first in range(start, stop, size):
-            at = order[first : min(first + size, stop)]
-            yield Tile(int(batch[at[0]]), int(kv_head[at[0]]), position[at], head[at], same[at], times[at])
-
-
-def _same_rows(
-    question: Question, batch: np.ndarray, position: np.ndarray, head: np.ndarray
-) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
-    """Equal numbers for rows that have the same query and keys, to the last bit; and for those in the same place."""
-    kv = {
-        (b, k): hash((question.key[b, :, k].tobytes(), question.value[b, :, k].tobytes()))
-        for b, k in np.ndindex(question.key.shape[0], question.key.shape[2])
-    }
-    place = np.stack([np.asarray(x)[batch, position] for x in question.q_tokens], axis=1).astype(np.int64)
-    if not question.mask.is_causal and question.mask.window is None:
-        place[:, 0] = 0
-    shared = np.array([kv[b, n // question.group] for b, n in zip(batch, head, strict=True)], np.int64)
-    query = np.ascontiguousarray(question.query[batch, position, head]).view(np.uint8).reshape(len(batch), -1)
-    query = np.concatenate([query, shared[:, None].view(np.uint8)], axis=1)
-    alike = _numbered(query)
-    return alike, _numbered(np.column_stack([alike, place]).view(np.uint8))
-
-
-def _numbered(rows: np.ndarray) -> Int[np.ndarray, " R"]:
-    """A number for each row of bytes, the same for equal rows."""
-    rows = np.ascontiguousarray(rows)
-    return np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_inverse=True)[1]
 
 
 def _measure(

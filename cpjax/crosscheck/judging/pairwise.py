@@ -25,9 +25,9 @@ from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.error_model.row_covariance import distinct
 from cpjax.crosscheck.exact.attention import Rows
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judge import chosen_rows
-from cpjax.crosscheck.judging.evidence import Tile, model_of, tiles
+from cpjax.crosscheck.judging.evidence import model_of
 from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.sampling import Tile, chosen_rows, tiles
 from cpjax.crosscheck.judging.statistic import LIMIT, RowErrors, effective_freedom, spread_deviate, worst_row_deviate
 
 

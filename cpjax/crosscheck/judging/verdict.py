@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cpjax.crosscheck.diagnosis import Diagnosis
 from cpjax.crosscheck.judging.evidence import Evidence, RowTable
 from cpjax.crosscheck.judging.problem import Question
 from cpjax.crosscheck.judging.score_tests import Score, deviate
@@ -27,6 +27,16 @@ FP16 numbers between two BF16 numbers two are their neighbours."""
 
 Failure = tuple[str, str | None]
 """A test's name, and a sentence unless others say it already."""
+
+
+@runtime_checkable
+class Explanation(Protocol):
+    """What a search for the cause finds; `cpjax.crosscheck.diagnosis` has one."""
+
+    sentences: list[str]
+    """What went wrong and where, most likely first."""
+    chunk_weights: Float[np.ndarray, "Q C"]
+    """Weight with which each key/value chunk entered each query chunk; NaN where not determined."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Verdict:
     """The scale fitted to the errors, relative to the stated one: 1e-3 is 0.1 % too large."""
     scale_deviate: float
     parts: list[Part] = field(repr=False, default_factory=list)
-    search: Callable[[], Diagnosis] | None = field(repr=False, compare=False, default=None)
+    search: Callable[[], Explanation] | None = field(repr=False, compare=False, default=None)
     """Looks for what went wrong; None when passed. It takes seconds, so it runs when somebody asks."""
 
     @property
@@ -92,7 +102,7 @@ class Verdict:
         return None if self.found is None else self.found.chunk_weights
 
     @cached_property
-    def found(self) -> Diagnosis | None:
+    def found(self) -> Explanation | None:
         """The whole diagnosis; None when passed."""
         return None if self.search is None else self.search()
 

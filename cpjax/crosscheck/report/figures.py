@@ -7,8 +7,9 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.error_model.row_covariance import distinct
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judging.evidence import Tile, model_of
+from cpjax.crosscheck.judging.evidence import model_of
 from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.sampling import Tile
 from cpjax.crosscheck.judging.statistic import effective_freedom
 
 ROWS = 16

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from cpjax.crosscheck.files.atomic import is_free, whole
-from cpjax.crosscheck.report.figures import EDGES, Figures
-from cpjax.crosscheck.run.session import BACKENDS, Judged, all_passed, sentence
+from cpjax.crosscheck.report.figures import EDGES, Figures, figures
+from cpjax.crosscheck.run.session import Judged
+from cpjax.crosscheck.run.summary import BACKENDS, all_passed, sentence
 from cpjax.errors import InputError
 
 WORDS = {"pass": "agrees", "fail": "WRONG", "unsupported": "unsupported", "error": "ERROR"}
@@ -58,7 +59,7 @@ def html(judged: list[Judged], title: str) -> str:
 
 
 def _section(one: Judged) -> dict[str, Any]:
-    verdict, drawn = one.verdict, one.figures
+    verdict, drawn = one.verdict, None if one.shown is None else figures(*one.shown)
     numbers = {}
     if verdict is not None:
         numbers = {

@@ -9,8 +9,7 @@ from typing import Any
 from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.crosscheck.judging.pairwise import Agreement, agreement
-from cpjax.crosscheck.judging.problem import Question, question
-from cpjax.crosscheck.run.session import Judged, computed_on, how
+from cpjax.crosscheck.run.session import Judged, asked_of
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,9 @@ def compare(case: Case, one: Result, two: Result) -> Agreement:
     Raises:
       ValueError: the case itself cannot be judged.
     """
-    asked, other = _question(case, one), _question(case, two)
+    asked, other = asked_of(case, one), asked_of(case, two)
     own_keys = case.latent is not None
     return agreement(asked, other, (one.out, one.lse), (two.out, two.lse), own_keys=own_keys)
-
-
-def _question(case: Case, result: Result) -> Question:
-    key, value = computed_on(case, result)
-    return question(case.query, key, value, **how(case), precision=result.precision, order=result.order)
 
 
 def between_sentence(compared: list[Compared]) -> str:

@@ -1,0 +1,94 @@
+"""Which rows are judged, and in which tiles (§9). Rows that are not judged are still looked at by `range_check`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from cpjax.crosscheck.judging.problem import Question
+
+WORK = 2**28
+"""Scores (query, key, head) up to which every row is judged; above, rows are sampled."""
+
+TILE = 128
+"""Of every so many queries of a head at least one is judged."""
+
+
+ELEMENTS = 2**20
+"""Scores in one tile; the model holds about twenty arrays of them at a time."""
+
+ROWS = 256
+"""Most rows in one tile."""
+
+LEAST_ROWS = 32
+"""Fewest rows in one tile, where there are as many: what is done once a tile takes as long as a few rows."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some judged rows of the query heads that share one key/value head."""
+
+    batch: int
+    kv_head: int
+    position: Int[np.ndarray, " R"]
+    head: Int[np.ndarray, " R"]
+    same: Int[np.ndarray, " R"]
+    times: Int[np.ndarray, " R"]
+    """How many of all judged rows have the same query and keys: their scores are rounded alike."""
+
+
+def chosen_rows(asked: Question, seed: int) -> Bool[np.ndarray, "B T N"]:
+    """All rows but pads; where that would take too long, a few of every `TILE` queries of each head, at random."""
+    batch, length, heads, _ = asked.query.shape
+    judged = np.broadcast_to(asked.is_judged[..., None], (batch, length, heads))
+    work = batch * length * heads * asked.key.shape[1]
+    if work <= WORK:
+        return judged
+    some = max(1, TILE * WORK // work)
+    rng = np.random.default_rng(seed)
+    rank = np.full((batch, -(-length // TILE) * TILE, heads), np.inf)
+    rank[:, :length] = np.where(judged, rng.random((batch, length, heads)), np.inf)
+    tiles = rank.reshape(batch, -1, TILE, heads)
+    least = np.sort(tiles, axis=2)[:, :, some - 1 : some]
+    return (tiles <= least).reshape(rank.shape)[:, :length] & judged
+
+
+def tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
+    """The chosen rows in tiles, by batch row and key/value head."""
+    batch, position, head = np.nonzero(chosen)
+    query, same = _same_rows(question, batch, position, head)
+    times = np.bincount(query)[query]
+    kv_head = head // question.group
+    size = max(LEAST_ROWS, min(ROWS, ELEMENTS // question.key.shape[1]))
+    # Rows of one tile lie close together, so that under a causal mask they need few keys.
+    order = np.lexsort((head, position, kv_head, batch))
+    groups = np.flatnonzero(np.diff(batch[order] * question.key.shape[2] + kv_head[order], prepend=-1))
+    for start, stop in zip(groups, [*groups[1:], len(order)], strict=True):
+        for first in range(start, stop, size):
+            at = order[first : min(first + size, stop)]
+            yield Tile(int(batch[at[0]]), int(kv_head[at[0]]), position[at], head[at], same[at], times[at])
+
+
+def _same_rows(
+    question: Question, batch: np.ndarray, position: np.ndarray, head: np.ndarray
+) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
+    """Equal numbers for rows that have the same query and keys, to the last bit; and for those in the same place."""
+    kv = {
+        (b, k): hash((question.key[b, :, k].tobytes(), question.value[b, :, k].tobytes()))
+        for b, k in np.ndindex(question.key.shape[0], question.key.shape[2])
+    }
+    place = np.stack([np.asarray(x)[batch, position] for x in question.q_tokens], axis=1).astype(np.int64)
+    if not question.mask.is_causal and question.mask.window is None:
+        place[:, 0] = 0
+    shared = np.array([kv[b, n // question.group] for b, n in zip(batch, head, strict=True)], np.int64)
+    query = np.ascontiguousarray(question.query[batch, position, head]).view(np.uint8).reshape(len(batch), -1)
+    query = np.concatenate([query, shared[:, None].view(np.uint8)], axis=1)
+    alike = _numbered(query)
+    return alike, _numbered(np.column_stack([alike, place]).view(np.uint8))
+
+
+def _numbered(rows: np.ndarray) -> Int[np.ndarray, " R"]:
+    """A number for each row of bytes, the same for equal rows."""
+    rows = np.ascontiguousarray(rows)
+    return np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_inverse=True)[1]

@@ -1,0 +1,78 @@
+"""What was judged, as a table and a sentence."""
+
+import math
+from typing import get_args
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from cpjax.crosscheck.judging.verdict import Verdict
+from cpjax.crosscheck.run.session import Judged, Outcome
+
+BACKENDS = {"spec": "specification", "npu": "NPU backend", "sdpa": "PyTorch SDPA"}
+
+
+def table_of(judged: list[Judged]) -> Table:
+    """One row a result."""
+    names = sorted({one.case for one in judged})
+    title = f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, held against dense attention in float64"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("case", "computed by", "precision")[len(names) == 1 :]:
+        table.add_column(heading, overflow="fold", min_width=13)
+    for heading in ("max error", "of bound", "z", "lse error", "of bound", "z"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for one in judged:
+        cells = [one.case, BACKENDS.get(one.backend, one.backend), one.precision or "–"][len(names) == 1 :]
+        table.add_row(*cells, *_numbers(one.verdict), _word(one))
+    return table
+
+
+def _numbers(verdict: Verdict | None) -> list[str]:
+    if verdict is None:
+        return ["–"] * 6
+    of_out = [f"{verdict.max_error:.2g}", _share(verdict.hard_ratio), f"{verdict.z:.2f}"]
+    if math.isnan(verdict.lse_max_error):
+        return [*of_out, "–", "–", "–"]
+    return [*of_out, f"{verdict.lse_max_error:.2g}", _share(verdict.lse_hard_ratio), f"{verdict.lse_z:.2f}"]
+
+
+def _word(one: Judged) -> str:
+    if one.outcome in ("unsupported", "error"):
+        return {"unsupported": "[cyan]unsupported[/]", "error": "[red]ERROR[/]"}[one.outcome]
+    if one.verdict is not None and not one.verdict.judgeable:
+        return "[yellow]not judgeable[/]"
+    return "[green]agrees[/]" if one.passed else "[red]WRONG[/]"
+
+
+def sentence(judged: list[Judged]) -> str:
+    """The last line: what all this means."""
+    of = {outcome: [one for one in judged if one.outcome == outcome] for outcome in get_args(Outcome)}
+    if not judged:
+        return "Nothing was judged."
+    said = []
+    for outcome, are in (("fail", "NOT what correct arithmetic in their precision gives"), ("error", "errors")):
+        if of[outcome]:
+            names = ", ".join(sorted({one.case for one in of[outcome]}))
+            said.append(f"{len(of[outcome])} of {len(judged)} results are {are}: {names}.")
+    if said:
+        return " ".join(said)
+    if not of["pass"]:
+        return "Nothing was judged: no backend supports any of the cases."
+    names = sorted({BACKENDS.get(one.backend, one.backend) for one in of["pass"]}, reverse=True)
+    agree = {1: "agrees", 2: "both agree"}.get(len(names), "all agree")
+    where = f" in {len(of['pass'])} of {len(judged)} cases; the rest is unsupported" if of["unsupported"] else ""
+    return (
+        f"The {' and the '.join(names)} {agree} with dense attention, within what their rounding explains and no "
+        f"more{where}."
+    )
+
+
+def all_passed(judged: list[Judged]) -> bool:
+    """Whether everything that is supported passed, and something did."""
+    outcomes = {one.outcome for one in judged}
+    return "pass" in outcomes and outcomes <= {"pass", "unsupported"}
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.0%}" if math.isfinite(ratio) and ratio < 100 else f"{ratio:.2g}×"
