@@ -264,7 +264,7 @@ def judge_dump(
         judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, None, said.verdict)
         if report is not None:
             # What is no result at all, by its form, cannot be drawn.
-            shown = None if "form" in said.verdict.failed_tests else (said.asked, said.dump.out)
+            shown = None if "form" in said.verdict.failed_tests else (said.problem, said.dump.out)
             judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
         _report(report, [judged], "cpjax judge-dump")
         _show([judged], as_json)

@@ -21,7 +21,9 @@ def posed(seed, *, cp=2, is_causal=True, logits=1.0, heads=(2, 2)) -> Problem:
 def said_of(p: Problem, result, *, order="ring", precision="flash_fp16", with_lse=True, **changes):
     """The verdict on it."""
     lse = result.lse if with_lse else None
-    return judge(p.query, p.key, p.value, result.out, lse, **(p.question() | changes), order=order, precision=precision)
+    return judge(
+        p.query, p.key, p.value, result.out, lse, **(p.judge_arguments() | changes), order=order, precision=precision
+    )
 
 
 def index(p: Problem) -> np.ndarray:

@@ -136,14 +136,14 @@ def test_where_nothing_can_be_judged_nothing_agrees(results):
 
 
 def test_questions_about_other_arrays_are_refused(results):
-    from cpjax.crosscheck.run.session import asked_of
+    from cpjax.crosscheck.run.session import problem_of
 
     right = results["ring", "flash_fp16"]
-    one, outputs = asked_of(CASE, right), ((right.out, right.lse), (right.out, right.lse))
+    one, outputs = problem_of(CASE, right), ((right.out, right.lse), (right.out, right.lse))
     for changed in (replace(CASE, query=CASE.query.copy()), replace(CASE, key=CASE.key.copy())):
         with pytest.raises(ValueError, match="about the same arrays"):
-            agreement(one, asked_of(changed, right), *outputs)
-    assert agreement(one, asked_of(replace(CASE, key=CASE.key.copy()), right), *outputs, own_keys=True).agrees
-    narrow = asked_of(replace(CASE, value=CASE.value[..., :16]), right)
+            agreement(one, problem_of(changed, right), *outputs)
+    assert agreement(one, problem_of(replace(CASE, key=CASE.key.copy()), right), *outputs, own_keys=True).agrees
+    narrow = problem_of(replace(CASE, value=CASE.value[..., :16]), right)
     with pytest.raises(ValueError, match="about the same arrays"):
         agreement(one, narrow, *outputs, own_keys=True)

@@ -16,7 +16,7 @@ from cpjax.trial.localise import KINDS, count_one, places, problem
 def verdict_of(name, *, is_causal, order="ring", profile="flash_fp16", seed=0):
     p = problem(seed, cp=2, is_causal=is_causal, logits=1.0, heads=2)
     out, lse = FAULTS[name](Bench(p, PROFILES[profile], order))
-    return judge(p.query, p.key, p.value, out, lse, **p.question(), precision=profile, order=order)
+    return judge(p.query, p.key, p.value, out, lse, **p.judge_arguments(), precision=profile, order=order)
 
 
 SAYS = {
@@ -78,7 +78,7 @@ def test_weights_are_recovered_to_three_decimals(weight, name):
 def test_correct_results_have_no_diagnosis(seed, is_causal, profile):
     p = problem(seed, cp=2, is_causal=is_causal, logits=2.0).cast("float32" if profile == "float32" else "float16")
     out, lse = attend(p, PROFILES[profile], "ring")
-    said = judge(p.query, p.key, p.value, out, lse, **p.question(), precision=profile, order="ring")
+    said = judge(p.query, p.key, p.value, out, lse, **p.judge_arguments(), precision=profile, order="ring")
     assert said.passed, said.reasons
     assert said.diagnosis == []
     assert said.chunk_weights is None

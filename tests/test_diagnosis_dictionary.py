@@ -46,7 +46,7 @@ def problems(draw, is_causal=None, heads=((1, 1), (2, 1), (2, 2))):
 def everywhere(said):
     """The equals that explain all query chunks; there must be some. A chunk that is wrong alone has a cause alone."""
     assert not said.passed
-    found = said.found
+    found = said.explanation
     named = found.common or (found.causes[0].faults if len(found.causes) == 1 else ())
     assert named, said.diagnosis
     return named
@@ -95,8 +95,8 @@ def test_where_a_chunk_was_masked_like_the_diagonal(p, data):
     chunk = data.draw(st.sampled_from(whole))
     said = said_of(p, triangle(p, chunk, rank), with_lse=data.draw(st.booleans()))
     mine = {q for q in (rank, last - rank) if not p.is_causal or chunk < q}
-    assert {cause.query_chunk for cause in said.found.causes} == mine
-    for cause in said.found.causes:
+    assert {cause.query_chunk for cause in said.explanation.causes} == mine
+    for cause in said.explanation.causes:
         assert ("masked", (chunk,)) in {(f.kind, f.chunks) for f in cause.faults}, said.diagnosis
     assert f"rank {rank}, step {(rank - min(chunk, last - chunk)) % p.cp}" in said.diagnosis[0]
 
@@ -105,8 +105,8 @@ def test_where_a_chunk_was_masked_like_the_diagonal(p, data):
 @examples(0.08)
 def test_a_window_of_another_size(p, size, asked):
     assume(size != asked and size < p.key.shape[1] - 1)
-    asked_of = replace(p, window=asked)
-    said = said_of(asked_of, attend(replace(p, window=size), FLASH, "ring"))
+    problem_of = replace(p, window=asked)
+    said = said_of(problem_of, attend(replace(p, window=size), FLASH, "ring"))
     assert {(f.kind, f.number) for f in everywhere(said)} == {("window", size)}, said.diagnosis
 
 
@@ -267,7 +267,7 @@ def test_a_dropped_prefix(p, data):
 def test_the_merge_that_did_not_rescale(p, data):
     step = data.draw(st.integers(1, 3))
     said = said_of(p, rescaled_except(p, step))
-    named = [cause.faults for cause in said.found.causes if cause.query_chunk == 2 * p.cp - 1]
+    named = [cause.faults for cause in said.explanation.causes if cause.query_chunk == 2 * p.cp - 1]
     assert [(f.kind, f.unrescaled) for f in named[0]][:1] == [("not rescaled", (step,))], said.diagnosis
 
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_told_apart_is_a_set(p, data):
     p = replace(posed(data.draw(st.integers(0, 999)), logits=1.0), is_causal=True)
     weight = data.draw(st.sampled_from([0.5, 0.9, 3.0]))
     said = said_of(p, weighted(p, {(1, 0): weight}), with_lse=False)
-    (faults,) = [cause.faults for cause in said.found.causes if cause.query_chunk == 1]
+    (faults,) = [cause.faults for cause in said.explanation.causes if cause.query_chunk == 1]
     ratio = {f.chunks: 2.0 if f.kind == "doubled" else f.number for f in faults}
     assert set(ratio) == {(0,), (1,)}, said.diagnosis
     assert abs(ratio[(0,)] - weight) < 0.01
@@ -310,12 +310,12 @@ def test_of_two_faults_in_one_place_none_is_named(p, data):
         truth = {("lse log2", ())}
     said = said_of(p, wrong)
     assert not said.passed
-    assert not said.found.common, said.diagnosis
-    both = [c for c in said.found.causes if min(c.query_chunk, last - c.query_chunk) == rank]
+    assert not said.explanation.common, said.diagnosis
+    both = [c for c in said.explanation.causes if min(c.query_chunk, last - c.query_chunk) == rank]
     both = [c for c in both if not p.is_causal or c.query_chunk > 1]
     assert both
     assert all(not cause.faults for cause in both), said.diagnosis
-    assert all(not c.faults or (c.faults[0].kind, c.faults[0].chunks) in truth for c in said.found.causes)
+    assert all(not c.faults or (c.faults[0].kind, c.faults[0].chunks) in truth for c in said.explanation.causes)
     assert any(sentence.startswith(UNKNOWN) for sentence in said.diagnosis)
 
 
@@ -345,7 +345,7 @@ STRANGE = {
 def test_what_is_in_no_dictionary_is_refused(p, kind, with_lse):
     said = said_of(p, STRANGE[kind](p), with_lse=with_lse)
     assert not said.passed
-    assert not said.found.common, said.diagnosis
-    named = [cause for cause in said.found.causes if cause.faults]
+    assert not said.explanation.common, said.diagnosis
+    named = [cause for cause in said.explanation.causes if cause.faults]
     assert not named, said.diagnosis
     assert said.diagnosis[0].startswith(UNKNOWN)

@@ -39,7 +39,7 @@ def model(seed, name, *, logits=1.0, values=1.0, mean=0.5, order=None, keys=KEYS
 @example(2**31 - 1, "float32", 8.0)  # the heaviest key has a small value, another is lost from the row sum
 def test_a_standard_deviation_is_less_than_what_is_possible(seed, name, logits):
     expected = model(seed, name, logits=logits).expected()
-    assert (expected.sigma <= expected.room).all()
+    assert (expected.sigma <= expected.half_width).all()
     assert (expected.lse_sigma <= expected.lse_bound).all()
     assert (expected.low <= expected.high).all()
 
@@ -77,7 +77,7 @@ def test_the_order_of_keys_within_a_chunk_changes_nothing(seed, name):
     size = KEYS // CHUNKS
     order = np.concatenate([c * size + rng.permutation(size) for c in range(CHUNKS)])
     one, other = model(seed, name).expected(), model(seed, name, order=order).expected()
-    for field in ("sigma", "room", "lse_sigma", "lse_bound"):
+    for field in ("sigma", "half_width", "lse_sigma", "lse_bound"):
         np.testing.assert_allclose(getattr(other, field), getattr(one, field), rtol=1e-9)
 
 
@@ -128,7 +128,7 @@ def test_scores_that_are_rounded_alike_are_no_fault(scale, constant):
         query[..., 0] = constant / (4.0 * scale)
         p = Problem(query, key, value, scale, cp=CHUNKS // 2).cast("float16")
         out, lse = attend(p, ARITHMETIC["ring_mla_fp16"], "ascending")
-        asked = {**p.question(), "precision": "ring_mla_fp16", "order": "ascending"}
+        asked = {**p.judge_arguments(), "precision": "ring_mla_fp16", "order": "ascending"}
         verdict = judge(p.query, p.key, p.value, out, lse, **asked)
         assert verdict.passed, verdict.reasons
         lse_z.append(verdict.lse_z)

@@ -12,7 +12,7 @@ from oracle import dense
 from strategies import examples
 
 from cpjax.crosscheck import Verdict, judge
-from cpjax.crosscheck.judging.problem import question
+from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
 from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.trial.emulators import PROFILES, attend
@@ -222,7 +222,7 @@ def test_sampled_rows_are_one_in_128_of_each_head_and_all_rows_are_checked(monke
 def _question(p):
     places = {"q_positions": None, "kv_positions": None, "segment_ids": None, "window": None}
     options = {"scale": None, "is_causal": p.is_causal, "cp": p.cp, "layout": "zigzag"}
-    return question(*_arrays(p), **places, **options, precision=None, order="ring")
+    return checked_problem(*_arrays(p), **places, **options, precision=None, order="ring")
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 64), st.booleans())

@@ -7,7 +7,7 @@ import pytest
 from html_page import Page
 
 from cpjax.crosscheck import judge
-from cpjax.crosscheck.judging.problem import question
+from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.report.figures import figures
 from cpjax.crosscheck.report.page import html, write_report
 from cpjax.crosscheck.run.session import Judged
@@ -29,9 +29,9 @@ def judged(*, wrong: bool, is_causal: bool = False) -> Judged:
         order = np.array([c for c in visits(p, "ring")[16] if c != 2])  # a row of chunk 1
         without = fold(blocks, np.broadcast_to(order, (64, len(order))), PROFILES["flash_fp16"])
         out[:, 16:32], lse[:, 16:32] = without[0][:, 16:32], without[1][:, 16:32]
-    options = {**p.question(), "layout": "zigzag", "precision": "flash_fp16", "order": "ring"}
+    options = {**p.judge_arguments(), "layout": "zigzag", "precision": "flash_fp16", "order": "ring"}
     verdict = judge(p.query, p.key, p.value, out, lse, **options)
-    asked = question(p.query, p.key, p.value, **options)
+    asked = checked_problem(p.query, p.key, p.value, **options)
     about = {"torch": "2.13.0", EVIL: EVIL}
     return Judged(EVIL, EVIL, "flash_fp16", "ring", None, verdict, remarks=(EVIL,), about=about, shown=(asked, out))
 

@@ -46,7 +46,7 @@ def test_trained_activations_are_in_the_sample():
 
 def asked(one: Bench, result: Result, *, with_lse: bool) -> Verdict:
     problem = one.problem
-    named = {**problem.question(), "precision": profile_of(one), "order": "ascending"}
+    named = {**problem.judge_arguments(), "precision": profile_of(one), "order": "ascending"}
     return judge(problem.query, problem.key, problem.value, result.out, result.lse if with_lse else None, **named)
 
 

@@ -8,7 +8,14 @@ import pytest
 from cpjax.crosscheck import backends
 from cpjax.crosscheck.backends.compute import compute
 from cpjax.crosscheck.conformance.cases import conformance_cases
-from cpjax.crosscheck.files.case import content_digest, gaussian_case, read_case, read_whole, write_case, write_whole
+from cpjax.crosscheck.files.case import (
+    content_digest,
+    gaussian_case,
+    read_case,
+    read_tensors,
+    write_case,
+    write_tensors,
+)
 from cpjax.crosscheck.run.session import judge_result
 from cpjax.errors import InputError
 
@@ -24,16 +31,16 @@ def test_it_is_read_again_and_a_case_without_one_has_none(case, tmp_path):
     assert read_case(tmp_path / "c.safetensors").window == 9
     plain = write_case(tmp_path / "plain", replace(case, window=None))
     assert read_case(tmp_path / "plain" / "c.safetensors").window is None
-    assert "window" not in read_whole(tmp_path / "plain" / "c.safetensors")[2]["case"]
+    assert "window" not in read_tensors(tmp_path / "plain" / "c.safetensors")[2]["case"]
     assert plain.digest != case.digest
 
 
 @pytest.mark.parametrize("window", [0, -1, True, 2.5, "9", 2**40])
 def test_what_is_no_window_is_refused(case, tmp_path, window):
     write_case(tmp_path / "good", case)
-    tensors, dtypes, metadata = read_whole(tmp_path / "good" / "c.safetensors")
+    tensors, dtypes, metadata = read_tensors(tmp_path / "good" / "c.safetensors")
     text = json.dumps(json.loads(metadata["case"]) | {"window": window})
-    write_whole(
+    write_tensors(
         tmp_path / "c.safetensors", tensors,
         metadata | {"case": text, "digest": content_digest(text, tensors, dtypes)},
     )  # fmt: skip

@@ -48,7 +48,7 @@ def line(seed: int, number: int) -> str:
 def _correct(seed: int, number: int) -> tuple[dict[str, Any], tuple]:
     one = given("tuning" if number % 2 else "held-out", seed, number)
     problem = one.problem
-    asked = {**problem.question(), "precision": one.profile, "order": one.order}
+    asked = {**problem.judge_arguments(), "precision": one.profile, "order": one.order}
     return asked, (problem.query, problem.key, problem.value, *one.result)
 
 
@@ -61,7 +61,7 @@ def _faulty(seed: int, number: int) -> tuple[dict[str, Any], tuple]:
     name = names[number % len(names)]
     made = bench(setting, seed + number, is_causal=name in CAUSAL or bool(rng.integers(2)))
     fault = FAULTS[name] if name in FAULTS else partial(SIZED[name][0], size=float(rng.choice(SIZED[name][1])))
-    asked = {**made.problem.question(), "precision": setting.profile, "order": made.order}
+    asked = {**made.problem.judge_arguments(), "precision": setting.profile, "order": made.order}
     return asked, (made.problem.query, made.problem.key, made.problem.value, *fault(made))
 
 

@@ -4,7 +4,7 @@ formats, order, attention64             the formats, the order of merging, exact
 arithmetic, groups, stored, weighed,    what rounding may do to each element:
 hard_bound, error_model                 a standard deviation and a bound
 statistic, directed                     from errors to deviates; tests for single faults
-question, extremes, evidence            the inputs, checked; every row in range; every judged row measured
+problem, extremes, evidence            the inputs, checked; every row in range; every judged row measured
 verdict, judge                          the decision, in words
 case, result, outcome                   what goes to a backend and comes back, as files (docs/formats.md)
 whole                                   files and folders that are whole or not there

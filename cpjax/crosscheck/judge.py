@@ -1,4 +1,4 @@
-"""Is this result right? The judge: question, evidence, verdict. What it rests on is derived in docs/verdict.md."""
+"""Is this result right? The judge: problem, evidence, verdict. What it rests on is derived in docs/verdict.md."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis import diagnose
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.evidence import collect
-from cpjax.crosscheck.judging.problem import Array, Question, question
+from cpjax.crosscheck.judging.problem import Array, Problem, checked_problem
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
 from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.crosscheck.judging.verdict import Verdict, decide, malformed
@@ -58,7 +58,7 @@ def judge(
       The verdict. A result of the wrong shape or dtype does not pass; it never raises.
 
     Raises:
-      ValueError: the question itself makes no sense: inputs that do not fit together, an unknown name, causal with
+      ValueError: the problem itself makes no sense: inputs that do not fit together, an unknown name, causal with
         different lengths and no positions.
 
     >>> rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def judge(
     >>> judge(query, key, value, np.zeros_like(value)).passed
     False
     """
-    asked = question(
+    problem = checked_problem(
         query,
         key,
         value,
@@ -81,37 +81,37 @@ def judge(
         precision=precision,
         order=order,
     )
-    return judge_problem(asked, out, lse, seed, progress)
+    return judge_problem(problem, out, lse, seed, progress)
 
 
 def judge_problem(
-    asked: Question,
+    problem: Problem,
     out: Any,
     lse: Any = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
     """As `judge`, of a problem that is checked already."""
-    wrong = _misshapen(asked, out, lse)
+    wrong = _misshapen(problem, out, lse)
     if wrong is not None:
-        return malformed(asked, wrong)
+        return malformed(problem, wrong)
     out, lse = np.asarray(out), None if lse is None else np.asarray(lse)
-    chosen = chosen_rows(asked, seed)
-    judged = np.broadcast_to(asked.is_judged[..., None], chosen.shape)
-    out_of_range = rows_out_of_range(asked, out, lse) & judged & ~chosen
-    evidence = collect(asked, out, lse, chosen, progress)
+    chosen = chosen_rows(problem, seed)
+    judged = np.broadcast_to(problem.is_judged[..., None], chosen.shape)
+    out_of_range = rows_out_of_range(problem, out, lse) & judged & ~chosen
+    evidence = collect(problem, out, lse, chosen, progress)
     verdict = decide(
-        asked, evidence, has_lse=lse is not None, row_count=int(judged.sum()), out_of_range=int(out_of_range.sum())
+        problem, evidence, has_lse=lse is not None, row_count=int(judged.sum()), out_of_range=int(out_of_range.sum())
     )
     if verdict.passed or not verdict.judgeable:
         return verdict
-    return replace(verdict, search=lambda: diagnose(asked, evidence, out, lse))
+    return replace(verdict, search=lambda: diagnose(problem, evidence, out, lse))
 
 
-def _misshapen(asked: Question, out: object, lse: object) -> str | None:
+def _misshapen(problem: Problem, out: object, lse: object) -> str | None:
     """Why this is no result at all, or None."""
-    batch, length, heads, _ = asked.query.shape
-    expected = {"out": (batch, length, heads, asked.value.shape[3]), "lse": (batch, length, heads)}
+    batch, length, heads, _ = problem.query.shape
+    expected = {"out": (batch, length, heads, problem.value.shape[3]), "lse": (batch, length, heads)}
     for name, given in (("out", out), ("lse", lse)):
         if name == "lse" and given is None:
             continue
@@ -123,19 +123,18 @@ def _misshapen(asked: Question, out: object, lse: object) -> str | None:
             return f"{name} has dtype {array.dtype}; it must be a floating-point format"
         if array.shape != expected[name]:
             return f"{name} has shape {array.shape}; it must be {expected[name]}"
-    return _off_format(asked, np.asarray(out))
+    return _off_format(problem, np.asarray(out))
 
 
-def _off_format(asked: Question, out: np.ndarray) -> str | None:
+def _off_format(problem: Problem, out: np.ndarray) -> str | None:
     """`out` in a wider dtype must hold numbers of the profile's format, or another precision was meant."""
-    fmt = asked.precision.out
+    fmt = problem.precision.out
     if out.dtype.name == fmt:
         return None
     with np.errstate(over="ignore", invalid="ignore"):
         off = ~np.isnan(out) & (out.astype(FORMATS[fmt].dtype).astype(out.dtype) != out)
-    off &= asked.is_judged[..., None, None]
+    off &= problem.is_judged[..., None, None]
     if off.any():
-        return (
-            f"out holds {int(off.sum()):,} numbers that are no {fmt} numbers, in which {asked.precision.name} stores it"
-        )
+        count, name = int(off.sum()), problem.precision.name
+        return f"out holds {count:,} numbers that are no {fmt} numbers, in which {name} stores it"
     return None

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cpjax.crosscheck.files.atomic import whole
+from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.errors import InputError
 from cpjax.trial import activations, detection, tables
 from cpjax.trial.emulators import PROFILES
@@ -146,7 +146,7 @@ def _must_not_exist(path: Path | None) -> None:
 def _write(path: Path | None, report: dict[str, Any]) -> None:
     if path is None:
         return
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(report, indent=1))
 
 

@@ -145,7 +145,7 @@ class _Trial:
 
     def _failed_tests(self, result: Result, *, with_lse: bool) -> tuple[str, ...]:
         problem = self.bench.problem
-        asked = {**problem.question(), "precision": self.setting.profile, "order": self.bench.order}
+        asked = {**problem.judge_arguments(), "precision": self.setting.profile, "order": self.bench.order}
         lse = result.lse if with_lse else None
         return judge(problem.query, problem.key, problem.value, result.out, lse, **asked).failed_tests
 

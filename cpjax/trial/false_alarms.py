@@ -48,9 +48,9 @@ class Outcome(NamedTuple):
     hard_ratio: float
     z: float
     lse_z: float
-    deviate: float
+    z_score: float
     """Of the worst head, query chunk or rank; beyond 6 it fails."""
-    scale_deviate: float
+    scale_z_score: float
     failed_tests: tuple[str, ...]
 
 
@@ -83,7 +83,7 @@ def given(name: str, seed: int, number: int) -> Given:
 def ask(given: Given, *, with_lse: bool = True) -> Verdict:
     """The judge's verdict on it."""
     problem, (out, lse) = given.problem, given.result
-    question = {**problem.question(), "precision": given.profile, "order": given.order}
+    question = {**problem.judge_arguments(), "precision": given.profile, "order": given.order}
     return judge(problem.query, problem.key, problem.value, out, lse if with_lse else None, **question)
 
 
@@ -101,8 +101,8 @@ def outcome(name: str, seed: int, number: int) -> Outcome:
         hard_ratio=verdict.hard_ratio,
         z=verdict.z,
         lse_z=verdict.lse_z,
-        deviate=max((part.deviate for part in verdict.parts), default=-np.inf),
-        scale_deviate=abs(verdict.scale_deviate),
+        z_score=max((part.z_score for part in verdict.parts), default=-np.inf),
+        scale_z_score=abs(verdict.scale_z_score),
         failed_tests=verdict.failed_tests,
     )
 
@@ -123,8 +123,8 @@ class Row(NamedTuple):
     hard_ratio: float
     z: float
     lse_z: float
-    deviate: float
-    scale_deviate: float
+    z_score: float
+    scale_z_score: float
 
 
 def table(seen: list[Outcome]) -> list[Row]:
@@ -152,7 +152,7 @@ def rate_bound(alarms: int, results: int) -> float:
 
 def _row(kind: str, profile: str, seen: list[Outcome]) -> Row:
     judged = [one for one in seen if one.judgeable]
-    largest = ("hard_ratio", "z", "lse_z", "deviate", "scale_deviate")
+    largest = ("hard_ratio", "z", "lse_z", "z_score", "scale_z_score")
     return Row(
         kind,
         profile,

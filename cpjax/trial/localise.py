@@ -23,7 +23,7 @@ from cpjax.crosscheck import judge
 from cpjax.crosscheck.diagnosis import Cause, Diagnosis, diagnose
 from cpjax.crosscheck.diagnosis.words import UNKNOWN
 from cpjax.crosscheck.judging.evidence import collect
-from cpjax.crosscheck.judging.problem import question
+from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.trial.emulators import PROFILES, attend, chunk_results, cut, fold, visits
@@ -110,7 +110,7 @@ def verdict(bench: Bench, result: Result, *, with_lse: bool) -> Verdict:
     """The judge's."""
     p = bench.problem
     lse = result.lse if with_lse else None
-    return judge(p.query, p.key, p.value, result.out, lse, **p.question(), order=str(bench.order))
+    return judge(p.query, p.key, p.value, result.out, lse, **p.judge_arguments(), order=str(bench.order))
 
 
 def unseen(bench: Bench, wrong: Result, said: Verdict, *, with_lse: bool) -> str | None:
@@ -140,8 +140,8 @@ def named(cp: int, cause: Cause, place: Place, kind: str) -> str:
 
 def outcome(cp: int, said: Verdict, place: Place, kind: str, query_chunks: set[int]) -> str | None:
     """The worst that is said of these query chunks; None where none of them is said to be wrong."""
-    found = said.found
-    if found is None or not found.causes or found.common:
+    found = said.explanation
+    if not isinstance(found, Diagnosis) or not found.causes or found.common:
         return "wrong"
     each_one = [named(cp, cause, place, kind) for cause in found.causes if cause.query_chunk in query_chunks]
     return next((name for name in ("wrong", "refused", "among equals", "alone") if name in each_one), None)
@@ -176,7 +176,7 @@ def count_correct(task: tuple[int, int, float]) -> Counter:
     p = p.cast("float32") if profile == "float32" else p
     out, lse = attend(p, PROFILES[profile], order)
     given = lse if rng.random() < 0.5 else None
-    said = judge(p.query, p.key, p.value, out, given, **p.question(), precision=profile, order=order)
+    said = judge(p.query, p.key, p.value, out, given, **p.judge_arguments(), precision=profile, order=order)
     count = Counter(failed=int(not said.passed), diagnoses=len(said.diagnosis))
     if seed % FORCED == 0:
         forced = diagnose_anyway(p, out, given, profile, order).sentences
@@ -186,7 +186,9 @@ def count_correct(task: tuple[int, int, float]) -> Counter:
 
 def diagnose_anyway(p: Problem, out: np.ndarray, lse: np.ndarray | None, precision: str, order: str) -> Diagnosis:
     """What the search would say of this result, whatever the verdict."""
-    asked = question(p.query, p.key, p.value, **p.question(), layout="zigzag", precision=precision, order=order)
+    asked = checked_problem(
+        p.query, p.key, p.value, **p.judge_arguments(), layout="zigzag", precision=precision, order=order
+    )
     return diagnose(asked, collect(asked, out, lse, chosen_rows(asked, 0)), out, lse)
 
 

@@ -47,7 +47,7 @@ class Problem:
         arrays = {name: np.clip(getattr(self, name), -most, most).astype(dtype) for name in ("query", "key", "value")}
         return replace(self, **arrays)
 
-    def question(self) -> dict[str, Any]:
+    def judge_arguments(self) -> dict[str, Any]:
         """The keyword arguments with which `cpjax.crosscheck.judge` is asked about this problem."""
         return {
             "scale": self.scale,

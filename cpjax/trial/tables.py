@@ -19,10 +19,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def false_alarms(rows: Sequence[Row]) -> str:
     """One line per kind and profile."""
-    head = ("kind", "profile", "results", "alarms", "not judged", "bound", "z", "lse z", "deviate", "scale")
+    head = ("kind", "profile", "results", "alarms", "not judged", "bound", "z", "lse z", "z_score", "scale")
 
     def line(row: Row) -> list[str]:
-        numbers = (f"{x:.2f}" for x in (row.hard_ratio, row.z, row.lse_z, row.deviate, row.scale_deviate))
+        numbers = (f"{x:.2f}" for x in (row.hard_ratio, row.z, row.lse_z, row.z_score, row.scale_z_score))
         return [row.kind, row.profile, *(f"{x:,}" for x in row[2:5]), *numbers]
 
     return markdown(head, map(line, rows))

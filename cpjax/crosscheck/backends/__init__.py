@@ -4,7 +4,7 @@
     mine = "my_package.attention:MyBackend"       a class without arguments, or a module; see `Backend`
 
 spec, npu, sdpa     ours: the JAX ring, `npu_backend`, PyTorch's fused kernel
-compute             one case: asked, run, checked, written; whatever happens becomes an outcome
+compute             one case: problem, run, checked, written; whatever happens becomes an outcome
 launch              each backend in a process of its own, so that a crash is an outcome too
 """
 

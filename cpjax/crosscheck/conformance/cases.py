@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.files.atomic import is_free, whole
+from cpjax.crosscheck.files.atomic import atomic_write, is_free
 from cpjax.crosscheck.files.case import Case, write_case
 from cpjax.crosscheck.files.checksums import write_sums
 from cpjax.errors import InputError
@@ -47,7 +47,7 @@ def write_conformance(folder: Path) -> list[Case]:
     if not is_free(folder):
         raise InputError(f"{folder} is there already; nothing is overwritten, name another folder")
     try:
-        with whole(folder) as unfinished:
+        with atomic_write(folder) as unfinished:
             cases = [write_case(unfinished, case) for case in conformance_cases()]
             write_sums(unfinished, f"cpjax conformance set, version {VERSION}")
     except OSError as error:

@@ -7,7 +7,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault, chunk_faults, pairs_of, rank_faults
 from cpjax.crosscheck.diagnosis.measure import Fit, Measured
 from cpjax.crosscheck.diagnosis.weights import with_weight
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 
 BEST = 8
 """Of the faults of a chunk, so many are computed exactly."""
@@ -30,17 +30,19 @@ class Cause:
     """ln(likelihood) by which it is ahead of the best explanation that is no equal; inf if there is none."""
 
 
-def cause_of(one: Measured, question: Question, whole: list[Fit]) -> Cause:
+def cause_of(one: Measured, problem: Problem, everywhere: list[Fit]) -> Cause:
     """The best explanation of one query chunk, the faults `whole` that touch all chunks among them."""
-    faults = [*chunk_faults(one.sample, question), *rank_faults(one.sample, question)]
-    sets = pairs_of(one.sample, question)
+    faults = [*chunk_faults(one.sample, problem), *rank_faults(one.sample, problem)]
+    sets = pairs_of(one.sample, problem)
     price = 2 * np.log(max(len(sets), 1)) + FITTED
     faults += [with_weight(one, chunks, price) for chunks in sets]
     merges = len(one.model.rows.chunks)
-    if question.order != "unknown" and merges > 1:
+    if problem.order != "unknown" and merges > 1:
         steps = [(k,) for k in range(1, merges)] + ([tuple(range(1, merges))] if merges > 2 else [])
-        whole = whole + [one.fit(Fault("not rescaled", unrescaled=k, cost=2 * np.log(len(steps)) + 1)) for k in steps]
-    fits = [one.fit(fault) for fault in one.screen(faults)[:BEST]] + whole
+        everywhere = everywhere + [
+            one.fit(Fault("not rescaled", unrescaled=k, cost=2 * np.log(len(steps)) + 1)) for k in steps
+        ]
+    fits = [one.fit(fault) for fault in one.screen(faults)[:BEST]] + everywhere
     explains = sorted((fit for fit in fits if fit.explains), key=lambda fit: fit.deviance)
     # What was there without a fault must be worse by more than its price, or the verdict failed for another reason.
     explains = [fit for fit in explains if fit.deviance < one.right.deviance - EQUAL]

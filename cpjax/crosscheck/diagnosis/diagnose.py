@@ -9,15 +9,15 @@ from jaxtyping import Float
 from cpjax.crosscheck.diagnosis import words
 from cpjax.crosscheck.diagnosis.cause import EQUAL, Cause, cause_of
 from cpjax.crosscheck.diagnosis.dictionary import Fault
-from cpjax.crosscheck.diagnosis.everywhere import precisions, whole_faults, whole_masks
+from cpjax.crosscheck.diagnosis.everywhere import global_faults, global_masks, precisions
 from cpjax.crosscheck.diagnosis.fitted import requests_of, with_numbers
 from cpjax.crosscheck.diagnosis.measure import MOST_Z, Fit, Measured
 from cpjax.crosscheck.diagnosis.permutation import chunks_from, heads_from, kv_heads_from
 from cpjax.crosscheck.diagnosis.sample import samples, suspects
 from cpjax.crosscheck.diagnosis.weights import chunk_weights
 from cpjax.crosscheck.judging.evidence import Evidence
-from cpjax.crosscheck.judging.problem import Question
-from cpjax.crosscheck.judging.score_tests import deviate
+from cpjax.crosscheck.judging.problem import Problem
+from cpjax.crosscheck.judging.score_tests import z_score
 
 
 @dataclass(frozen=True)
@@ -30,44 +30,44 @@ class Diagnosis:
     common: tuple[Fault, ...] = field(default=())
 
 
-def diagnose(question: Question, evidence: Evidence, out: np.ndarray, lse: np.ndarray | None) -> Diagnosis:
+def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndarray | None) -> Diagnosis:
     """What went wrong in a result that failed its verdict. Looks at a few rows of each query chunk."""
-    measured = [Measured(sample, question) for sample in samples(question, evidence.rows, out, lse)]
-    weights = np.full((int(question.q_chunk.max()) + 1, int(question.kv_chunk.max()) + 1), np.nan)
+    measured = [Measured(sample, problem) for sample in samples(problem, evidence.rows, out, lse)]
+    weights = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
     for one in measured:
         weights[one.sample.q_chunk] = chunk_weights(one)
-    scope = words.scope(question, evidence.rows, suspects(evidence.rows), out)
+    scope = words.scope(problem, evidence.rows, suspects(evidence.rows), out)
     wrong = [one for one in measured if one.sample.is_wrong] or measured
-    special = _special(question, out)
+    special = _special(problem, out)
     if special is not None:
         return Diagnosis([special, *scope], np.full_like(weights, np.nan))
     if scope and scope[0].endswith(words.BROKEN_END) and not any(one.sample.is_wrong for one in measured):
         return Diagnosis(scope, weights)
     if not measured:
         return Diagnosis([words.UNKNOWN, *scope], weights)
-    whole = [*whole_masks(question, requests_of(wrong)), *with_numbers(wrong)]
-    whole += whole_faults(question, has_lse=lse is not None, suspects=_keys(evidence, measured))
-    whole += _precisions(question, wrong)
-    whole = list({_label(fault): fault for fault in reversed(whole)}.values())
+    everywhere = [*global_masks(problem, requests_of(wrong)), *with_numbers(wrong)]
+    everywhere += global_faults(problem, has_lse=lse is not None, suspects=_keys(evidence, measured))
+    everywhere += _precisions(problem, wrong)
+    everywhere = list({_label(fault): fault for fault in reversed(everywhere)}.values())
     fits: dict[str, dict[int, Fit]] = defaultdict(dict)
-    for fault in whole:
+    for fault in everywhere:
         for one in wrong:
             fits[_label(fault)][one.sample.q_chunk] = one.fit(fault)
-    causes = tuple(cause_of(one, question, [fits[label][one.sample.q_chunk] for label in fits]) for one in wrong)
-    common = _common(whole, fits, causes, measured, wrong)
+    causes = tuple(cause_of(one, problem, [fits[label][one.sample.q_chunk] for label in fits]) for one in wrong)
+    common = _common(everywhere, fits, causes, measured, wrong)
     chosen = common or causes
-    sentences = words.causes(question, chosen)
+    sentences = words.causes(problem, chosen)
     return Diagnosis([*sentences, *scope], weights, causes, tuple(f for c in common[:1] for f in c.faults))
 
 
-def _precisions(question: Question, wrong: list[Measured]) -> list[Fault]:
+def _precisions(problem: Problem, wrong: list[Measured]) -> list[Fault]:
     """Coarser precisions; none if the coarsest does not explain any wrong chunk, since then no finer one does."""
-    found = precisions(question.precision)
+    found = precisions(problem.precision)
     return found if found and any(one.fit(found[-1]).z <= MOST_Z for one in wrong) else []
 
 
 def _common(
-    whole: list[Fault],
+    everywhere: list[Fault],
     fits: dict[str, dict[int, Fit]],
     causes: tuple[Cause, ...],
     measured: list[Measured],
@@ -77,7 +77,7 @@ def _common(
     if len(wrong) == 1 and len(measured) > 1 and causes[0].faults:
         return ()
     found: list[tuple[float, Fault, float]] = []
-    for fault in whole:
+    for fault in everywhere:
         of_fault = fits[_label(fault)]
         if not all(fit.explains for fit in of_fault.values()):
             continue
@@ -118,20 +118,20 @@ def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float
     """The three keys with the largest scores, of the key/value head that is looked at, and their weights."""
     b, k = measured[0].sample.batch, measured[0].sample.kv_head
     score = type(evidence.keys)(*(x[b, k] for x in evidence.keys))
-    value = np.abs(deviate(score))
+    value = np.abs(z_score(score))
     change = np.divide(score.value, score.information, out=np.zeros_like(score.value), where=score.information > 0)
     return [(int(s), float(1 + change[s])) for s in np.argsort(-value)[:3] if value[s] > 0]
 
 
-def _special(question: Question, out: np.ndarray) -> str | None:
+def _special(problem: Problem, out: np.ndarray) -> str | None:
     """What needs no model: nothing written, heads or ranks exchanged."""
-    if not out[question.is_judged].any():
+    if not out[problem.is_judged].any():
         return "out is zero everywhere: it was never written."
-    heads = heads_from(question, out)
+    heads = heads_from(problem, out)
     if heads is not None:
         return words.heads(heads)
-    kv_heads = kv_heads_from(question, out)
+    kv_heads = kv_heads_from(problem, out)
     if kv_heads is not None:
-        return words.kv_heads(question, kv_heads)
-    chunks = chunks_from(question, out)
-    return None if chunks is None else words.chunks(question, chunks)
+        return words.kv_heads(problem, kv_heads)
+    chunks = chunks_from(problem, out)
+    return None if chunks is None else words.chunks(problem, chunks)

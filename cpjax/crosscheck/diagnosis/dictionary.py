@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpjax.crosscheck.diagnosis.sample import Extent, Sample
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import Precision
 
 
@@ -54,27 +54,27 @@ FITTED = 8.0
 """Cost of a fitted number; about ln n of the BIC for n = 3,000 outputs."""
 
 
-def pairs_of(sample: Sample, question: Question) -> list[tuple[int, ...]]:
+def pairs_of(sample: Sample, problem: Problem) -> list[tuple[int, ...]]:
     """Chunks that may be wrong together: each alone, and the two chunks of one rank, which travel together."""
     seen = {int(c) for c in sample.visible_chunks}
     alone: list[tuple[int, ...]] = [(c,) for c in sorted(seen)]
-    if question.layout != "zigzag":
+    if problem.layout != "zigzag":
         return alone
-    last = 2 * question.cp - 1
-    return alone + [(c, last - c) for c in range(question.cp) if {c, last - c} <= seen]
+    last = 2 * problem.cp - 1
+    return alone + [(c, last - c) for c in range(problem.cp) if {c, last - c} <= seen]
 
 
-def chunk_faults(sample: Sample, question: Question) -> Iterator[Fault]:
+def chunk_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
     """Faults of whole key/value chunks: dropped, doubled, stale, exchanged, shown though hidden, masked though seen."""
     count = int(sample.chunk.max()) + 1
-    sets = pairs_of(sample, question)
+    sets = pairs_of(sample, problem)
     few = 2 * np.log(max(len(sets), 1))
     seen = {int(c) for c in sample.visible_chunks}
     for chunks in sets:
         yield Fault("dropped", chunks, changes=tuple((c, Block(c, "visible", 0.0)) for c in chunks), cost=few)
         yield Fault("doubled", chunks, changes=tuple((c, Block(c, "visible", 2.0)) for c in chunks), cost=few)
     for c in sorted(seen):
-        if _extent(sample, c) == "whole":
+        if _extent(sample, c) == "all":
             yield Fault("masked", (c,), changes=((c, Block(c, "triangle")),), cost=few + 1)
     many = 2 * np.log(max(len(seen) * count, 1)) + 1
     for slot in sorted(seen):
@@ -90,20 +90,20 @@ def chunk_faults(sample: Sample, question: Question) -> Iterator[Fault]:
         if {a, b} & seen and (a == sample.own or b == sample.own) and {a, b} <= seen:
             changes = ((a, Block(b, _extent(sample, a))), (b, Block(a, _extent(sample, b))))
             yield Fault("exchanged", (a, b), (b, a), changes, cost=many)
-    if question.mask.is_causal:
+    if problem.mask.is_causal:
         for slot in set(range(count)) - (seen - {sample.own}):
             kind = "unmasked" if slot == sample.own else "shown"
-            yield Fault(kind, (slot,), changes=((slot, Block(slot, "whole")),), cost=1 if kind == "unmasked" else many)
+            yield Fault(kind, (slot,), changes=((slot, Block(slot, "all")),), cost=1 if kind == "unmasked" else many)
 
 
-def rank_faults(sample: Sample, question: Question) -> Iterator[Fault]:
+def rank_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
     """What one rank sent was replaced by what another sent: both of its chunks are stale."""
-    if question.layout != "zigzag":
+    if problem.layout != "zigzag":
         return
-    seen, last = {int(c) for c in sample.visible_chunks}, 2 * question.cp - 1
-    cost = 2 * np.log(max(question.cp, 2) ** 2) + 1
-    for a in range(question.cp):
-        for b in set(range(question.cp)) - {a}:
+    seen, last = {int(c) for c in sample.visible_chunks}, 2 * problem.cp - 1
+    cost = 2 * np.log(max(problem.cp, 2) ** 2) + 1
+    for a in range(problem.cp):
+        for b in set(range(problem.cp)) - {a}:
             slots = tuple(c for c in (a, last - a) if c in seen)
             if len(slots) == 2 and last < int(sample.chunk.max()) + 1:
                 sources = (b, last - b)
@@ -115,7 +115,7 @@ def _extent(sample: Sample, slot: int) -> Extent:
     """What a kernel shows of whatever data it finds in the place of this chunk."""
     inside = sample.seen[:, sample.chunk == slot]
     if inside.all():
-        return "whole"
+        return "all"
     if np.array_equal(inside, sample.triangle[:, sample.chunk == slot]):
         return "triangle"
     return "visible"

@@ -9,58 +9,58 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.masks import before_of, first_query
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import Precision
 
 
-def families(question: Question, requests: set[int]) -> Iterator[tuple[str, str, float]]:
+def families(problem: Problem, requests: set[int]) -> Iterator[tuple[str, str, float]]:
     """Masks with a number that is looked for: kind, family, and the number of the correct mask.
 
     Args:
       requests: those of wrong rows.
     """
-    segment = np.asarray(question.kv_tokens.segment)
-    if question.mask.is_causal:
+    segment = np.asarray(problem.kv_tokens.segment)
+    if problem.mask.is_causal:
         yield "causal mask shifted", "shift", 0.0
         yield "causal mask shifted", "diagonal", 0.0
-    yield "window", "window", np.inf if question.mask.window is None else float(question.mask.window)
+    yield "window", "window", np.inf if problem.mask.window is None else float(problem.mask.window)
     if (segment < 0).any():
         yield "pads leaked", "pads", -np.inf
-        if question.mask.is_causal:
+        if problem.mask.is_causal:
             yield "pads leaked", "pads in place", -np.inf
     if len(np.unique(segment[segment >= 0])) > 1:
         yield "requests mixed", "requests", -np.inf
         for number in sorted(requests):
             if any(before_of(row, number) >= 0 for row in segment):
                 yield "requests mixed", f"request {number}", -np.inf
-    if _has_prefix(question):
+    if _has_prefix(problem):
         yield "prefix dropped", "prefix", np.inf
 
 
-def whole_masks(question: Question, requests: set[int]) -> Iterator[Fault]:
+def global_masks(problem: Problem, requests: set[int]) -> Iterator[Fault]:
     """Masks without a number that would have to be looked for."""
-    for kind, family, _ in families(question, requests):
-        if family not in ("diagonal", "prefix") and (family != "window" or question.mask.window is not None):
+    for kind, family, _ in families(problem, requests):
+        if family not in ("diagonal", "prefix") and (family != "window" or problem.mask.window is not None):
             kind = "causal mask absent" if family == "shift" else kind
             # Of two requests only one is before another: where two names mean the same, the narrower one is taken.
             cost = 1 if family.startswith("request ") else 3 if " " in family else 2
             yield Fault(kind, mask=family, number=np.inf, cost=cost)
-        if family == "requests" and question.mask.is_causal:
+        if family == "requests" and problem.mask.is_causal:
             yield Fault(kind, mask="requests by position", number=np.inf, cost=3)
         if family == "prefix":
             yield Fault(kind, mask=family, number=0.0, cost=2)
-    if not question.mask.is_causal:
+    if not problem.mask.is_causal:
         yield Fault("causal mask applied", mask="shift", number=0.0, cost=2)
     yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=3)
 
 
-def whole_faults(question: Question, *, has_lse: bool, suspects: list[tuple[int, float]]) -> Iterator[Fault]:
+def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, float]]) -> Iterator[Fault]:
     """Other faults that touch all query chunks alike.
 
     Args:
       suspects: keys with the largest scores, and the weights with which they seem to enter.
     """
-    names = {"not applied": 1 / (question.scale or 1.0), "applied twice": question.scale, "zero": 1e-9, "negated": -1.0}
+    names = {"not applied": 1 / (problem.scale or 1.0), "applied twice": problem.scale, "zero": 1e-9, "negated": -1.0}
     names |= {"times log2(e)": np.log2(np.e), "times ln 2": np.log(2.0)}
     for name, factor in names.items():
         yield Fault(f"scale {name}", scale=float(factor), cost=4)
@@ -69,7 +69,7 @@ def whole_faults(question: Question, *, has_lse: bool, suspects: list[tuple[int,
             yield Fault(f"lse {name}", lse=name, cost=4)
     for key, weight in suspects:
         kind = "key lost" if abs(weight) < 0.5 else "key doubled"
-        yield Fault(kind, key=key, number=0.0 if kind == "key lost" else 2.0, cost=2 * np.log(question.key.shape[1]))
+        yield Fault(kind, key=key, number=0.0 if kind == "key lost" else 2.0, cost=2 * np.log(problem.key.shape[1]))
 
 
 SHORT = {"float16": "FP16", "bfloat16": "BF16"}
@@ -97,7 +97,7 @@ def precisions(claimed: Precision) -> list[Fault]:
     return found
 
 
-def _has_prefix(question: Question) -> bool:
+def _has_prefix(problem: Problem) -> bool:
     """Keys that stand before every query of their request."""
-    segment = np.asarray(question.kv_tokens.segment)
-    return bool((np.asarray(question.kv_tokens.position)[segment >= 0] < first_query(question)[segment >= 0]).any())
+    segment = np.asarray(problem.kv_tokens.segment)
+    return bool((np.asarray(problem.kv_tokens.position)[segment >= 0] < first_query(problem)[segment >= 0]).any())

@@ -33,19 +33,19 @@ def requests_of(wrong: list[Measured]) -> set[int]:
     """The requests of the rows that are looked at."""
     numbers: set[int] = set()
     for one in wrong:
-        segment = np.asarray(one.question.q_tokens.segment)[one.sample.batch, one.sample.position]
+        segment = np.asarray(one.problem.q_tokens.segment)[one.sample.batch, one.sample.position]
         numbers |= {int(x) for x in segment if x >= 0}
     return numbers
 
 
 def _masks(wrong: list[Measured]) -> Iterator[Fault]:
     """Of each family of masks the one that fits best."""
-    for kind, family, right in families(wrong[0].question, requests_of(wrong)):
+    for kind, family, right in families(wrong[0].problem, requests_of(wrong)):
         best = best_number(wrong, family, right)
         if best is not None:
             # "diagonal" and "in place" are special cases; where they hide the same keys, the plain name is taken.
             special = family in ("diagonal", "pads in place")
-            cost = 2 * float(np.log(wrong[0].question.key.shape[1])) + 2 + special
+            cost = 2 * float(np.log(wrong[0].problem.key.shape[1])) + 2 + special
             yield Fault(kind, mask=family, number=best, cost=cost)
 
 
@@ -58,7 +58,7 @@ def _fit_scale(wrong: list[Measured]) -> float | None:
     def misfit(log_factor: float) -> float:
         total = 0.0
         for one in some:
-            out, _, lse = glance(one.sample, one.question, Fault("scale", scale=float(np.exp(log_factor))))
+            out, _, lse = glance(one.sample, one.problem, Fault("scale", scale=float(np.exp(log_factor))))
             total += float(((one.sample.out - out) ** 2 / np.maximum(one.expected.sigma, 1e-7) ** 2).mean())
             if one.sample.lse is not None:
                 with np.errstate(invalid="ignore"):

@@ -16,27 +16,27 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.diagnosis.sample import Sample
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 
 ALWAYS, NEVER = -np.inf, np.inf
 
 Thresholds = Float[np.ndarray, "R S"]
 
 
-def mask_of(sample: Sample, question: Question, family: str, number: float) -> Bool[np.ndarray, "R S"]:
+def mask_of(sample: Sample, problem: Problem, family: str, number: float) -> Bool[np.ndarray, "R S"]:
     """The mask of a fault."""
-    threshold = thresholds(sample, question, family)
+    threshold = thresholds(sample, problem, family)
     return (threshold <= number) & (threshold < NEVER)
 
 
-def thresholds(sample: Sample, question: Question, family: str) -> Thresholds:
+def thresholds(sample: Sample, problem: Problem, family: str) -> Thresholds:
     """From which number on each key is visible; `NEVER` where it is hidden whatever the number."""
     b, at = sample.batch, sample.position
-    position, segment = (np.asarray(x)[b, at] for x in question.q_tokens)
-    kv_position, kv_segment = (np.asarray(x)[b] for x in question.kv_tokens)
+    position, segment = (np.asarray(x)[b, at] for x in problem.q_tokens)
+    kv_position, kv_segment = (np.asarray(x)[b] for x in problem.kv_tokens)
     ahead = position[:, None].astype(float) - kv_position[None]
     same = (segment[:, None] == kv_segment[None]) & (segment[:, None] >= 0)
-    is_causal, window = question.mask.is_causal, question.mask.window
+    is_causal, window = problem.mask.is_causal, problem.mask.window
     inside = np.ones_like(same) if window is None else np.abs(ahead) < window
     right = np.where(sample.seen, ALWAYS, NEVER)
     if family == "shift":
@@ -49,7 +49,7 @@ def thresholds(sample: Sample, question: Question, family: str) -> Thresholds:
     if family == "chunks":
         return np.where(sample.seen & sample.triangle, 0.0, NEVER)
     if family == "prefix":
-        return np.where(sample.seen, np.maximum(first_query(question)[b] - kv_position, 0)[None], NEVER)
+        return np.where(sample.seen, np.maximum(first_query(problem)[b] - kv_position, 0)[None], NEVER)
     place = at[:, None] - np.arange(len(kv_position), dtype=float)[None]
     before = {"by position": ahead >= 0, "in place": place >= 0}
     if family.startswith("pads"):
@@ -85,10 +85,10 @@ def before_of(kv_segment: np.ndarray, number: int) -> int:
     return int(earlier[-1]) if len(earlier) else -2
 
 
-def first_query(question: Question) -> np.ndarray:
+def first_query(problem: Problem) -> np.ndarray:
     """For every key the least position of a query of its request, `[B, S]`."""
-    q_position, q_segment = (np.asarray(x) for x in question.q_tokens)
-    kv_segment = np.asarray(question.kv_tokens.segment)
+    q_position, q_segment = (np.asarray(x) for x in problem.q_tokens)
+    kv_segment = np.asarray(problem.kv_tokens.segment)
     least = np.zeros(kv_segment.shape, np.int64)
     for b in range(len(kv_segment)):
         for s in np.unique(kv_segment[b]):

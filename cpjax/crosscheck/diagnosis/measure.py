@@ -10,8 +10,8 @@ from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance,
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.row_covariance import distinct
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judging.problem import Question
-from cpjax.crosscheck.judging.statistic import effective_freedom
+from cpjax.crosscheck.judging.problem import Problem
+from cpjax.crosscheck.judging.statistic import effective_dof
 
 MOST_Z = 2.0
 """A fault whose residual is larger than this many standard deviations explains nothing."""
@@ -32,7 +32,7 @@ class Fit:
     """−2 ln(likelihood), up to a constant of the sample, plus the cost of the fault."""
     z: float
     """RMS(residual / σ) of out and lse, the larger."""
-    freedom: float
+    dof: float
     """Effective number of independent residuals."""
     lse_is_right: bool = False
     """lse is that of the correct result, only out is not."""
@@ -48,13 +48,13 @@ class Fit:
 class Measured:
     """A sample with the model of the correct result; scores faults."""
 
-    def __init__(self, sample: Sample, question: Question):
+    def __init__(self, sample: Sample, problem: Problem):
         """Computes the correct result once."""
-        self.sample, self.question = sample, question
-        self.model = exact_model(sample, question)
+        self.sample, self.problem = sample, problem
+        self.model = exact_model(sample, problem)
         self.expected = self.model.expected()
-        different = distinct(self.model.rows.out, FORMATS[question.precision.out])
-        self.freedom = np.maximum(effective_freedom(different, self.expected.coherent), 1.0)
+        different = distinct(self.model.rows.out, FORMATS[problem.precision.out])
+        self.dof = np.maximum(effective_dof(different, self.expected.common), 1.0)
         self.right = self.fit(RIGHT)
 
     def fit(self, fault: Fault) -> Fit:
@@ -62,11 +62,11 @@ class Measured:
         plain = not (fault.changes or fault.mask or fault.scale != 1.0 or fault.key >= 0 or fault.precision)
         if not plain and not fault.changes and not fault.precision and (far := self._far(fault)) is not None:
             return far
-        model = self.model if plain else exact_model(self.sample, self.question, fault)
+        model = self.model if plain else exact_model(self.sample, self.problem, fault)
         expected = self.expected if plain else model.expected()
         out, lse, variance = model.rows.out, model.rows.lse, expected.sigma**2
         if fault.unrescaled:
-            out = unrescaled(model, self.question, fault.unrescaled)
+            out = unrescaled(model, self.problem, fault.unrescaled)
             variance = variance * np.maximum(1.0, (out / np.where(model.rows.out == 0, 1, model.rows.out)) ** 2)
         if fault.noise:
             variance = noisier(model, expected.sigma**2, fault.number)
@@ -88,7 +88,7 @@ class Measured:
             out = np.clip(p / m[:, None], -1e100, 1e100)  # a row that loses all its keys is no output at all
             with np.errstate(over="ignore"):
                 growth = np.minimum(np.maximum(1.0, mass / m), 1e6)
-            step = FORMATS[self.question.precision.out].spacing(out)
+            step = FORMATS[self.problem.precision.out].spacing(out)
             variance = (self.expected.sigma * growth[:, None]) ** 2 + step**2 / 6
             lse = self.sample.base + np.log(m)
             rough.append(self._score(fault, out, variance, lse, self.expected.lse_sigma * growth).deviance)
@@ -96,10 +96,10 @@ class Measured:
 
     def _far(self, fault: Fault) -> Fit | None:
         """The fit of a fault that changes the mask, the scale or a key, if a glance shows that it explains nothing."""
-        out, mass, lse = glance(self.sample, self.question, fault)
+        out, mass, lse = glance(self.sample, self.problem, fault)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             growth = np.minimum(np.maximum(1.0, self.sample.sums["visible"][0].sum(axis=1) / mass), 1e6)
-        step = FORMATS[self.question.precision.out].spacing(out)
+        step = FORMATS[self.problem.precision.out].spacing(out)
         variance = (self.expected.sigma * np.nan_to_num(growth, nan=1.0)[:, None]) ** 2 + step**2 / 6
         each = ((self.sample.out - out) ** 2 / variance).mean(axis=1)
         if not np.median(each) > FAR**2:
@@ -109,12 +109,12 @@ class Measured:
     @cached_property
     def sigma(self) -> np.ndarray:
         """Deviation of the rows, whatever they should have been: at least that of the last rounding."""
-        return np.maximum(self.expected.sigma, FORMATS[self.question.precision.out].spacing(self.sample.out) / 4)
+        return np.maximum(self.expected.sigma, FORMATS[self.problem.precision.out].spacing(self.sample.out) / 4)
 
     @property
     def floor(self) -> np.ndarray:
         """Outputs that must be exact still get a deviation, a thousandth of a spacing."""
-        return FORMATS[self.question.precision.out].spacing(self.model.rows.out) * 1e-3
+        return FORMATS[self.problem.precision.out].spacing(self.model.rows.out) * 1e-3
 
     def _score(self, fault: Fault, out: np.ndarray, variance: np.ndarray, lse: np.ndarray, sigma: np.ndarray) -> Fit:
         sample = self.sample
@@ -123,11 +123,11 @@ class Measured:
             square = (sample.out - out) ** 2 / variance
         square = np.where(square < 1e18, square, 1e18)  # a NaN explains nothing either
         each = (square + np.log(variance)).mean(axis=1)
-        deviance = float((self.freedom * each).sum()) + fault.cost
-        z = float(np.sqrt((self.freedom * square.mean(axis=1)).sum() / self.freedom.sum()))
+        deviance = float((self.dof * each).sum()) + fault.cost
+        z = float(np.sqrt((self.dof * square.mean(axis=1)).sum() / self.dof.sum()))
         is_even = not (fault.noise or fault.precision) or bool(np.median(square.mean(axis=1)) >= EVEN)
         if sample.lse is None:
-            return Fit(fault, deviance, z, float(self.freedom.sum()), is_even=is_even)
+            return Fit(fault, deviance, z, float(self.dof.sum()), is_even=is_even)
         choices = []
         for is_right, expected, s in ((False, lse, sigma), (True, self.model.rows.lse, self.expected.lse_sigma)):
             s = np.maximum(s, 2.0**-24)
@@ -137,4 +137,4 @@ class Measured:
             choices.append((float((of_lse + 2 * np.log(s)).sum()) + 2.0 * is_right, of_lse.mean() ** 0.5, is_right))
         best = min(choices if not fault.lse else choices[:1])
         z = max(z, float(best[1]))
-        return Fit(fault, deviance + best[0], z, float(self.freedom.sum()), bool(best[2]), is_even)
+        return Fit(fault, deviance + best[0], z, float(self.dof.sum()), bool(best[2]), is_even)

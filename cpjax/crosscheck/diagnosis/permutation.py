@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cpjax.crosscheck.diagnosis.sample import index_in_chunk
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.mask import Tokens, visible
 
 NEAR = 2e-2
@@ -16,24 +16,24 @@ POSITIONS = 3
 MOST_HEADS = 128
 
 
-def heads_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " N"] | None:
+def heads_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " N"] | None:
     """For each head the head whose outputs it has, if that is a permutation other than the identity."""
-    heads = question.query.shape[2]
+    heads = problem.query.shape[2]
     if not 2 <= heads <= MOST_HEADS:
         return None
-    at = _late(np.flatnonzero(question.is_judged[0]))
-    exact = np.stack([_exact(question, 0, at, n) for n in range(heads)])  # [N, P, V]
+    at = _late(np.flatnonzero(problem.is_judged[0]))
+    exact = np.stack([_exact(problem, 0, at, n) for n in range(heads)])  # [N, P, V]
     return _permutation(out[0, at].astype(np.float64).swapaxes(0, 1), exact)
 
 
-def kv_heads_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " N"] | None:
+def kv_heads_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " N"] | None:
     """For each head the key/value head that it attends to, if every head has one and some have another than theirs."""
-    heads, kv_heads = question.query.shape[2], question.key.shape[2]
+    heads, kv_heads = problem.query.shape[2], problem.key.shape[2]
     if kv_heads < 2 or heads > MOST_HEADS:
         return None
-    at = _late(np.flatnonzero(question.is_judged[0]))
-    own = np.arange(heads) // question.group
-    exact = np.stack([[_exact(question, 0, at, n, k) for k in range(kv_heads)] for n in range(heads)])  # [N, K, P, V]
+    at = _late(np.flatnonzero(problem.is_judged[0]))
+    own = np.arange(heads) // problem.group
+    exact = np.stack([[_exact(problem, 0, at, n, k) for k in range(kv_heads)] for n in range(heads)])  # [N, K, P, V]
     given = out[0, at].astype(np.float64).swapaxes(0, 1)[:, None]
     if not np.isfinite(given).all():
         return None
@@ -43,20 +43,20 @@ def kv_heads_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " N"] 
     return nearest if is_near.all() and (nearest != own).any() else None
 
 
-def chunks_from(question: Question, out: np.ndarray) -> Int[np.ndarray, " C"] | None:
+def chunks_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " C"] | None:
     """For each query chunk the chunk whose outputs it has, if that is a permutation other than the identity."""
-    if question.layout in ("packed", "decode"):
+    if problem.layout in ("packed", "decode"):
         return None
-    chunk = question.q_chunk
+    chunk = problem.q_chunk
     index, count = index_in_chunk(chunk), int(chunk.max()) + 1
     if count < 2 or len(chunk) % count:
         return None
     at = np.concatenate([np.flatnonzero(index == i) for i in _late(np.arange(len(chunk) // count))])
-    if not question.is_judged[0, at].all():
+    if not problem.is_judged[0, at].all():
         return None
     head = 0
     by_chunk = np.argsort(chunk[at], kind="stable")
-    exact = _exact(question, 0, at, head)[by_chunk].reshape(count, -1, out.shape[3])
+    exact = _exact(problem, 0, at, head)[by_chunk].reshape(count, -1, out.shape[3])
     given = out[0, at, head].astype(np.float64)[by_chunk].reshape(exact.shape)
     return _permutation(given, exact)
 
@@ -65,18 +65,16 @@ def _late(places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " p"]:
     return places[np.linspace(len(places) // 2, len(places) - 1, POSITIONS).astype(int)]
 
 
-def _exact(
-    question: Question, b: int, at: np.ndarray, head: int, kv_head: int | None = None
-) -> Float[np.ndarray, "P V"]:
-    k = head // question.group if kv_head is None else kv_head
-    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
-    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
-    seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]
-    score = question.scale * (question.query[b, at, head].astype(float) @ question.key[b, :, k].astype(float).T)
+def _exact(problem: Problem, b: int, at: np.ndarray, head: int, kv_head: int | None = None) -> Float[np.ndarray, "P V"]:
+    k = head // problem.group if kv_head is None else kv_head
+    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
+    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
+    seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
+    score = problem.scale * (problem.query[b, at, head].astype(float) @ problem.key[b, :, k].astype(float).T)
     score = np.where(seen, score, -np.inf)
     top = score.max(axis=1, keepdims=True)
     p = np.exp(score - np.where(np.isneginf(top), 0.0, top))
-    return p @ question.value[b, :, k].astype(float) / np.maximum(p.sum(axis=1, keepdims=True), 1e-300)
+    return p @ problem.value[b, :, k].astype(float) / np.maximum(p.sum(axis=1, keepdims=True), 1e-300)
 
 
 def _permutation(given: Float[np.ndarray, "n P V"], exact: Float[np.ndarray, "n P V"]) -> np.ndarray | None:

@@ -7,7 +7,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.sample import samples
 from cpjax.crosscheck.judging.evidence import collect
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import Precision, scale_in
 
 EQUAL = 6.0
@@ -31,28 +31,30 @@ def candidates(out: str) -> dict[str, Precision]:
     return dict(found)
 
 
-def consistent_with(asked: Question, scale: float, out: np.ndarray, lse: np.ndarray | None, seed: int = 0) -> list[str]:
+def consistent_with(
+    problem: Problem, scale: float, out: np.ndarray, lse: np.ndarray | None, seed: int = 0
+) -> list[str]:
     """The likeliest precision in words, and what cannot be told apart from it; empty where none explains the result.
 
     Args:
-      asked: the question; its precision, cp and order do not matter.
+      problem: the question; its precision, cp and order do not matter.
       scale: as it was stated, not rounded.
     """
     if out.dtype.name not in ("float16", "bfloat16", "float32"):
         return []
-    chosen = np.zeros(asked.query.shape[:3], bool)
-    places = np.flatnonzero(asked.is_judged[0])
+    chosen = np.zeros(problem.query.shape[:3], bool)
+    places = np.flatnonzero(problem.is_judged[0])
     chosen[0, np.random.default_rng(seed).permutation(places)[:ROWS], 0] = True
     named = {
-        name: replace(asked, precision=precision, scale=scale_in(precision, scale), cp=1, order="ascending")
+        name: replace(problem, precision=precision, scale=scale_in(precision, scale), cp=1, order="ascending")
         for name, precision in candidates(out.dtype.name).items()
     }
     # All are asked about the same rows.
     first = next(iter(named.values()))
     parts = samples(first, collect(first, out, lse, chosen).rows, out, lse)
     fits = []
-    for name, question in named.items():
-        measured = [Measured(replace(part, scale=question.scale), question).right for part in parts]
+    for name, one in named.items():
+        measured = [Measured(replace(part, scale=one.scale), one).right for part in parts]
         if measured and all(fit.explains for fit in measured):
             fits.append((sum(fit.deviance for fit in measured), name))
     return [name for deviance, name in sorted(fits) if deviance <= min(fits)[0] + EQUAL]

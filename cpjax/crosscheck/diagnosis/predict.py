@@ -8,14 +8,14 @@ from cpjax.crosscheck.diagnosis.masks import mask_of
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import scale_in
 
 
-def exact_model(sample: Sample, question: Question, fault: Fault = RIGHT) -> ErrorModel:
+def exact_model(sample: Sample, problem: Problem, fault: Fault = RIGHT) -> ErrorModel:
     """The error model of the rows as the fault would have computed them."""
-    precision = fault.precision or question.precision
-    pieces = _pieces(sample, question, fault)
+    precision = fault.precision or problem.precision
+    pieces = _pieces(sample, problem, fault)
     index = np.concatenate([keys for keys, _, _, _ in pieces])
     seen = np.concatenate([mask for _, mask, _, _ in pieces], axis=1)
     slot = np.concatenate([np.full(len(keys), slot) for keys, _, slot, _ in pieces])
@@ -25,13 +25,13 @@ def exact_model(sample: Sample, question: Question, fault: Fault = RIGHT) -> Err
         query = np.column_stack([query, np.ones(len(query))])
         key = np.column_stack([key, log_weight / scale])
     rows = attention_rows(query, key, sample.value[index], seen, slot, scale)
-    merging = question.merging_of(np.full(len(query), sample.q_chunk), rows.chunks)
-    return ErrorModel(rows, precision, merging, question.query.shape[3], scale)
+    merging = problem.merging_of(np.full(len(query), sample.q_chunk), rows.chunks)
+    return ErrorModel(rows, precision, merging, problem.query.shape[3], scale)
 
 
-def _pieces(sample: Sample, question: Question, fault: Fault) -> list[tuple[np.ndarray, np.ndarray, int, float]]:
+def _pieces(sample: Sample, problem: Problem, fault: Fault) -> list[tuple[np.ndarray, np.ndarray, int, float]]:
     """Keys, their mask, the slot in which they enter, and their weight."""
-    seen = mask_of(sample, question, fault.mask, fault.number) if fault.mask else sample.seen
+    seen = mask_of(sample, problem, fault.mask, fault.number) if fault.mask else sample.seen
     changed = dict(fault.changes)
     pieces = []
     for slot in range(int(sample.chunk.max()) + 1):
@@ -49,10 +49,10 @@ def _pieces(sample: Sample, question: Question, fault: Fault) -> list[tuple[np.n
 
 
 def glance(
-    sample: Sample, question: Question, fault: Fault
+    sample: Sample, problem: Problem, fault: Fault
 ) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Exact out, Σ exp(s − base) and lse with another mask, scale, or weight of a key; without an error model."""
-    seen = mask_of(sample, question, fault.mask, fault.number) if fault.mask else sample.seen
+    seen = mask_of(sample, problem, fault.mask, fault.number) if fault.mask else sample.seen
     score = np.where(seen, sample.score * fault.scale, -np.inf)
     top = score.max(axis=1, keepdims=True)
     top = np.where(np.isneginf(top), 0.0, top)
@@ -65,10 +65,14 @@ def glance(
         return out, total * np.exp(np.minimum(top[:, 0] - sample.base, 600.0)), top[:, 0] + np.log(total)
 
 
-def unrescaled(model: ErrorModel, question: Question, merges: tuple[int, ...]) -> Float[np.ndarray, "R V"]:
+def unrescaled(model: ErrorModel, problem: Problem, merges: tuple[int, ...]) -> Float[np.ndarray, "R V"]:
     """The output if these merges add the new part without scaling the running output down."""
     rows = model.rows
-    order = model.merging if model.merging is not None else np.tile(np.arange(len(rows.chunks)), (len(rows.lse), 1))
+    order = (
+        model.arithmetic.merging
+        if model.arithmetic.merging is not None
+        else np.tile(np.arange(len(rows.chunks)), (len(rows.lse), 1))
+    )
     a = np.take_along_axis(rows.chunk_weight, order, axis=1)
     part = np.take_along_axis(rows.chunk_part, order[..., None], axis=1)
     done = np.zeros(len(a))

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.judging.evidence import RowTable
-from cpjax.crosscheck.judging.problem import Question
-from cpjax.crosscheck.judging.statistic import SLACK, RowErrors, deviate, spread_deviate
+from cpjax.crosscheck.judging.problem import Problem
+from cpjax.crosscheck.judging.statistic import SLACK, RowErrors, spread_z_score, z_score
 from cpjax.mask import Tokens, visible
 
 ROWS = 12
@@ -19,9 +19,9 @@ ELEMENTS = 2**21
 """Most scores of a query chunk that are looked at; with very long keys fewer rows, but at least four."""
 
 SUSPECT = 4.0
-"""A row or a chunk whose errors exceed this many deviates is taken to be wrong."""
+"""A row or a chunk whose errors have a larger z-score is taken to be wrong."""
 
-Extent = Literal["visible", "whole", "triangle"]
+Extent = Literal["visible", "all", "triangle"]
 """Which keys of a chunk entered: those that the mask shows, all, or those up to the query's own index in its chunk."""
 
 
@@ -67,7 +67,7 @@ class Sample:
 
     def mask(self, extent: Extent) -> Bool[np.ndarray, "R S"]:
         """The mask of that extent, over all keys."""
-        return {"visible": self.seen, "whole": np.ones_like(self.seen), "triangle": self.triangle}[extent]
+        return {"visible": self.seen, "all": np.ones_like(self.seen), "triangle": self.triangle}[extent]
 
     @cached_property
     def sums(self) -> dict[Extent, tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C V"]]]:
@@ -75,7 +75,7 @@ class Sample:
         weight = np.exp(np.minimum(self.score - self.base[:, None], 600.0))
         found: dict[Extent, tuple[np.ndarray, np.ndarray]] = {}
         count = int(self.chunk.max()) + 1
-        for extent in ("visible", "whole", "triangle"):
+        for extent in ("visible", "all", "triangle"):
             masked = np.where(self.mask(extent), weight, 0.0)
             mass = np.stack([masked[:, self.chunk == c].sum(axis=1) for c in range(count)], axis=1)
             part = np.stack([masked[:, self.chunk == c] @ self.value[self.chunk == c] for c in range(count)], axis=1)
@@ -85,12 +85,12 @@ class Sample:
 
 def suspects(table: RowTable) -> Bool[np.ndarray, " R"]:
     """The rows whose own errors are too large."""
-    lse = deviate(table.lse_square / SLACK, table.lse_freedom) > SUSPECT
-    wrong = (deviate(table.mean_square / SLACK, table.freedom) > SUSPECT) | lse | (table.outside > 0)
+    lse = z_score(table.lse_square / SLACK, table.lse_dof) > SUSPECT
+    wrong = (z_score(table.mean_square / SLACK, table.dof) > SUSPECT) | lse | (table.outside > 0)
     return (wrong | ~(table.lse_ratio <= 1.0)) & ~table.unjudged
 
 
-def samples(question: Question, table: RowTable, out: np.ndarray, lse: np.ndarray | None) -> list[Sample]:
+def samples(problem: Problem, table: RowTable, out: np.ndarray, lse: np.ndarray | None) -> list[Sample]:
     """One sample for each query chunk that has judged rows, in ascending order.
 
     Rows with a NaN or an infinity are left out: they show where it happened, but not what.
@@ -98,8 +98,8 @@ def samples(question: Question, table: RowTable, out: np.ndarray, lse: np.ndarra
     usable = ~table.unjudged & np.isfinite(out[table.batch, table.position, table.head]).all(axis=1)
     if lse is not None:
         usable &= np.isfinite(lse[table.batch, table.position, table.head])
-    chunk, wrong = question.q_chunk[table.position], suspects(table)
-    kv_head = table.head // question.group
+    chunk, wrong = problem.q_chunk[table.position], suspects(table)
+    kv_head = table.head // problem.group
     best = _most(table.batch, kv_head, wrong & usable)
     found = []
     for q_chunk in np.unique(chunk[usable]):
@@ -111,9 +111,9 @@ def samples(question: Question, table: RowTable, out: np.ndarray, lse: np.ndarra
         if not here.any():
             continue
         size = table.mean_square + table.lse_square
-        rows = _pick(np.flatnonzero(here), table.head, size, wrong, question.key.shape[1])
+        rows = _pick(np.flatnonzero(here), table.head, size, wrong, problem.key.shape[1])
         is_wrong = bool((of_chunk & wrong).any()) or _stands_out(table, of_chunk)
-        found.append(_sample(question, table, rows, out, lse, int(q_chunk), is_wrong=is_wrong))
+        found.append(_sample(problem, table, rows, out, lse, int(q_chunk), is_wrong=is_wrong))
     return found
 
 
@@ -139,13 +139,13 @@ def _pick(rows: np.ndarray, head: np.ndarray, size: np.ndarray, wrong: np.ndarra
 
 
 def _stands_out(table: RowTable, rows: np.ndarray) -> bool:
-    of_out = spread_deviate(RowErrors(table.mean_square[rows], table.freedom[rows], table.same[rows]))
-    of_lse = spread_deviate(RowErrors(table.lse_square[rows], table.lse_freedom[rows], table.same[rows]))
+    of_out = spread_z_score(RowErrors(table.mean_square[rows], table.dof[rows], table.same[rows]))
+    of_lse = spread_z_score(RowErrors(table.lse_square[rows], table.lse_dof[rows], table.same[rows]))
     return not max(of_out, of_lse) <= SUSPECT
 
 
 def _sample(
-    question: Question,
+    problem: Problem,
     table: RowTable,
     rows: np.ndarray,
     out: np.ndarray,
@@ -155,26 +155,26 @@ def _sample(
     is_wrong: bool,
 ) -> Sample:
     b, at, head = int(table.batch[rows[0]]), table.position[rows], table.head[rows]
-    k = int(head[0]) // question.group
-    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
-    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
-    index, own = index_in_chunk(question.kv_chunk), index_in_chunk(question.q_chunk)
+    k = int(head[0]) // problem.group
+    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
+    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
+    index, own = index_in_chunk(problem.kv_chunk), index_in_chunk(problem.q_chunk)
     return Sample(
         q_chunk=q_chunk,
-        own=-1 if question.layout == "decode" else q_chunk,
+        own=-1 if problem.layout == "decode" else q_chunk,
         batch=b,
         kv_head=k,
         position=at,
         head=head,
-        query=question.query[b, at, head].astype(np.float64),
-        key=np.nan_to_num(question.key[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
-        value=np.nan_to_num(question.value[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
-        seen=np.asarray(visible(question.mask, q_tokens, kv_tokens))[0],
+        query=problem.query[b, at, head].astype(np.float64),
+        key=np.nan_to_num(problem.key[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
+        value=np.nan_to_num(problem.value[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
+        seen=np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0],
         triangle=index[None] <= own[at][:, None],
-        chunk=question.kv_chunk,
+        chunk=problem.kv_chunk,
         out=out[b, at, head].astype(np.float64),
         lse=None if lse is None else lse[b, at, head].astype(np.float64),
-        scale=question.scale,
+        scale=problem.scale,
         is_wrong=is_wrong,
     )
 

@@ -22,7 +22,7 @@ def best_number(wrong: list[Measured], family: str, right: float) -> float | Non
 
     None if there is none but that of the correct mask. What shows all keys that can be shown is not asked about either.
     """
-    found = [thresholds(one.sample, one.question, family) for one in wrong[:MOST]]
+    found = [thresholds(one.sample, one.problem, family) for one in wrong[:MOST]]
     numbers = np.unique(np.concatenate([x[np.isfinite(x)] for x in found]))
     numbers = numbers[:-1][numbers[:-1] != right]
     if not len(numbers):

@@ -9,14 +9,14 @@ from jaxtyping import Bool
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.places import holders, numbers, rank_of, ranks, step_of
 from cpjax.crosscheck.judging.evidence import RowTable
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 
 UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
 
 BROKEN_END = "rows with a NaN or an infinity."
 
 
-def causes(question: Question, found: tuple[Any, ...]) -> list[str]:
+def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
     """One sentence for each kind of cause, those with a place first; chunks with the same cause share one."""
     together: dict[tuple, list[Any]] = defaultdict(list)
     for cause in found:
@@ -26,9 +26,9 @@ def causes(question: Question, found: tuple[Any, ...]) -> list[str]:
     for names, group in sorted(together.items(), key=lambda item: -len(item[1])):
         chunks = np.array([cause.query_chunk for cause in group])
         if not names:
-            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {ranks(question, chunks)})")
+            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {ranks(problem, chunks)})")
             continue
-        said = [_sentence(question, fault, group) for fault in group[0].faults]
+        said = [_sentence(problem, fault, group) for fault in group[0].faults]
         if len(said) > 1:
             said = [f"one of {len(said)} that the outputs cannot tell apart: " + "; or ".join(said[:6])]
         sentences.append(f"{said[0]} {_evidence(group)}")
@@ -43,17 +43,17 @@ def _evidence(group: list[Any]) -> str:
     return f"(leaves z = {worst:.2f} instead of {before:.3g}{against})."
 
 
-def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
+def _sentence(problem: Problem, fault: Fault, group: list[Any]) -> str:
     where = np.array([cause.query_chunk for cause in group])
     if (where < 0).any():
-        return _whole(fault)
-    place = f"rank {ranks(question, where)}"
-    steps = {step_of(question, int(q), c) for q in where for c in fault.chunks} - {None}
+        return _global(fault)
+    place = f"rank {ranks(problem, where)}"
+    steps = {step_of(problem, int(q), c) for q in where for c in fault.chunks} - {None}
     if fault.chunks and steps:
         place += f", step {numbers(np.array(sorted(s for s in steps if s is not None)))}"
     mine = f"query chunk {numbers(where)}"
     theirs = " and ".join(str(c) for c in fault.chunks)
-    theirs = f"key/value chunk {theirs} ({holders(question, fault.chunks)})"
+    theirs = f"key/value chunk {theirs} ({holders(problem, fault.chunks)})"
     weights = [f.number for cause in group for f in cause.faults if f.kind == fault.kind and f.chunks == fault.chunks]
     texts = {
         "dropped": f"{place}: {theirs} never entered {mine} (weight 0)",
@@ -66,14 +66,14 @@ def _sentence(question: Question, fault: Fault, group: list[Any]) -> str:
         "shown": f"{place}: {mine} sees {theirs}, which is hidden from it",
         "not rescaled": f"{place}: {mine} was not rescaled at merge {_list(fault.unrescaled)} of its order",
     }
-    return texts.get(fault.kind) or f"{place}, {mine}: {_whole(fault)}"
+    return texts.get(fault.kind) or f"{place}, {mine}: {_global(fault)}"
 
 
 def _list(values: tuple[int, ...]) -> str:
     return " and ".join(map(str, values))
 
 
-def _whole(fault: Fault) -> str:
+def _global(fault: Fault) -> str:
     if fault.mask:
         return _mask(fault)
     if fault.precision is not None:
@@ -130,7 +130,7 @@ def _count(k: int, what: str) -> str:
     return f"{k} {what}{'s' * (k > 1)}"
 
 
-def scope(question: Question, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray) -> list[str]:
+def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray) -> list[str]:
     """Which rows are wrong, where not all are; and where a NaN or an infinity first is."""
     broken = ~np.isfinite(out[table.batch, table.position, table.head]).all(axis=1)
     sentences = []
@@ -143,9 +143,9 @@ def scope(question: Question, table: RowTable, wrong: Bool[np.ndarray, " R"], ou
         for name, label in (("batch", table.batch), ("head", table.head)):
             if len(np.unique(label)) > len(np.unique(label[wrong])):
                 parts.append(f"{name} {numbers(label[wrong])} only")
-        chunk = question.q_chunk[table.position]
+        chunk = problem.q_chunk[table.position]
         if len(np.unique(chunk)) > len(np.unique(chunk[wrong])):
-            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {ranks(question, chunk[wrong])}) only")
+            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {ranks(problem, chunk[wrong])}) only")
         if wrong.sum() == 1:
             parts.append(f"position {table.position[wrong][0]}")
         if parts:
@@ -160,20 +160,20 @@ def heads(source: np.ndarray) -> str:
     return f"Heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
 
 
-def kv_heads(question: Question, source: np.ndarray) -> str:
+def kv_heads(problem: Problem, source: np.ndarray) -> str:
     """Heads that attend to the keys of others."""
-    own = np.arange(len(source)) // question.group
+    own = np.arange(len(source)) // problem.group
     moved = np.flatnonzero(source != own)
     pairs = ", ".join(f"head {i} attends to key/value head {source[i]} instead of {own[i]}" for i in moved[:8])
     return f"Key/value heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
 
 
-def chunks(question: Question, source: np.ndarray) -> str:
+def chunks(problem: Problem, source: np.ndarray) -> str:
     """Query chunks (hence ranks) that have each other's outputs."""
     moved = np.flatnonzero(source != np.arange(len(source)))
     pairs = [
-        f"chunk {i} (rank {rank_of(question, int(i))}) has the outputs of chunk {source[i]} "
-        f"(rank {rank_of(question, int(source[i]))})"
+        f"chunk {i} (rank {rank_of(problem, int(i))}) has the outputs of chunk {source[i]} "
+        f"(rank {rank_of(problem, int(source[i]))})"
         for i in moved[:8]
     ]
     return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > 8 else ''}."

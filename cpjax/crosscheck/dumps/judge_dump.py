@@ -8,7 +8,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.precision_search import consistent_with
 from cpjax.crosscheck.dumps.readers import LAYOUTS, read_tensor
 from cpjax.crosscheck.judge import judge_problem
-from cpjax.crosscheck.judging.problem import PROFILE_OF, Question, question
+from cpjax.crosscheck.judging.problem import PROFILE_OF, Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.errors import InputError
 from cpjax.partition.merge_order import ORDERS
@@ -32,7 +32,7 @@ class Said(NamedTuple):
     verdict: Verdict
     remarks: list[str]
     dump: Dump
-    asked: Question
+    problem: Problem
     """What the verdict answers."""
 
 
@@ -55,7 +55,7 @@ def judge_dump(
     """Judge one dumped call of attention. Two files for query or key are its nope and rope parts.
 
     Raises:
-      InputError: files that cannot be read or do not fit together; a question that nobody could answer by trying.
+      InputError: files that cannot be read or do not fit together; a problem that nobody could answer by trying.
     """
     if order is not None and order not in ORDERS:
         raise InputError(f"--order {order!r} is unknown; known are {', '.join(ORDERS)}")
@@ -64,7 +64,7 @@ def judge_dump(
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"--layout-of {layout!r} is unknown; known are {', '.join(LAYOUTS)}")
     dumps = _readable(query, key, value, out, lse, layout)
-    found: list[tuple[tuple, Verdict, Dump, Question]] = []
+    found: list[tuple[tuple, Verdict, Dump, Problem]] = []
     for dump in dumps:
         places = _places(dump, positions, lengths, is_causal=is_causal)
         profiles = [precision] if precision else _profiles(dump)
@@ -73,28 +73,28 @@ def judge_dump(
                 if found and found[-1][1].passed:
                     break
                 try:
-                    asked = question(
+                    problem = checked_problem(
                         dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=cp,
                         layout="zigzag", precision=profile, order=one, **places,
                     )  # fmt: skip
                 except ValueError as error:
                     raise InputError(f"{next(iter(str(error).splitlines()), '')}") from None
-                found.append(((dump.layout, profile, one), judge_problem(asked, dump.out, dump.lse), dump, asked))
+                found.append(((dump.layout, profile, one), judge_problem(problem, dump.out, dump.lse), dump, problem))
     # If nothing passes the strictest precision is taken: a laxer one would only make the failure look smaller.
     profiles = list(dict.fromkeys(entry[0][1] for entry in found))
-    choice, verdict, dump, asked = min(
+    choice, verdict, dump, problem = min(
         found, key=lambda entry: (not entry[1].passed, profiles.index(entry[0][1]), _badness(entry[1]))
     )
     remarks = _remarks(choice, verdict, found, layout, precision, order)
     if verdict.passed:
-        remarks += _computes(dump, asked, scale)
-    return Said(verdict, remarks, dump, asked)
+        remarks += _computes(dump, problem, scale)
+    return Said(verdict, remarks, dump, problem)
 
 
-def _computes(dump: Dump, asked: Question, scale: float) -> list[str]:
+def _computes(dump: Dump, problem: Problem, scale: float) -> list[str]:
     """What was computed, and with which precisions the result is consistent."""
-    names = consistent_with(asked, scale, dump.out, dump.lse)
-    mask = "causal" if asked.mask.is_causal else "full"
+    names = consistent_with(problem, scale, dump.out, dump.lse)
+    mask = "causal" if problem.mask.is_causal else "full"
     what = f"computes: {mask} attention, {dump.query.shape[2]} heads on {dump.key.shape[2]}"
     return [f"{what}; consistent with {'; or '.join(names)}"] if names else [what]
 

@@ -4,81 +4,127 @@ The exponent of each key may be off by D_j, each probability, chunk and merge by
 rounding explains a result. Section numbers are those of docs/verdict.md.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.error_model.arithmetic import Arithmetic
-from cpjax.crosscheck.exact.formats import FORMATS
+
+OF_SCORE, OF_DISTANCE, OF_LOG = 2.0, 4.0, 8.0
+"""Unit roundoffs of |s|, of M − s and of 1 + |lse| by which an exponent may be off."""
+
+OF_SUMS = 2.0
+"""Numerator and row sum: each adds up every key, and multiplies it before."""
+
+OF_WEIGHT, WEIGHT_SIZE = 4.0, 4.0
+"""A merge's weight is off by at most so many unit roundoffs of |lse| and this."""
+
+LSE_SUMS = 2.0
+"""Unit roundoffs an addition, in lse: of the row sum, and of the weights that it adds up."""
+
+LSE_LOGS, LSE_SIZE = 2.0, 8.0
+"""Of each logarithm and merge, so many unit roundoffs of |lse|, and this many of 1."""
+
+OVERFLOW_ROOM = 2.0**-10
+"""By how much q·k, which is itself rounded, may exceed its exact value, relative to it (§6)."""
+
+LARGEST_EXPONENT = 50.0
+"""An exponent that may be off by more makes no number of any use; rows are not judged long before (§6)."""
 
 
-class HardBound(Arithmetic):
-    """The hard bound of `out` and `lse`, and which rows have none."""
+@dataclass(frozen=True)
+class Bound:
+    """The bound of `out` and `lse`, and which rows have none."""
+
+    arithmetic: Arithmetic
 
     @cached_property
     def in_range(self) -> Bool[np.ndarray, " R"]:
         """Rows none of whose q·k overflows the format that scores are kept in (§6)."""
-        largest = np.where(self.rows.seen, np.abs(self.rows.score), 0.0).max(axis=1) / self._scale
-        return largest * (1 + 2.0**-10) < FORMATS[self.precision.score].largest
+        a = self.arithmetic
+        largest = np.where(a.rows.seen, np.abs(a.rows.score), 0.0).max(axis=1) / a.scale_size
+        return largest * (1 + OVERFLOW_ROOM) < a.score.largest
 
     @cached_property
-    def score_bound(self) -> Float[np.ndarray, "R S"]:
+    def of_exponent(self) -> Float[np.ndarray, "R S"]:
         """The most that rounding changes any exponent, D_j."""
-        rows, eps = self.rows, self._eps
+        a, rows = self.arithmetic, self.arithmetic.rows
         s = np.where(rows.seen, np.abs(rows.score), 0.0)
         top = rows.chunk_max.max(axis=1)
         below_top = np.where(rows.seen, np.where(np.isneginf(top), 0.0, top)[:, None] - rows.score, 0.0)
-        fixed = 8 * (1 + self._lse_size) + self._depth
-        bound = eps * (self.head_dim * rows.norms + 2 * s + 4 * below_top + fixed[:, None])
-        if self._low_precision_scores:
-            fmt = FORMATS[self.precision.score]
-            spill = np.maximum(fmt.u * s / self._scale, fmt.tiny / 2) * self._scale
+        fixed = OF_LOG * (1 + a.lse_size) + a.depth
+        bound = a.eps * (a.head_dim * rows.norms + OF_SCORE * s + OF_DISTANCE * below_top + fixed[:, None])
+        if a.has_rounded_scores:
+            fmt = a.score
+            spill = np.maximum(fmt.u * s / a.scale_size, fmt.tiny / 2) * a.scale_size
             multiply = np.maximum(fmt.u * (s + spill), fmt.tiny / 2)
             own = spill + multiply
             bound = bound + own + fmt.u * (below_top + 2 * (bound + own)) + fmt.tiny
-        bound = bound + rows.per_key(self._chunk_lse_step / 2)
+        bound = bound + rows.per_key(a.chunk_lse_spacing / 2)
         return np.where(rows.seen, bound, 0.0)
 
     @cached_property
-    def weight_distortion(self) -> Float[np.ndarray, " R"]:
-        """Σ_j A_j (exp(D_j) − 1)."""
-        return (self.rows.weight * np.expm1(np.minimum(self.score_bound, 50.0))).sum(axis=1)
+    def distortion(self) -> Float[np.ndarray, " R"]:
+        """Σ_j A_j (exp(D_j) − 1): how much the weights may be off together."""
+        growth = np.expm1(np.minimum(self.of_exponent, LARGEST_EXPONENT))
+        return (self.arithmetic.rows.weight * growth).sum(axis=1)
 
     @cached_property
-    def interval(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, "R V"], Float[np.ndarray, "R V"]]:
-        """The least and the largest output, and the room on either side.
-
-        The last rounding is done, not bounded: so what must be exact is exact.
-        """
-        rows, fmt = self.rows, self._out
-        magnitude = rows.size
-        growth = np.exp(np.minimum(self.score_bound, 50.0))
-        several = (self._seen_keys > 1)[:, None]
-        chunks = self._chunk_count[:, None]
-        p_error = growth * np.maximum(self._p.u * rows.weight, self._p.tiny / 2 * self._p_weight)
+    def parts(self) -> dict[str, Float[np.ndarray, "R V"]]:
+        """What the half-width before the last rounding is made of, by name."""
+        a, rows = self.arithmetic, self.arithmetic.rows
+        growth = np.exp(np.minimum(self.of_exponent, LARGEST_EXPONENT))
         moved = rows.weight * (growth - 1)
+        p_error = growth * np.maximum(a.probability.u * rows.weight, a.probability.tiny / 2 * a.p_worth)
         # Weights that are off do not sum to one; all errors are relative to their sum.
         least = (rows.weight / growth).sum(axis=1, keepdims=True)
         least = np.where(least > 0, least, 1.0)
-        of_scores = moved @ magnitude + moved.sum(axis=1, keepdims=True) * np.abs(rows.out)
-        of_sums = 2 * (self._depth + self.head_dim) * self._eps * self._weighted_magnitude
-        b = several * (np.where(rows.seen, p_error, 0.0) @ magnitude + of_scores + of_sums) / least
-        a = rows.chunk_weight[..., None]
+        share = rows.chunk_weight[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            chunk_out = np.where(a > 0, np.abs(rows.chunk_part) / a, 0.0)
-        of_chunks = (a * (fmt.u * chunk_out + fmt.tiny / 2)).sum(axis=1)
-        carry = self._carry_format
-        merges = np.maximum(chunks - (2 if carry == fmt else 1), 0)
-        of_merges = merges * (carry.u * self._largest_running + carry.tiny / 2)
-        of_weights = several * 4 * self._eps * (self._lse_size[:, None] + 4) * chunks * self._weighted_magnitude
-        # One chunk: its own rounding is the last one. Several: the last merge's is.
-        stored = np.where(chunks > 1, of_chunks + of_merges + of_weights, 0.0)
-        b = (1 + fmt.u) ** (chunks + 2) * (b + stored)
-        return fmt.round(rows.out - b), fmt.round(rows.out + b), b + fmt.spacing(rows.out) / 2
+            chunk_out = np.where(share > 0, np.abs(rows.chunk_part) / share, 0.0)
+        chunks = a.chunk_count[:, None]
+        merges = np.maximum(chunks - (2 if a.carry == a.out else 1), 0)
+        of_weights = OF_WEIGHT * a.eps * (a.lse_size[:, None] + WEIGHT_SIZE) * chunks * a.weighted_size
+        # One key: nothing but the last rounding. One chunk: its own rounding is the last one.
+        several_keys, several_chunks = (a.seen_keys > 1)[:, None], chunks > 1
+        return {
+            "probabilities": several_keys * (np.where(rows.seen, p_error, 0.0) @ rows.size) / least,
+            "scores": several_keys * (moved @ rows.size + moved.sum(axis=1, keepdims=True) * np.abs(rows.out)) / least,
+            "sums": several_keys * (OF_SUMS * (a.depth + a.head_dim) * a.eps * a.weighted_size) / least,
+            "outputs of chunks": several_chunks * (share * (a.out.u * chunk_out + a.out.tiny / 2)).sum(axis=1),
+            "outputs of merges": several_chunks * merges * (a.carry.u * a.largest_running + a.carry.tiny / 2),
+            "weights of the merge": several_chunks * several_keys * of_weights,
+        }
 
     @cached_property
-    def lse_bound(self) -> Float[np.ndarray, " R"]:
-        """The most that rounding changes lse."""
-        of_log = self._eps * (self._chunk_count + 2) * (2 * self._lse_size + 8)
-        return np.log1p(self.weight_distortion) + 2 * self._depth * self._eps + of_log
+    def before_last(self) -> Float[np.ndarray, "R V"]:
+        """The most that everything before the last rounding moves `out`."""
+        a = self.arithmetic
+        return (1 + a.out.u) ** (a.chunk_count[:, None] + 2) * sum(self.parts.values(), np.zeros_like(a.rows.out))
+
+    # The last rounding is done, not bounded: so what must be exact is exact.
+
+    @cached_property
+    def low(self) -> Float[np.ndarray, "R V"]:
+        """The least output that rounding explains."""
+        return self.arithmetic.out.round(self.arithmetic.rows.out - self.before_last)
+
+    @cached_property
+    def high(self) -> Float[np.ndarray, "R V"]:
+        """The largest."""
+        return self.arithmetic.out.round(self.arithmetic.rows.out + self.before_last)
+
+    @property
+    def half_width(self) -> Float[np.ndarray, "R V"]:
+        """How far the last rounding and everything before it may move `out` together."""
+        return self.before_last + self.arithmetic.out.spacing(self.arithmetic.rows.out) / 2
+
+    @cached_property
+    def of_lse(self) -> Float[np.ndarray, " R"]:
+        """The most that rounding changes lse; 0 where nothing is seen."""
+        a = self.arithmetic
+        of_log = a.eps * (a.chunk_count + 2) * (LSE_LOGS * a.lse_size + LSE_SIZE)
+        bound = np.log1p(self.distortion) + LSE_SUMS * a.depth * a.eps + of_log
+        return np.where(a.rows.seen.any(axis=1), bound, 0.0)

@@ -1,19 +1,30 @@
-"""What rounding may do to a result: per element a standard deviation and a hard bound. Derivation: docs/verdict.md.
+"""The error model of one precision profile for some rows: all terms added up, and the bound.
 
 Every quantity that a kernel rounds is known in float64, so the variance of its rounding is known: spacing² / 12, if
 the rounded value falls anywhere between two neighbours. Each is carried to the output by its derivative. The bound adds
-up worst cases instead, and holds for every order of merging; where it is exceeded, no rounding explains the result.
-
-Section numbers are those of docs/verdict.md.
+up worst cases instead, and holds for every order of merging. Derivation: docs/verdict.md.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.error_model.bound import HardBound
-from cpjax.crosscheck.error_model.weights import Weighed
+from cpjax.crosscheck.error_model.arithmetic import Arithmetic, Merging
+from cpjax.crosscheck.error_model.bound import Bound
+from cpjax.crosscheck.error_model.lse import lse_terms
+from cpjax.crosscheck.error_model.outputs import output_terms
+from cpjax.crosscheck.error_model.probabilities import probability_terms
+from cpjax.crosscheck.error_model.row_covariance import Shared
+from cpjax.crosscheck.error_model.scores import score_terms
+from cpjax.crosscheck.error_model.sums import sum_terms
+from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term
+from cpjax.crosscheck.exact.attention import Rows
+from cpjax.precision import Precision
+
+SECTIONS = (probability_terms, output_terms, score_terms, sum_terms, lse_terms)
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,12 @@ class Expected:
 
     sigma: Float[np.ndarray, "R V"]
     """Standard deviation of `out`."""
-    coherent: Float[np.ndarray, " R"]
+    common: Float[np.ndarray, " R"]
     """Share of the variance that comes from errors which all outputs of a row share."""
     low: Float[np.ndarray, "R V"]
     high: Float[np.ndarray, "R V"]
     """The least and the largest `out` that rounding explains."""
-    room: Float[np.ndarray, "R V"]
+    half_width: Float[np.ndarray, "R V"]
     """How far the last rounding and everything before it may move `out` together: what errors are measured by."""
     lse_sigma: Float[np.ndarray, " R"]
     lse_bound: Float[np.ndarray, " R"]
@@ -35,19 +46,97 @@ class Expected:
     """How much the weights of a row may be off together; beyond 1/2 the row is not judged (§6)."""
 
 
-class ErrorModel(Weighed, HardBound):
-    """The error model of one precision profile for some rows."""
+class ErrorModel:
+    """R rows, V value head dim."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        precision: Precision,
+        merging: Merging | None,
+        head_dim: int,
+        scale: float,
+        without: Collection[str] = (),
+    ):
+        """Arguments as of `Arithmetic`; `without` are names of terms that are left out, to see what they are for."""
+        self.arithmetic = Arithmetic(rows, precision, merging, head_dim, scale)
+        self.bound = Bound(self.arithmetic)
+        self._without = frozenset(without)
+
+    @property
+    def rows(self) -> Rows:
+        """Exact attention."""
+        return self.arithmetic.rows
+
+    @cached_property
+    def _all(self) -> list[Term | Systematic]:
+        everything = [term for section in SECTIONS for term in section(self.arithmetic)]
+        return [term for term in everything if term.name not in self._without]
+
+    @property
+    def terms(self) -> list[Term]:
+        """The random roundings, in the order of docs/verdict.md."""
+        return [term for term in self._all if isinstance(term, Term)]
+
+    @property
+    def systematic(self) -> list[Systematic]:
+        """The roundings that may have one sign."""
+        return [term for term in self._all if isinstance(term, Systematic)]
 
     def expected(self) -> Expected:
         """Everything the judge needs of these rows."""
-        shared = self.probability_variance + self.score_variance + self.lse_rounding_variance + self.one_signed**2
-        variance = shared + self.chunk_variance + self.carry_variance + self.compute_variance
-        variance = variance + self.last_variance
+        typical = _sum((term.typical * term.most for term in self.systematic), np.zeros_like(self.rows.out))
+        common = _sum((term.out for term in self.terms if term.is_common), typical**2)
+        variance = _sum((term.out for term in self.terms if not term.is_common), common)
         total = variance.sum(axis=1)
-        share = np.divide(shared.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
-        low, high, room = self.interval
-        sees_nothing = ~self.rows.seen.any(axis=1)
-        lse_bound = np.where(sees_nothing, 0.0, self.lse_bound)
+        share = np.divide(common.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
+        bound = self.bound
         return Expected(
-            np.sqrt(variance), share, low, high, room, np.sqrt(self.lse_variance), lse_bound, self.weight_distortion
+            np.sqrt(variance),
+            share,
+            bound.low,
+            bound.high,
+            bound.half_width,
+            np.sqrt(self.lse_variance),
+            bound.of_lse,
+            bound.distortion,
         )
+
+    @cached_property
+    def drift(self) -> Float[np.ndarray, "R V"]:
+        """The most that systematic roundings move `out`."""
+        return _sum((term.most for term in self.systematic), np.zeros_like(self.rows.out))
+
+    @cached_property
+    def lse_drift(self) -> Float[np.ndarray, " R"]:
+        """The most that systematic roundings move lse."""
+        return _sum((term.lse for term in self.systematic), np.zeros_like(self.rows.lse))
+
+    @cached_property
+    def lse_variance(self) -> Float[np.ndarray, " R"]:
+        """Variance of lse; 0 where nothing is seen."""
+        variance = _sum((term.lse for term in self.terms), self.lse_drift**2)
+        return np.where(self.arithmetic.seen_keys > 0, variance, 0.0)
+
+    def variance_along(
+        self, per_out: Float[np.ndarray, "R V"], per_lse: Float[np.ndarray, " R"]
+    ) -> tuple[Float[np.ndarray, " R"], list[Shared]]:
+        """Variance of per_out · (error of out) + per_lse · (error of lse) in each row, correlations included (§7).
+
+        Errors that all outputs of a row share are added up first. What is systematic is no random error and left out.
+        Also returned is the part of it that rows may share (§3.10).
+        """
+        rows = self.rows
+        of_value = per_out @ rows.value.T
+        of_weight = of_value - (per_out * rows.out).sum(axis=1, keepdims=True) + per_lse[:, None]
+        of_chunk = np.einsum("rv,rcv->rc", per_out, self.arithmetic.chunk_pull)
+        direction = Direction(per_out, per_lse, of_value, of_weight, of_chunk)
+        parts = [part for term in self.terms for part in term.along(direction)]
+        variances = [part.variance if isinstance(part, Shared) else part for part in parts]
+        return _sum(variances, per_lse**2 * self.lse_variance), [part for part in parts if isinstance(part, Shared)]
+
+
+def _sum(addends: Iterable[np.ndarray | float], start: np.ndarray) -> np.ndarray:
+    for addend in addends:
+        start = start + addend
+    return start

@@ -12,6 +12,9 @@ from jaxtyping import Float, Int
 
 from cpjax.crosscheck.exact.formats import Format
 
+EIGHTH = 8
+"""Cells of a spacing."""
+
 DIGITS = 12
 """Formats of more digits are not followed: their cells are too many, and their errors too small to be shared."""
 
@@ -32,7 +35,7 @@ def cells(value: Float[np.ndarray, "*shape"], fmt: Format) -> Int[np.ndarray, "*
     """
     spacing = fmt.spacing(value)
     binade = np.log2(spacing / fmt.tiny).astype(np.int64)
-    along = (binade << (fmt.digits + 2)) + np.round(8 * np.abs(value) / spacing).astype(np.int64)
+    along = (binade << (fmt.digits + 2)) + np.round(EIGHTH * np.abs(value) / spacing).astype(np.int64)
     return 2 * along + (value < 0)
 
 
@@ -43,7 +46,7 @@ def distinct(out: Float[np.ndarray, "R V"], fmt: Format) -> Int[np.ndarray, " R"
     >>> distinct(np.array([[1.0, 1.0, 2.0], [15000.0, 15000.1, 15000.2]]), FORMATS["float16"])
     array([2, 1])
     """
-    eighth = fmt.spacing(out) / 8
+    eighth = fmt.spacing(out) / EIGHTH
     return 1 + (np.diff(np.sort(np.round(out / eighth) * eighth, axis=1), axis=1) != 0).sum(axis=1)
 
 

@@ -17,7 +17,7 @@ from cpjax.precision import KEY_TILE
 
 
 @dataclass(frozen=True)
-class Maxima:
+class RunningMax:
     """The running maximum of each row, tile after tile of each chunk."""
 
     rows: Rows

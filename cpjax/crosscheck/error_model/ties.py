@@ -23,10 +23,16 @@ FURTHEST = 2.0**16
 """Keys farther than this below the maximum have probability 0 in every format."""
 
 WORK = 2**22
-"""Above so many (key, column) pairs the columns are not all grouped: see `Groups.sum_of_squares`."""
+"""Above so many (key, column) pairs the columns are not all grouped: see `Ties.sum_of_squares`."""
 
 COLUMNS = 4
 """How many columns are grouped then."""
+
+MANY = 0.1
+"""Of the keys of a row: from this share on it matters that their roundings are alike."""
+
+CELL_DIGITS = 3
+"""Scores within 2^-3 of a spacing of their format count as equal."""
 
 
 def sum_of_squares(
@@ -41,7 +47,7 @@ def sum_of_squares(
 
 
 @dataclass(frozen=True)
-class Groups:
+class Ties:
     """Rows in which enough keys have equal scores, and which of their keys belong together.
 
     The keys of rows `at` are listed group after group; no group spans two rows.
@@ -95,12 +101,12 @@ class Groups:
         return plain * ratio[:, None]
 
 
-def groups_of(rows: Rows) -> Groups:
+def ties_of(rows: Rows) -> Ties:
     """Keys with equal p = exp(s − M_c): p is rounded alike in every chunk. Only rows with many of them are grouped."""
-    return _groups(-np.maximum(rows.below, -FURTHEST), rows.seen, lambda below: np.round(below * CELLS))
+    return _ties(-np.maximum(rows.below, -FURTHEST), rows.seen, lambda below: np.round(below * CELLS))
 
 
-def score_groups_of(rows: Rows, digits: int) -> Groups:
+def score_ties_of(rows: Rows, digits: int) -> Ties:
     """Keys with equal scores: q·k and s are rounded before a chunk's maximum is known, so alike in every chunk.
 
     `digits` are those of the format of the scores; scores within an eighth of its spacing count as equal.
@@ -108,12 +114,12 @@ def score_groups_of(rows: Rows, digits: int) -> Groups:
 
     def cell(score: np.ndarray) -> np.ndarray:
         fraction, exponent = np.frexp(score)
-        return np.ldexp(np.round(np.ldexp(fraction, digits + 3)), exponent)
+        return np.ldexp(np.round(np.ldexp(fraction, digits + CELL_DIGITS)), exponent)
 
-    return _groups(rows.score, rows.seen, cell)
+    return _ties(rows.score, rows.seen, cell)
 
 
-def _groups(place: Float[np.ndarray, "R S"], seen: Bool[np.ndarray, "R S"], cell: Callable) -> Groups:
+def _ties(place: Float[np.ndarray, "R S"], seen: Bool[np.ndarray, "R S"], cell: Callable) -> Ties:
     """Groups of equal `cell(place)`, in the rows in which more than one key in ten shares its cell with another."""
     place = np.where(seen, place, np.inf)  # hidden keys come last
     order = np.argsort(place, axis=1)
@@ -123,7 +129,34 @@ def _groups(place: Float[np.ndarray, "R S"], seen: Bool[np.ndarray, "R S"], cell
     place = np.where(listed, place, 0.0)
     begins = ~(np.diff(cell(place), axis=1, prepend=np.nan) == 0)
     equal = np.diff(place, axis=1, prepend=np.nan) < EXACT
-    at = np.flatnonzero((~begins & listed).sum(axis=1) > 0.1 * count)
-    is_repeated = (equal & listed).sum(axis=1) > 0.1 * count
+    at = np.flatnonzero((~begins & listed).sum(axis=1) > MANY * count)
+    is_repeated = (equal & listed).sum(axis=1) > MANY * count
     row, rank = np.nonzero(listed[at])
-    return Groups(at, row, order[at[row], rank], np.flatnonzero(begins[at[row], rank]), is_repeated)
+    return Ties(at, row, order[at[row], rank], np.flatnonzero(begins[at[row], rank]), is_repeated)
+
+
+def variance_of(
+    error: Float[np.ndarray, "R S"],
+    ties: Ties,
+    value: Float[np.ndarray, "S V"],
+    out: Float[np.ndarray, "R V"],
+    *,
+    center: bool,
+) -> Float[np.ndarray, "R V"]:
+    """Variance of Σ_j error_j (v_j − out), or of Σ_j error_j v_j; tied keys have equal errors."""
+    total = sum_of_squares(error, value, out if center else None)
+    if len(ties.at):
+        some, mean = error[ties.at], out[ties.at]
+        tied = ties.sum_of_squares(some, value, mean)
+        if not center:  # v = (v − out) + out; the two parts are uncorrelated up to chance
+            tied = tied + ties.square_of_weights(some)[:, None] * mean**2
+        total[ties.at] = np.maximum(total[ties.at], tied)
+    return total
+
+
+def variance_of_sum(error: Float[np.ndarray, "R S"], ties: Ties) -> Float[np.ndarray, " R"]:
+    """Variance of Σ_j error_j; tied keys have equal errors."""
+    total = (error**2).sum(axis=1)
+    if len(ties.at):
+        total[ties.at] = np.maximum(total[ties.at], ties.square_of_weights(error[ties.at]))
+    return total

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """The name under which the block makes the file or folder `path`; if the block fails, nothing of it is left.
 
     Raises:

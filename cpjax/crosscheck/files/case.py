@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cpjax.crosscheck.files.atomic import whole
+from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.crosscheck.files.latent import Latent, expanded
 from cpjax.errors import InputError
 from cpjax.mask import Tokens
@@ -144,7 +144,7 @@ def write_case(folder: Path, case: Case) -> Case:
     dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
     case = replace(case, digest=content_digest(text, arrays, dtypes))
     metadata = {"format": "cpjax.case", "version": VERSION, "name": case.name, "case": text, "digest": case.digest}
-    write_whole(folder / f"{case.name}.safetensors", arrays, metadata)
+    write_tensors(folder / f"{case.name}.safetensors", arrays, metadata)
     return case
 
 
@@ -155,7 +155,7 @@ def read_case(path: Path) -> Case:
       InputError: one line that names the file, what is wrong with it and what would be right.
     """
     try:
-        tensors, dtypes, metadata = read_whole(path)
+        tensors, dtypes, metadata = read_tensors(path)
         return _case(path.stem, tensors, dtypes, metadata)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -247,7 +247,7 @@ def expect_metadata(metadata: dict[str, str], wanted: dict[str, str]) -> None:
             raise InputError(f"metadata {key!r} is {str(metadata.get(key))[:60]!r}; it must be {value!r}")
 
 
-def read_whole(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, str]]:
     """Tensors, their dtypes as safetensors writes them, and metadata of a file.
 
     Raises:
@@ -264,7 +264,7 @@ def read_whole(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict[
         raise InputError(f"is no whole safetensors file ({next(iter(str(error).splitlines()), '')})") from None
 
 
-def write_whole(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write a safetensors file under another name and rename it, so that it is whole or not there.
 
     Raises:
@@ -273,7 +273,7 @@ def write_whole(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
     if path.exists():
         raise InputError(f"{path} is there already; nothing is overwritten, move it away")
     try:
-        with whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
             unfinished.write_bytes(_in_order(content))
     except (OSError, SafetensorError) as error:

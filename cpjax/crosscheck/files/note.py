@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cpjax.crosscheck.files.atomic import whole
+from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.crosscheck.files.case import VERSION, Case
 from cpjax.errors import InputError
 
@@ -45,7 +45,7 @@ def write_note(folder: Path, case: Case, backend: str, note: Note) -> Path:
     content = {"format": "cpjax.outcome", "version": VERSION, "name": case.name, "digest": case.digest}
     content |= {"backend": backend, "outcome": note.outcome, "reason": note.reason}
     try:
-        with whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror})") from None

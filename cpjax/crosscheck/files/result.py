@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cpjax.crosscheck.files.case import VERSION, Case, expect_metadata, read_whole, write_whole
+from cpjax.crosscheck.files.case import VERSION, Case, expect_metadata, read_tensors, write_tensors
 from cpjax.errors import InputError
 from cpjax.mask import PAD
 from cpjax.partition import packed
@@ -56,7 +56,7 @@ def write_result(folder: Path, case: Case, result: Result) -> Path:
     metadata = {"format": "cpjax.result", "version": VERSION, "name": case.name, "digest": case.digest}
     metadata |= {"backend": result.backend, "precision": result.precision, "order": result.order}
     path = folder / f"{case.name}.safetensors"
-    write_whole(path, arrays, metadata | {"about": json.dumps(result.about)})
+    write_tensors(path, arrays, metadata | {"about": json.dumps(result.about)})
     return path
 
 
@@ -66,7 +66,7 @@ def read_result(path: Path, case: Case) -> Result:
     Raises:
       InputError: one line: missing, truncated, of another case, of the wrong form, ranks that hold the wrong tokens.
     """
-    tensors, dtypes, metadata = read_whole(path)
+    tensors, dtypes, metadata = read_tensors(path)
     expect_metadata(metadata, {"format": "cpjax.result", "version": VERSION, "name": case.name})
     if metadata.get("digest") != case.digest:
         raise InputError(

@@ -1,6 +1,6 @@
 """From a result to a verdict (docs/verdict.md, sections 4 to 10).
 
-problem        what is asked: the inputs, checked, and how it is said to have been computed
+problem        what is problem: the inputs, checked, and how it is said to have been computed
 sampling       which rows are judged, in which tiles
 statistic      from errors to z-scores
 score_tests    tests for one fault each

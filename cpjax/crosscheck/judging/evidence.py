@@ -18,10 +18,10 @@ from cpjax.crosscheck.error_model.model import ErrorModel, Expected
 from cpjax.crosscheck.error_model.row_covariance import Shared, distinct, excess, merged
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.sampling import ELEMENTS, Tile, tiles
 from cpjax.crosscheck.judging.score_tests import Score, key_scores, on_bfloat16_lattice, scale_score
-from cpjax.crosscheck.judging.statistic import effective_freedom
+from cpjax.crosscheck.judging.statistic import effective_dof
 from cpjax.mask import Tokens, visible
 
 Progress = Callable[[int, int], None]
@@ -47,14 +47,14 @@ class RowTable:
     """Mean of (error/σ)² over the outputs that are rounded at all; what must be exact is for the bound to check."""
     rounded: Int[np.ndarray, " R"]
     """How many these are."""
-    freedom: Float[np.ndarray, " R"]
+    dof: Float[np.ndarray, " R"]
     bias: Float[np.ndarray, " R"]
     """Mean of error/σ: told, never decisive."""
     error: Float[np.ndarray, " R"]
     """Largest |error| of `out`."""
     lse_ratio: Float[np.ndarray, " R"]
     lse_square: Float[np.ndarray, " R"]
-    lse_freedom: Float[np.ndarray, " R"]
+    lse_dof: Float[np.ndarray, " R"]
     lse_error: Float[np.ndarray, " R"]
     scale_value: Float[np.ndarray, " R"]
     scale_variance: Float[np.ndarray, " R"]
@@ -83,7 +83,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _TileEvidence:
     tile: Tile
     table: RowTable
     keys: Int[np.ndarray, " n"]
@@ -93,19 +93,19 @@ class _Found:
 
 
 def collect(
-    question: Question,
+    problem: Problem,
     out: np.ndarray,
     lse: np.ndarray | None,
     chosen: Bool[np.ndarray, "B T N"],
     progress: Progress = lambda done, total: None,
 ) -> Evidence:
     """The evidence on the `chosen` rows of a result in global token order."""
-    batch, length, kv_heads, _ = question.key.shape
+    batch, length, kv_heads, _ = problem.key.shape
     keys = Score(*(np.zeros((batch, kv_heads, length)) for _ in Score._fields))
     lattice = Lattice(np.zeros(2**16, bool), np.zeros(2**16, bool))
     tables, done, total = [], 0, int(chosen.sum())
     shared: list[Shared] = []
-    for found in _each_tile(partial(_measure, question, out, lse), question, chosen):
+    for found in _each_tile(partial(_measure, problem, out, lse), problem, chosen):
         where = (found.tile.batch, found.tile.kv_head, found.keys)
         for sums, part in zip(keys, found.key_scores, strict=True):
             sums[where] += part
@@ -124,41 +124,43 @@ def collect(
 
 
 def _each_tile(
-    measure: Callable[[np.ndarray, np.ndarray, Tile], _Found], question: Question, chosen: Bool[np.ndarray, "B T N"]
-) -> Iterator[_Found]:
+    measure: Callable[[np.ndarray, np.ndarray, Tile], _TileEvidence],
+    problem: Problem,
+    chosen: Bool[np.ndarray, "B T N"],
+) -> Iterator[_TileEvidence]:
     """Measure all tiles; large problems on all processors, since NumPy works outside Python's lock."""
-    is_large = chosen.sum() * question.key.shape[1] >= 16 * ELEMENTS
+    is_large = chosen.sum() * problem.key.shape[1] >= 16 * ELEMENTS
     with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
         each = map if pool is None else pool.map
-        for (b, k), some in groupby(tiles(question, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
-            key, value = (x[b, :, k].astype(np.float64) for x in (question.key, question.value))
+        for (b, k), some in groupby(tiles(problem, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
+            key, value = (x[b, :, k].astype(np.float64) for x in (problem.key, problem.value))
             yield from each(partial(measure, key, value), some)
 
 
 def _measure(
-    question: Question, out: np.ndarray, lse: np.ndarray | None, key: np.ndarray, value: np.ndarray, tile: Tile
-) -> _Found:
+    problem: Problem, out: np.ndarray, lse: np.ndarray | None, key: np.ndarray, value: np.ndarray, tile: Tile
+) -> _TileEvidence:
     """The evidence of one tile; `key` and `value` of its head in float64."""
     b, at = tile.batch, tile.position
-    rows, model = model_of(question, key, value, tile)
+    rows, model = model_of(problem, key, value, tile)
     expected = model.expected()
     given = out[b, at, tile.head].astype(np.float64)
     unjudged = ~(expected.distortion <= 0.5) | ~np.isfinite(expected.low).all(1) | ~np.isfinite(expected.high).all(1)
-    unjudged |= ~model.in_range
+    unjudged |= ~model.bound.in_range
     with np.errstate(invalid="ignore"):
         error = given - rows.out
     error = np.where(unjudged[:, None] | ~np.isfinite(error), 0.0, error)
     inside = unjudged[:, None] | ((given >= expected.low) & (given <= expected.high))
     lse_columns, lse_error = _lse(rows, expected, None if lse is None else lse[b, at, tile.head], unjudged)
-    least = FORMATS[question.precision.out].spacing(rows.out) * 2.0**-10
+    least = FORMATS[problem.precision.out].spacing(rows.out) * 2.0**-10
     mean_square, rounded, bias = _spread(error, np.where(expected.sigma > least, expected.sigma, 0.0))
     mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
     rounded = np.where(unjudged, 0, rounded)
-    different = distinct(rows.out, FORMATS[question.precision.out])
-    freedom = np.where(rounded > 0, effective_freedom(different, expected.coherent), 0.0)
+    different = distinct(rows.out, FORMATS[problem.precision.out])
+    dof = np.where(rounded > 0, effective_dof(different, expected.common), 0.0)
     scale, shared = scale_score(model, expected, error, lse_error, unjudged)
     shared = [part._replace(variance=part.variance * tile.times) for part in shared]
-    inflation = np.divide(rounded, freedom, out=np.ones_like(freedom), where=freedom > 0) * tile.times
+    inflation = np.divide(rounded, dof, out=np.ones_like(dof), where=dof > 0) * tile.times
     table = RowTable(
         batch=np.full(len(at), b),
         position=at,
@@ -169,7 +171,7 @@ def _measure(
         outside=(~inside).sum(axis=1),
         mean_square=mean_square,
         rounded=rounded,
-        freedom=freedom,
+        dof=dof,
         bias=bias,
         error=np.where(unjudged | np.isfinite(given).all(axis=1), np.abs(error).max(axis=1), np.inf),
         scale_value=scale.value,
@@ -179,19 +181,19 @@ def _measure(
         **lse_columns,
     )
     scores = key_scores(model, expected, error, lse_error, inflation * ~unjudged)
-    return _Found(tile, table, rows.index, scores, shared, _lattice(question, rows, given, unjudged))
+    return _TileEvidence(tile, table, rows.index, scores, shared, _lattice(problem, rows, given, unjudged))
 
 
-def model_of(question: Question, key: np.ndarray, value: np.ndarray, tile: Tile) -> tuple[Rows, ErrorModel]:
-    """Exact attention of a tile's rows, and the error model of the arithmetic that is asked about."""
+def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -> tuple[Rows, ErrorModel]:
+    """Exact attention of a tile's rows, and the error model of the arithmetic of the problem."""
     b, at = tile.batch, tile.position
-    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in question.q_tokens))
-    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in question.kv_tokens))
-    seen = np.asarray(visible(question.mask, q_tokens, kv_tokens))[0]
-    query = question.query[b, at, tile.head].astype(np.float64)
-    rows = attention_rows(query, key, value, seen, question.kv_chunk, question.scale)
-    merging = question.merging_of(question.q_chunk[at], rows.chunks)
-    return rows, ErrorModel(rows, question.precision, merging, question.query.shape[3], question.scale)
+    q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
+    kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
+    seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
+    query = problem.query[b, at, tile.head].astype(np.float64)
+    rows = attention_rows(query, key, value, seen, problem.kv_chunk, problem.scale)
+    merging = problem.merging_of(problem.q_chunk[at], rows.chunks)
+    return rows, ErrorModel(rows, problem.precision, merging, problem.query.shape[3], problem.scale)
 
 
 def _spread(
@@ -206,7 +208,7 @@ def _spread(
 def _ratio(given: np.ndarray, exact: np.ndarray, expected: Expected) -> Float[np.ndarray, "R V"]:
     """|error| / bound; infinite for NaN, and for any error where there is no room for one."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        ratio = np.abs(given - exact) / expected.room
+        ratio = np.abs(given - exact) / expected.half_width
         inside = (given >= expected.low) & (given <= expected.high)
     # An output beyond the interval is wrong, however little it is off; so is a NaN.
     return np.where(inside, np.minimum(ratio, 1.0), np.where(ratio > 1.0, ratio, np.inf))
@@ -218,7 +220,7 @@ def _lse(
     """The columns of the table that speak of lse, and its error for the directed tests."""
     zeros = np.zeros(len(unjudged))
     if given is None:
-        return {"lse_ratio": zeros, "lse_square": zeros, "lse_freedom": zeros, "lse_error": zeros}, None
+        return {"lse_ratio": zeros, "lse_square": zeros, "lse_dof": zeros, "lse_error": zeros}, None
     given = given.astype(np.float64)
     blind = np.isneginf(rows.lse)
     with np.errstate(invalid="ignore"):
@@ -232,17 +234,17 @@ def _lse(
     columns = {
         "lse_ratio": np.where(unjudged, 0.0, ratio),
         "lse_square": np.where(broken, np.inf, square),
-        "lse_freedom": np.where(unjudged | (sigma == 0), 0.0, 1.0),
+        "lse_dof": np.where(unjudged | (sigma == 0), 0.0, 1.0),
         "lse_error": np.where(broken, np.inf, np.abs(finite)),
     }
     return columns, finite
 
 
 def _lattice(
-    question: Question, rows: Rows, given: np.ndarray, unjudged: Bool[np.ndarray, " R"]
+    problem: Problem, rows: Rows, given: np.ndarray, unjudged: Bool[np.ndarray, " R"]
 ) -> tuple[np.ndarray, np.ndarray]:
     """FP16 numbers (as bits) that are no BF16 numbers and should come out, and whether a BF16 number came instead."""
-    if question.precision.out != "float16":
+    if problem.precision.out != "float16":
         return np.empty(0, np.int64), np.empty(0, bool)
     exact = FORMATS["float16"].round(rows.out)
     telling = ~unjudged[:, None] & ~on_bfloat16_lattice(exact) & (np.abs(exact) >= 2.0**-14) & np.isfinite(exact)

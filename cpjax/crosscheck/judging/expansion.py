@@ -62,7 +62,7 @@ def check_expanded(
     return Expansion(reasons, differing / max(1, total))
 
 
-class _Found(NamedTuple):
+class _Counts(NamedTuple):
     """Of one of the two products; counts `[stretches, N]`, of different latents of real tokens."""
 
     total: Int[np.ndarray, "I N"]
@@ -74,7 +74,7 @@ class _Found(NamedTuple):
 
 
 @np.errstate(invalid="ignore")  # what is not finite in a case is refused when attention is asked about
-def _compare(latent: Latent, given: np.ndarray, weight: np.ndarray, is_real: np.ndarray) -> _Found:
+def _compare(latent: Latent, given: np.ndarray, weight: np.ndarray, is_real: np.ndarray) -> _Counts:
     c_kv, terms = np.where(is_real[..., None], latent.c_kv, 0), weight.shape[0]  # pads may hold NaN
     is_counted = is_real & _is_first(c_kv)
     counts, outside, first = [], 0, ""
@@ -94,10 +94,10 @@ def _compare(latent: Latent, given: np.ndarray, weight: np.ndarray, is_real: np.
         columns = (counted, counted & (mine != nearest), np.where(counted, q, 0.0))
         counts.append([x.sum(axis=(0, 1, 3)) for x in columns])
     total, differing, explained = (np.array(x) for x in zip(*counts, strict=True))
-    return _Found(total, differing, explained, outside, first)
+    return _Counts(total, differing, explained, outside, first)
 
 
-def _too_many(found: _Found) -> str | None:
+def _too_many(found: _Counts) -> str | None:
     """Where more numbers differ than float32 sums explain: some heads, some stretches of tokens, or all of it."""
     places = (
         (0, lambda n: f"of head {n}"),
@@ -107,10 +107,10 @@ def _too_many(found: _Found) -> str | None:
     for axis, name in places:
         counts = (found.total, found.differing, found.explained)
         total, differing, explained = (np.atleast_1d(x.sum(axis=axis)) for x in counts)
-        deviate = (differing - explained) / np.sqrt(explained + 1)
-        wrong = ~(deviate - expected_maximum(len(deviate)) <= LIMIT)
+        z_score = (differing - explained) / np.sqrt(explained + 1)
+        wrong = ~(z_score - expected_maximum(len(z_score)) <= LIMIT)
         if wrong.any() and (axis == (0, 1) or not wrong.all()):  # that all of them are wrong says nothing about where
-            worst = int(np.argmax(deviate))
+            worst = int(np.argmax(z_score))
             return (
                 f"{differing[worst]:,} of {total[worst]:,} numbers {name(worst)} are not the FP16 number next to the "
                 f"product, where float32 sums explain {explained[worst]:,.0f}"

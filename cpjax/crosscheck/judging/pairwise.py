@@ -26,9 +26,9 @@ from cpjax.crosscheck.error_model.row_covariance import distinct
 from cpjax.crosscheck.exact.attention import Rows
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.evidence import model_of
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.sampling import Tile, chosen_rows, tiles
-from cpjax.crosscheck.judging.statistic import LIMIT, RowErrors, effective_freedom, spread_deviate, worst_row_deviate
+from cpjax.crosscheck.judging.statistic import LIMIT, RowErrors, effective_dof, spread_z_score, worst_row_z_score
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ Output = tuple[np.ndarray, np.ndarray | None]
 
 
 def agreement(
-    asked: Question, other: Question, one: Output, two: Output, seed: int = 0, *, own_keys: bool = False
+    problem: Problem, other: Problem, one: Output, two: Output, seed: int = 0, *, own_keys: bool = False
 ) -> Agreement:
     """Compare two results of the same inputs; the questions differ in precision and order only.
 
     Args:
-      own_keys: each question has keys and values that its backend has made itself, of the same latent.
+      own_keys: each problem has keys and values that its backend has made itself, of the same latent.
 
     Raises:
       ValueError: the questions are about different inputs.
     """
-    same = asked.query is other.query
+    same = problem.query is other.query
     if not own_keys:
-        same = same and asked.key is other.key and asked.value is other.value
-    if not same or (asked.key.shape, asked.value.shape) != (other.key.shape, other.value.shape):
+        same = same and problem.key is other.key and problem.value is other.value
+    if not same or (problem.key.shape, problem.value.shape) != (other.key.shape, other.value.shape):
         raise ValueError("the two questions must be about the same arrays: use dataclasses.replace")
     has_lse = one[1] is not None and two[1] is not None
-    found = [_differences(asked, other, one, two, tile) for tile in tiles(asked, chosen_rows(asked, seed))]
+    found = [_differences(problem, other, one, two, tile) for tile in tiles(problem, chosen_rows(problem, seed))]
     out, lse = _joined([part[0] for part in found]), _joined([part[1] for part in found])
     reasons = [*_reasons("out", out), *(_reasons("lse", lse) if has_lse else [])]
     rows = int(sum(part[2] for part in found))
@@ -89,7 +89,7 @@ class _Differences:
 
     @property
     def z(self) -> float:
-        counts = self.errors.freedom > 0
+        counts = self.errors.dof > 0
         return float(np.sqrt(self.errors.mean_square[counts].mean())) if counts.any() else float("nan")
 
     @property
@@ -98,26 +98,26 @@ class _Differences:
 
 
 def _differences(
-    asked: Question, other: Question, one: Output, two: Output, tile: Tile
+    problem: Problem, other: Problem, one: Output, two: Output, tile: Tile
 ) -> tuple[_Differences, _Differences, int]:
     """Those of `out` and `lse` in a tile, and the number of rows that are compared."""
     b, at = tile.batch, tile.position
-    (rows, model), (rows2, model2) = (_model(question, tile) for question in (asked, other))
+    (rows, model), (rows2, model2) = (_model(one, tile) for one in (problem, other))
     mine, theirs = model.expected(), model2.expected()
-    judged = model.in_range & model2.in_range
+    judged = model.bound.in_range & model2.bound.in_range
     for expected in (mine, theirs):
         judged &= (expected.distortion <= 0.5) & np.isfinite(expected.low).all(1) & np.isfinite(expected.high).all(1)
-    sigma, room = np.hypot(mine.sigma, theirs.sigma), mine.room + theirs.room
-    coherent = np.maximum(mine.coherent, theirs.coherent)
+    sigma, room = np.hypot(mine.sigma, theirs.sigma), mine.half_width + theirs.half_width
+    coherent = np.maximum(mine.common, theirs.common)
     with np.errstate(invalid="ignore"):
         given = one[0][b, at, tile.head].astype(np.float64) - two[0][b, at, tile.head].astype(np.float64)
         difference = given - (rows.out - rows2.out)
     # As for the judge: what must be exact is for the bound to check, and has no spread.
-    least = FORMATS[asked.precision.out].spacing(rows.out) * 2.0**-10
+    least = FORMATS[problem.precision.out].spacing(rows.out) * 2.0**-10
     of_out = _row_errors(difference, sigma * (sigma > least), room, judged, tile.same)
-    different = distinct(rows.out, FORMATS[asked.precision.out])
-    freedom = np.where(of_out.errors.freedom > 0, effective_freedom(different, coherent), 0.0)
-    of_out = replace(of_out, errors=of_out.errors._replace(freedom=freedom))
+    different = distinct(rows.out, FORMATS[problem.precision.out])
+    dof = np.where(of_out.errors.dof > 0, effective_dof(different, coherent), 0.0)
+    of_out = replace(of_out, errors=of_out.errors._replace(dof=dof))
     if one[1] is None or two[1] is None:
         nothing = np.zeros((len(at), 1))
         return of_out, _row_errors(nothing, nothing, nothing, np.zeros(len(at), bool), tile.same), int(judged.sum())
@@ -132,9 +132,9 @@ def _differences(
     return of_out, _row_errors(error, lse_sigma, lse_room, judged, tile.same), int(judged.sum())
 
 
-def _model(question: Question, tile: Tile) -> tuple[Rows, ErrorModel]:
-    key, value = (x[tile.batch, :, tile.kv_head].astype(np.float64) for x in (question.key, question.value))
-    return model_of(question, key, value, tile)
+def _model(problem: Problem, tile: Tile) -> tuple[Rows, ErrorModel]:
+    key, value = (x[tile.batch, :, tile.kv_head].astype(np.float64) for x in (problem.key, problem.value))
+    return model_of(problem, key, value, tile)
 
 
 def _lse_error(given: Float[np.ndarray, " R"], exact: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
@@ -160,8 +160,8 @@ def _row_errors(
     mean = np.where(finite.all(axis=1), mean, np.inf)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.where(size == 0, 0.0, size / room).max(axis=1)
-    freedom = np.where(judged & counts.any(axis=1), 1.0, 0.0)
-    return _Differences(RowErrors(np.where(judged, mean, 0.0), freedom, same), np.where(judged, ratio, 0.0))
+    dof = np.where(judged & counts.any(axis=1), 1.0, 0.0)
+    return _Differences(RowErrors(np.where(judged, mean, 0.0), dof, same), np.where(judged, ratio, 0.0))
 
 
 def _joined(parts: list[_Differences]) -> _Differences:
@@ -176,11 +176,9 @@ def _reasons(name: str, found: _Differences) -> list[str]:
         reasons.append(
             f"{name}: {beyond:,} rows differ by more than both bounds together, the worst by {found.worst:.3g} times"
         )
-    together, worst = spread_deviate(found.errors), worst_row_deviate(found.errors)
+    together, worst = spread_z_score(found.errors), worst_row_z_score(found.errors)
     if not together <= LIMIT:
-        reasons.append(
-            f"{name}: differences are {found.z:.3g} times what rounding makes them ({together:.3g} deviates)"
-        )
+        reasons.append(f"{name}: differences are {found.z:.3g} times what rounding makes them (z-score {together:.3g})")
     elif not worst <= LIMIT:
-        reasons.append(f"{name}: one row differs by too much for roundings ({worst:.3g} deviates)")
+        reasons.append(f"{name}: one row differs by too much for roundings (z-score {worst:.3g})")
     return reasons

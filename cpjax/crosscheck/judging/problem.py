@@ -24,7 +24,7 @@ MOST_CP = 2**16
 
 
 @dataclass(frozen=True)
-class Question:
+class Problem:
     """The inputs of attention in global token order, and who computed what in which order and precision."""
 
     query: Float[np.ndarray, "B T N H"]
@@ -101,7 +101,7 @@ class Question:
         return np.asarray(self.q_tokens.segment) != PAD
 
 
-def question(
+def checked_problem(
     query: Array,
     key: Array,
     value: Array,
@@ -116,8 +116,8 @@ def question(
     layout: str = "zigzag",
     precision: str | Precision | None = None,
     order: str = "ascending",
-) -> Question:
-    """The checked question; arguments as of `cpjax.crosscheck.judge`.
+) -> Problem:
+    """The problem, checked; arguments as of `cpjax.crosscheck.judge`.
 
     Raises:
       ValueError: whatever does not fit, named with the rule and the fix.
@@ -151,7 +151,7 @@ def question(
     if layout == "decode":
         paged.check_decode(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
     mask = Mask(is_causal=is_causal, window=window)
-    return Question(
+    return Problem(
         query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, cp, layout, order
     )
 

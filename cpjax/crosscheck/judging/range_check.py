@@ -4,11 +4,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.mask import PAD
 
 
-def rows_out_of_range(asked: Question, out: np.ndarray, lse: np.ndarray | None) -> Bool[np.ndarray, "B T N"]:
+def rows_out_of_range(problem: Problem, out: np.ndarray, lse: np.ndarray | None) -> Bool[np.ndarray, "B T N"]:
     """Rows with a NaN, an infinity, or an output that is no average of visible values, rounding allowed for.
 
     Under a causal mask these are the values up to the query's position, otherwise all of its segment; a window is not
@@ -16,8 +16,11 @@ def rows_out_of_range(asked: Question, out: np.ndarray, lse: np.ndarray | None) 
     """
     result = np.zeros(out.shape[:3], bool)
     for b, n in np.ndindex(out.shape[0], out.shape[2]):
-        low, high, sees = _visible_range(asked, b, n // asked.group)
-        room = _room(asked) * np.maximum(np.abs(low), np.abs(high)) + FORMATS[asked.precision.out].tiny * asked.cp * 4
+        low, high, sees = _visible_range(problem, b, n // problem.group)
+        room = (
+            _room(problem) * np.maximum(np.abs(low), np.abs(high))
+            + FORMATS[problem.precision.out].tiny * problem.cp * 4
+        )
         given = out[b, :, n].astype(np.float64)
         inside = (given >= low - room) & (given <= high + room) & np.isfinite(given)
         empty = (given == 0).all(axis=1)
@@ -26,24 +29,24 @@ def rows_out_of_range(asked: Question, out: np.ndarray, lse: np.ndarray | None) 
             unseen = np.isneginf(lse[b, :, n])
             right &= np.where(sees, np.isfinite(lse[b, :, n]), unseen)
             empty &= unseen
-        result[b, :, n] = ~(right | empty) if asked.mask.window is not None else ~right
+        result[b, :, n] = ~(right | empty) if problem.mask.window is not None else ~right
     return result
 
 
-def _room(asked: Question) -> float:
+def _room(problem: Problem) -> float:
     """What rounding may add, relative to the largest value: weights that do not sum to one, outputs, merges."""
-    p, out = FORMATS[asked.precision.probability], FORMATS[asked.precision.out]
-    keys = asked.key.shape[1]
-    return 2 * (p.u + p.tiny * keys + (2 * asked.cp + 2) * out.u + FORMATS[asked.precision.compute].u * (keys + 64))
+    p, out = FORMATS[problem.precision.probability], FORMATS[problem.precision.out]
+    keys = problem.key.shape[1]
+    return 2 * (p.u + p.tiny * keys + (2 * problem.cp + 2) * out.u + FORMATS[problem.precision.compute].u * (keys + 64))
 
 
 def _visible_range(
-    asked: Question, b: int, k: int
+    problem: Problem, b: int, k: int
 ) -> tuple[Float[np.ndarray, "T V"], Float[np.ndarray, "T V"], Bool[np.ndarray, " T"]]:
     """Per query the least and the largest visible value, and whether it sees anything."""
-    q_position, q_segment = (np.asarray(x)[b].astype(np.int64) for x in asked.q_tokens)
-    kv_position, kv_segment = (np.asarray(x)[b].astype(np.int64) for x in asked.kv_tokens)
-    value = asked.value[b, :, k].astype(np.float64)
+    q_position, q_segment = (np.asarray(x)[b].astype(np.int64) for x in problem.q_tokens)
+    kv_position, kv_segment = (np.asarray(x)[b].astype(np.int64) for x in problem.kv_tokens)
+    value = problem.value[b, :, k].astype(np.float64)
     low, high = np.zeros((len(q_position), value.shape[1])), np.zeros((len(q_position), value.shape[1]))
     sees = np.zeros(len(q_position), bool)
     for segment in np.unique(q_segment[q_segment != PAD]):
@@ -52,7 +55,7 @@ def _visible_range(
         if len(keys) == 0:
             continue
         keys = keys[np.argsort(kv_position[keys], kind="stable")]
-        if asked.mask.is_causal:
+        if problem.mask.is_causal:
             last = np.searchsorted(kv_position[keys], q_position[queries], side="right") - 1
         else:
             last = np.full(len(queries), len(keys) - 1)

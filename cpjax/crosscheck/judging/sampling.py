@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 
 WORK = 2**28
 """Scores (query, key, head) up to which every row is judged; above, rows are sampled."""
@@ -38,11 +38,11 @@ class Tile:
     """How many of all judged rows have the same query and keys: their scores are rounded alike."""
 
 
-def chosen_rows(asked: Question, seed: int) -> Bool[np.ndarray, "B T N"]:
+def chosen_rows(problem: Problem, seed: int) -> Bool[np.ndarray, "B T N"]:
     """All rows but pads; where that would take too long, a few of every `TILE` queries of each head, at random."""
-    batch, length, heads, _ = asked.query.shape
-    judged = np.broadcast_to(asked.is_judged[..., None], (batch, length, heads))
-    work = batch * length * heads * asked.key.shape[1]
+    batch, length, heads, _ = problem.query.shape
+    judged = np.broadcast_to(problem.is_judged[..., None], (batch, length, heads))
+    work = batch * length * heads * problem.key.shape[1]
     if work <= WORK:
         return judged
     some = max(1, TILE * WORK // work)
@@ -54,16 +54,16 @@ def chosen_rows(asked: Question, seed: int) -> Bool[np.ndarray, "B T N"]:
     return (tiles <= least).reshape(rank.shape)[:, :length] & judged
 
 
-def tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
+def tiles(problem: Problem, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
     """The chosen rows in tiles, by batch row and key/value head."""
     batch, position, head = np.nonzero(chosen)
-    query, same = _same_rows(question, batch, position, head)
+    query, same = _same_rows(problem, batch, position, head)
     times = np.bincount(query)[query]
-    kv_head = head // question.group
-    size = max(LEAST_ROWS, min(ROWS, ELEMENTS // question.key.shape[1]))
+    kv_head = head // problem.group
+    size = max(LEAST_ROWS, min(ROWS, ELEMENTS // problem.key.shape[1]))
     # Rows of one tile lie close together, so that under a causal mask they need few keys.
     order = np.lexsort((head, position, kv_head, batch))
-    groups = np.flatnonzero(np.diff(batch[order] * question.key.shape[2] + kv_head[order], prepend=-1))
+    groups = np.flatnonzero(np.diff(batch[order] * problem.key.shape[2] + kv_head[order], prepend=-1))
     for start, stop in zip(groups, [*groups[1:], len(order)], strict=True):
         for first in range(start, stop, size):
             at = order[first : min(first + size, stop)]
@@ -71,18 +71,18 @@ def tiles(question: Question, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Til
 
 
 def _same_rows(
-    question: Question, batch: np.ndarray, position: np.ndarray, head: np.ndarray
+    problem: Problem, batch: np.ndarray, position: np.ndarray, head: np.ndarray
 ) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
     """Equal numbers for rows that have the same query and keys, to the last bit; and for those in the same place."""
     kv = {
-        (b, k): hash((question.key[b, :, k].tobytes(), question.value[b, :, k].tobytes()))
-        for b, k in np.ndindex(question.key.shape[0], question.key.shape[2])
+        (b, k): hash((problem.key[b, :, k].tobytes(), problem.value[b, :, k].tobytes()))
+        for b, k in np.ndindex(problem.key.shape[0], problem.key.shape[2])
     }
-    place = np.stack([np.asarray(x)[batch, position] for x in question.q_tokens], axis=1).astype(np.int64)
-    if not question.mask.is_causal and question.mask.window is None:
+    place = np.stack([np.asarray(x)[batch, position] for x in problem.q_tokens], axis=1).astype(np.int64)
+    if not problem.mask.is_causal and problem.mask.window is None:
         place[:, 0] = 0
-    shared = np.array([kv[b, n // question.group] for b, n in zip(batch, head, strict=True)], np.int64)
-    query = np.ascontiguousarray(question.query[batch, position, head]).view(np.uint8).reshape(len(batch), -1)
+    shared = np.array([kv[b, n // problem.group] for b, n in zip(batch, head, strict=True)], np.int64)
+    query = np.ascontiguousarray(problem.query[batch, position, head]).view(np.uint8).reshape(len(batch), -1)
     query = np.concatenate([query, shared[:, None].view(np.uint8)], axis=1)
     alike = _numbered(query)
     return alike, _numbered(np.column_stack([alike, place]).view(np.uint8))

@@ -46,7 +46,7 @@ def scale_score(
     per_out = g * _inverse_square(expected.sigma)
     per_lse = np.zeros(len(g)) if lse_error is None else mean_score * _inverse_square(expected.lse_sigma)
     value = (error * per_out).sum(axis=1) + (0.0 if lse_error is None else lse_error * per_lse)
-    bias = (np.abs(per_out) * model.drift).sum(axis=1) + np.abs(per_lse) * model.lse_one_signed
+    bias = (np.abs(per_out) * model.drift).sum(axis=1) + np.abs(per_lse) * model.lse_drift
     information = (g * per_out).sum(axis=1) + mean_score * per_lse
     variance, shared = model.variance_along(per_out, per_lse)
     return Score(value, variance, bias, information), shared
@@ -78,13 +78,13 @@ def key_scores(
     if lse_error is not None:
         of_lse = _inverse_square(expected.lse_sigma)[:, None]
         value = value + weight * lse_error[:, None] * of_lse
-        bias = bias + weight * model.lse_one_signed[:, None] * of_lse
+        bias = bias + weight * model.lse_drift[:, None] * of_lse
         information = information + weight**2 * of_lse
     return Score(value.sum(axis=0), inflation @ information, bias.sum(axis=0), information.sum(axis=0))
 
 
-def deviate(score: Score) -> np.ndarray:
-    """A score as a standard normal deviate, after what may be bias is taken off; 0 where nothing was measured."""
+def z_score(score: Score) -> np.ndarray:
+    """A score as a standard normal z_score, after what may be bias is taken off; 0 where nothing was measured."""
     excess = np.sign(score.value) * np.maximum(np.abs(score.value) - score.bias, 0.0)
     return np.divide(excess, np.sqrt(score.variance), out=np.zeros_like(excess), where=score.variance > 0)
 

@@ -15,7 +15,7 @@ SLACK = 2.0
 """Variance that a correct result may have, over the model's. Tuned on the tuning set (docs/trial.md)."""
 
 LIMIT = 6.0
-"""Standard normal deviate beyond which a test fails: one in 10⁹ for a normal variable."""
+"""Standard normal z_score beyond which a test fails: one in 10⁹ for a normal variable."""
 
 
 class RowErrors(NamedTuple):
@@ -23,55 +23,55 @@ class RowErrors(NamedTuple):
 
     mean_square: Float[np.ndarray, " R"]
     """Mean of (error/σ)² over the row."""
-    freedom: Float[np.ndarray, " R"]
+    dof: Float[np.ndarray, " R"]
     """Effective number of independent errors, ν."""
     same: Int[np.ndarray, " R"]
     """Rows with the same number are equal rows."""
 
 
-def effective_freedom(distinct: Int[np.ndarray, " R"], share: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+def effective_dof(distinct: Int[np.ndarray, " R"], share: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
     """ν of `distinct` errors of which a `share` of the variance is common to all: D / (1 + (D − 1) share²)."""
     return distinct / (1 + np.maximum(distinct - 1, 0) * share**2)
 
 
-def deviate(mean_square: Float[np.ndarray, "..."], freedom: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """χ²_ν/ν as a standard normal deviate, by Wilson and Hilferty's cube root (PNAS 17, 1931); −inf for ν = 0."""
-    freedom = np.asarray(freedom, float)
-    spread = 2 / (9 * np.where(freedom > 0, freedom, 1.0))
+def z_score(mean_square: Float[np.ndarray, "..."], dof: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """χ²_ν/ν as a standard normal z_score, by Wilson and Hilferty's cube root (PNAS 17, 1931); −inf for ν = 0."""
+    dof = np.asarray(dof, float)
+    spread = 2 / (9 * np.where(dof > 0, dof, 1.0))
     value = (np.cbrt(mean_square) - 1 + spread) / np.sqrt(spread)
-    return np.where(freedom > 0, value, -np.inf)
+    return np.where(dof > 0, value, -np.inf)
 
 
 def distinct_rows(errors: RowErrors) -> RowErrors:
-    """Equal rows as one row with their mean, rows without any freedom left out."""
-    used = errors.freedom > 0
+    """Equal rows as one row with their mean, rows without any dof left out."""
+    used = errors.dof > 0
     same, group = np.unique(errors.same[used], return_inverse=True)
     count = np.bincount(group, minlength=len(same))
     mean = np.bincount(group, errors.mean_square[used], len(same)) / np.maximum(count, 1)
-    freedom = np.bincount(group, errors.freedom[used], len(same)) / np.maximum(count, 1)
-    return RowErrors(mean, freedom, same)
+    dof = np.bincount(group, errors.dof[used], len(same)) / np.maximum(count, 1)
+    return RowErrors(mean, dof, same)
 
 
-def spread_deviate(errors: RowErrors) -> float:
+def spread_z_score(errors: RowErrors) -> float:
     """All rows together: is the spread of the errors larger than rounding explains?"""
     rows = distinct_rows(errors)
-    total = rows.freedom.sum()
+    total = rows.dof.sum()
     if total == 0:
         return -np.inf
-    mean = (rows.freedom * rows.mean_square).sum() / total
-    return float(deviate(np.asarray(mean / SLACK), np.asarray(total)))
+    mean = (rows.dof * rows.mean_square).sum() / total
+    return float(z_score(np.asarray(mean / SLACK), np.asarray(total)))
 
 
-def worst_row_deviate(errors: RowErrors) -> float:
+def worst_row_z_score(errors: RowErrors) -> float:
     """The worst row, less what the largest of so many is expected to be.
 
     Of equal rows each counts by itself: a single wrong one must not hide behind the mean of the others.
     """
-    used = errors.freedom > 0
+    used = errors.dof > 0
     if not used.any():
         return -np.inf
-    deviates = deviate(errors.mean_square[used] / SLACK, errors.freedom[used])
-    return float(deviates.max() - expected_maximum(len(deviates)))
+    z_scores = z_score(errors.mean_square[used] / SLACK, errors.dof[used])
+    return float(z_scores.max() - expected_maximum(len(z_scores)))
 
 
 def expected_maximum(n: int) -> float:
@@ -79,8 +79,8 @@ def expected_maximum(n: int) -> float:
     return float(np.sqrt(2 * np.log(max(n, 1))))
 
 
-def binomial_deviate(successes: int, trials: int, probability: float) -> float:
-    """How unlikely at least so many successes are, as a standard normal deviate."""
+def binomial_z_score(successes: int, trials: int, probability: float) -> float:
+    """How unlikely at least so many successes are, as a standard normal z_score."""
     if trials == 0:
         return -np.inf
     return float(stats.norm.isf(max(stats.binom.sf(successes - 1, trials, probability), 1e-300)))

@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.judging.evidence import Evidence, RowTable
-from cpjax.crosscheck.judging.problem import Question
-from cpjax.crosscheck.judging.score_tests import Score, deviate
+from cpjax.crosscheck.judging.problem import Problem
+from cpjax.crosscheck.judging.score_tests import Score, z_score
 from cpjax.crosscheck.judging.statistic import (
     LIMIT,
     RowErrors,
-    binomial_deviate,
+    binomial_z_score,
     expected_maximum,
-    spread_deviate,
-    worst_row_deviate,
+    spread_z_score,
+    worst_row_z_score,
 )
 
 LATTICE_SHARE = 2 / 7
@@ -41,12 +41,12 @@ class Explanation(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A head, a query chunk or a rank on its own. `deviate` beyond 6, less what the worst of so many has, fails."""
+    """A head, a query chunk or a rank on its own. `z_score` beyond 6, less what the worst of so many has, fails."""
 
     name: str
     z: float
     lse_z: float | None
-    deviate: float
+    z_score: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Verdict:
     """Mean of error / σ: correct results have one too, so it decides nothing."""
     scale_error: float
     """The scale fitted to the errors, relative to the stated one: 1e-3 is 0.1 % too large."""
-    scale_deviate: float
+    scale_z_score: float
     parts: list[Part] = field(repr=False, default_factory=list)
     search: Callable[[], Explanation] | None = field(repr=False, compare=False, default=None)
     """Looks for what went wrong; None when passed. It takes seconds, so it runs when somebody asks."""
@@ -91,7 +91,7 @@ class Verdict:
     @property
     def diagnosis(self) -> list[str]:
         """What went wrong and where, most likely first (docs/diagnosis.md); empty when passed."""
-        return [] if self.found is None else self.found.sentences
+        return [] if self.explanation is None else self.explanation.sentences
 
     @property
     def chunk_weights(self) -> Float[np.ndarray, "Q C"] | None:
@@ -99,10 +99,10 @@ class Verdict:
 
         None when passed.
         """
-        return None if self.found is None else self.found.chunk_weights
+        return None if self.explanation is None else self.explanation.chunk_weights
 
     @cached_property
-    def found(self) -> Explanation | None:
+    def explanation(self) -> Explanation | None:
         """The whole diagnosis; None when passed."""
         return None if self.search is None else self.search()
 
@@ -115,7 +115,7 @@ class Verdict:
         raise TypeError("a Verdict is neither true nor false; ask .passed")
 
 
-def malformed(question: Question, reason: str) -> Verdict:
+def malformed(problem: Problem, reason: str) -> Verdict:
     """The verdict on something that is no result at all."""
     nan = float("nan")
     return Verdict(
@@ -129,17 +129,17 @@ def malformed(question: Question, reason: str) -> Verdict:
         lse_max_error=nan,
         reasons=[reason],
         failed_tests=("form",),
-        precision=question.precision.name,
-        order=question.order,
-        rows=int(question.is_judged.sum()) * question.query.shape[2],
+        precision=problem.precision.name,
+        order=problem.order,
+        rows=int(problem.is_judged.sum()) * problem.query.shape[2],
         rows_judged=0,
         bias=nan,
         scale_error=nan,
-        scale_deviate=nan,
+        scale_z_score=nan,
     )
 
 
-def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: int, out_of_range: int) -> Verdict:
+def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: int, out_of_range: int) -> Verdict:
     """The verdict that follows from the evidence.
 
     Args:
@@ -147,25 +147,25 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
       out_of_range: rows with an output that no average of visible values can be (all rows are looked at for this).
     """
     table = evidence.rows
-    out_errors = RowErrors(table.mean_square, table.freedom, table.same)
-    lse_errors = RowErrors(table.lse_square, table.lse_freedom, table.same)
-    parts = list(_parts(question, table, has_lse))
+    out_errors = RowErrors(table.mean_square, table.dof, table.same)
+    lse_errors = RowErrors(table.lse_square, table.lse_dof, table.same)
+    parts = list(_parts(problem, table, has_lse))
     scale = _scale_score(evidence)
-    scale_deviate = float(deviate(scale))
+    scale_z_score = float(z_score(scale))
     scale_error = float(scale.value / scale.information) if scale.information > 0 else float("nan")
     failures: list[Failure] = []
     if out_of_range:
         failures.append(("range", f"out: {_count(out_of_range, row_count)} no average of the values it may see"))
     failures += _bound(table, "out", table.ratio, table.outside)
-    failures += _errors(question, "out", out_errors, _z(table))
+    failures += _errors(problem, "out", out_errors, _z(table))
     if has_lse:
         failures += _bound(table, "lse", table.lse_ratio, ~(table.lse_ratio <= 1.0))
-        failures += _errors(question, "lse", lse_errors, _lse_z(table))
+        failures += _errors(problem, "lse", lse_errors, _lse_z(table))
     failures += _worst_parts(parts)
     # A gross fault makes every directed test fail. It names itself only if it explains most of what is wrong.
     enough = _excess(table) / 2 if failures else 0.0
-    if not abs(scale_deviate) <= LIMIT + 1 and _gain(scale) >= enough:
-        failures.append(("scale", _scale_sentence(scale_error, scale_deviate)))
+    if not abs(scale_z_score) <= LIMIT + 1 and _gain(scale) >= enough:
+        failures.append(("scale", _scale_sentence(scale_error, scale_z_score)))
     failures += _keys(evidence, enough)
     failures += _bfloat16(evidence)
     unjudged = int(table.unjudged.sum())
@@ -184,13 +184,13 @@ def decide(question: Question, evidence: Evidence, *, has_lse: bool, row_count: 
         lse_max_error=float(table.lse_error.max(initial=0.0)) if has_lse else float("nan"),
         reasons=[sentence for _, sentence in failures if sentence is not None],
         failed_tests=tuple(name for name, _ in failures),
-        precision=question.precision.name,
-        order=question.order,
+        precision=problem.precision.name,
+        order=problem.order,
         rows=row_count,
         rows_judged=len(table.position) - unjudged,
         bias=_mean(table.bias, table.rounded),
         scale_error=scale_error,
-        scale_deviate=scale_deviate,
+        scale_z_score=scale_z_score,
         parts=parts,
     )
 
@@ -209,7 +209,7 @@ def _z(table: RowTable) -> float:
 
 
 def _lse_z(table: RowTable) -> float:
-    return float(np.sqrt(_mean(table.lse_square, table.lse_freedom)))
+    return float(np.sqrt(_mean(table.lse_square, table.lse_dof)))
 
 
 def _mean(x: np.ndarray, weight: np.ndarray) -> float:
@@ -233,40 +233,40 @@ def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -
         )
 
 
-def _errors(question: Question, name: str, errors: RowErrors, z: float) -> Iterator[Failure]:
+def _errors(problem: Problem, name: str, errors: RowErrors, z: float) -> Iterator[Failure]:
     prefix = "" if name == "out" else "lse "
-    together, worst = spread_deviate(errors), worst_row_deviate(errors)
+    together, worst = spread_z_score(errors), worst_row_z_score(errors)
     if not together <= LIMIT:
         yield (
             f"{prefix}spread",
-            f"{name}: errors are {z:.3g} times what {question.precision.name} makes them ({together:.3g} deviates)"
+            f"{name}: errors are {z:.3g} times what {problem.precision.name} makes them (z-score {together:.3g})"
             if np.isfinite(z)
             else None,
         )
     if not worst <= LIMIT:
-        alone = f"{name}: one row's errors are too large for roundings ({worst:.3g} deviates)"
+        alone = f"{name}: one row's errors are too large for roundings (z-score {worst:.3g})"
         yield f"{prefix}worst row", alone if together <= LIMIT else None
 
 
-def _parts(question: Question, table: RowTable, has_lse: bool) -> Iterator[Part]:
-    chunk = question.q_chunk[table.position]
-    place = chunk % (2 * question.cp + 1) if question.layout == "packed" else chunk
-    rank = chunk if question.layout not in ("zigzag", "packed") else np.minimum(place, 2 * question.cp - 1 - place)
+def _parts(problem: Problem, table: RowTable, has_lse: bool) -> Iterator[Part]:
+    chunk = problem.q_chunk[table.position]
+    place = chunk % (2 * problem.cp + 1) if problem.layout == "packed" else chunk
+    rank = chunk if problem.layout not in ("zigzag", "packed") else np.minimum(place, 2 * problem.cp - 1 - place)
     for name, label in (("head", table.head), ("query chunk", chunk), ("rank", rank)):
         values: Int[np.ndarray, " n"] = np.unique(label)
         for value in values:
             rows: Bool[np.ndarray, " R"] = label == value
-            out = RowErrors(table.mean_square[rows], table.freedom[rows], table.same[rows])
-            lse = RowErrors(table.lse_square[rows], table.lse_freedom[rows], table.same[rows])
-            deviate = max(spread_deviate(out), spread_deviate(lse)) - expected_maximum(len(values))
+            out = RowErrors(table.mean_square[rows], table.dof[rows], table.same[rows])
+            lse = RowErrors(table.lse_square[rows], table.lse_dof[rows], table.same[rows])
+            z_score = max(spread_z_score(out), spread_z_score(lse)) - expected_maximum(len(values))
             z = float(np.sqrt(_mean(table.mean_square[rows], table.rounded[rows])))
-            lse_z = float(np.sqrt(_mean(lse.mean_square, lse.freedom))) if has_lse else None
-            yield Part(f"{name} {value}", z, lse_z, deviate)
+            lse_z = float(np.sqrt(_mean(lse.mean_square, lse.dof))) if has_lse else None
+            yield Part(f"{name} {value}", z, lse_z, z_score)
 
 
 def _worst_parts(parts: list[Part]) -> Iterator[Failure]:
     for kind, test in (("head", "heads"), ("query chunk", "query chunks"), ("rank", "ranks")):
-        wrong = [part for part in parts if part.name.rpartition(" ")[0] == kind and not part.deviate <= LIMIT]
+        wrong = [part for part in parts if part.name.rpartition(" ")[0] == kind and not part.z_score <= LIMIT]
         if wrong:
             names = ", ".join(part.name.rpartition(" ")[2] for part in wrong[:8]) + (", …" if len(wrong) > 8 else "")
             many = sum(part.name.rpartition(" ")[0] == kind for part in parts)
@@ -277,7 +277,7 @@ def _worst_parts(parts: list[Part]) -> Iterator[Failure]:
 def _excess(table: RowTable) -> float:
     """Σ (error/σ)² beyond what correct results have; infinite where an output is not finite."""
     total = 0.0
-    for square, count in ((table.mean_square, table.rounded), (table.lse_square, table.lse_freedom)):
+    for square, count in ((table.mean_square, table.rounded), (table.lse_square, table.lse_dof)):
         counts = count > 0
         total += float(((square[counts] - 1) * count[counts]).sum())
     return total
@@ -296,30 +296,30 @@ def _scale_score(evidence: Evidence) -> Score:
     return Score(*(np.asarray(column) for column in columns))
 
 
-def _scale_sentence(error: float, deviate: float) -> str:
-    return f"the errors are those of a scale {error:+.2%} off ({abs(deviate):.3g} deviates)"
+def _scale_sentence(error: float, z_score: float) -> str:
+    return f"the errors are those of a scale {error:+.2%} off (z-score {abs(z_score):.3g})"
 
 
 def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:
     """A key that was lost, halved or doubled, and explains `enough`. Correct scores grow with the number of keys."""
     keys = evidence.keys
     change = np.divide(keys.value, keys.information, out=np.zeros_like(keys.value), where=keys.information > 0)
-    deviates = np.where((np.abs(change) >= 0.25) & (np.abs(change) <= 2.0), np.abs(deviate(keys)), 0.0)
-    b, k, s = np.unravel_index(np.argmax(deviates), deviates.shape)
+    z_scores = np.where((np.abs(change) >= 0.25) & (np.abs(change) <= 2.0), np.abs(z_score(keys)), 0.0)
+    b, k, s = np.unravel_index(np.argmax(z_scores), z_scores.shape)
     gain = _gain(Score(*(x[b, k, s] for x in keys)))
-    if not deviates[b, k, s] - expected_maximum(deviates.size) <= LIMIT and gain >= enough:
+    if not z_scores[b, k, s] - expected_maximum(z_scores.size) <= LIMIT and gain >= enough:
         yield (
             "key",
             f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} "
-            f"instead of 1 ({deviates[b, k, s]:.3g} deviates)",
+            f"instead of 1 (z-score {z_scores[b, k, s]:.3g})",
         )
 
 
 def _bfloat16(evidence: Evidence) -> Iterator[Failure]:
     lattice = evidence.lattice
     found, expected = int((lattice.found & lattice.expected).sum()), int(lattice.expected.sum())
-    deviate = binomial_deviate(found, expected, LATTICE_SHARE)
-    if not deviate <= LIMIT:
+    z_score = binomial_z_score(found, expected, LATTICE_SHARE)
+    if not z_score <= LIMIT:
         yield (
             "bfloat16",
             f"out went through BF16: {found:,} of {expected:,} different outputs are BF16 numbers and should not be",

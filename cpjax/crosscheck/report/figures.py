@@ -8,9 +8,9 @@ from jaxtyping import Float
 from cpjax.crosscheck.error_model.row_covariance import distinct
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.evidence import model_of
-from cpjax.crosscheck.judging.problem import Question
+from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.sampling import Tile
-from cpjax.crosscheck.judging.statistic import effective_freedom
+from cpjax.crosscheck.judging.statistic import effective_dof
 
 ROWS = 16
 """Rows of each query chunk, head and batch row that are looked at, at most."""
@@ -39,26 +39,26 @@ class Figures:
     """Rows that were looked at."""
 
 
-def figures(question: Question, out: np.ndarray, seed: int = 0) -> Figures:
+def figures(problem: Problem, out: np.ndarray, seed: int = 0) -> Figures:
     """The figures of a result `[B, T, N, V]` that has the right shape."""
-    heads = question.query.shape[2]
-    chunks = int(question.q_chunk.max()) + 1, int(question.kv_chunk.max()) + 1
+    heads = problem.query.shape[2]
+    chunks = int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1
     squares, counts = np.zeros((chunks[0], heads)), np.zeros((chunks[0], heads))
     value, variance, deviations, looked = np.zeros(chunks), np.zeros(chunks), [], 0
-    for tile in _sample(question, seed):
-        key, val = (x[tile.batch, :, tile.kv_head].astype(np.float64) for x in (question.key, question.value))
-        rows, model = model_of(question, key, val, tile)
+    for tile in _sample(problem, seed):
+        key, val = (x[tile.batch, :, tile.kv_head].astype(np.float64) for x in (problem.key, problem.value))
+        rows, model = model_of(problem, key, val, tile)
         expected = model.expected()
         given = out[tile.batch, tile.position, tile.head].astype(np.float64)
-        usable = (expected.sigma > 0) & np.isfinite(given) & model.in_range[:, None]
+        usable = (expected.sigma > 0) & np.isfinite(given) & model.bound.in_range[:, None]
         with np.errstate(invalid="ignore"):
             deviation = np.divide(given - rows.out, expected.sigma, out=np.zeros_like(given), where=usable)
-        chunk = int(question.q_chunk[tile.position[0]])
+        chunk = int(problem.q_chunk[tile.position[0]])
         np.add.at(squares[chunk], tile.head, (deviation**2).sum(axis=1))
         np.add.at(counts[chunk], tile.head, usable.sum(axis=1))
         deviations.append(deviation[usable])
-        different = distinct(rows.out, FORMATS[question.precision.out])
-        inflation = usable.sum(axis=1) / np.maximum(effective_freedom(different, expected.coherent), 1)
+        different = distinct(rows.out, FORMATS[problem.precision.out])
+        inflation = usable.sum(axis=1) / np.maximum(effective_dof(different, expected.common), 1)
         weight = np.divide(1.0, expected.sigma, out=np.zeros_like(given), where=usable)
         for c, number in enumerate(rows.chunks):
             along = (rows.chunk_part[:, c] - rows.chunk_weight[:, c, None] * rows.out) * weight
@@ -69,32 +69,32 @@ def figures(question: Question, out: np.ndarray, seed: int = 0) -> Figures:
     pull = np.divide(value, np.sqrt(variance), out=np.full_like(value, np.nan), where=variance > 0)
     everything = np.clip(np.concatenate([*deviations, np.zeros(0)]), EDGES[0], EDGES[-1])
     histogram = np.histogram(everything, EDGES)[0] / max(len(everything), 1)
-    return Figures(spread, pull, _steps(question, pull), histogram, looked)
+    return Figures(spread, pull, _steps(problem, pull), histogram, looked)
 
 
-def _sample(question: Question, seed: int):
+def _sample(problem: Problem, seed: int):
     """Some rows of each query chunk, batch row and key/value head, of all heads that share it."""
     rng = np.random.default_rng(seed)
-    batch, _, heads, _ = question.query.shape
-    count = int(question.q_chunk.max()) + 1
-    most = max(1, min(ROWS, SCORES // (question.key.shape[1] * count * batch * heads)))
-    for b, c, k in np.ndindex(batch, count, question.key.shape[2]):
-        at = np.flatnonzero((question.q_chunk == c) & question.is_judged[b])
+    batch, _, heads, _ = problem.query.shape
+    count = int(problem.q_chunk.max()) + 1
+    most = max(1, min(ROWS, SCORES // (problem.key.shape[1] * count * batch * heads)))
+    for b, c, k in np.ndindex(batch, count, problem.key.shape[2]):
+        at = np.flatnonzero((problem.q_chunk == c) & problem.is_judged[b])
         at = np.sort(rng.permutation(at)[:most])
         if len(at):
-            own = np.arange(k * question.group, (k + 1) * question.group)
+            own = np.arange(k * problem.group, (k + 1) * problem.group)
             position, head = np.repeat(at, len(own)), np.tile(own, len(at))
             one = np.ones_like(position)
             yield Tile(b, k, position, head, np.arange(len(position)), one)
 
 
-def _steps(question: Question, pull: np.ndarray) -> np.ndarray | None:
-    if question.layout != "zigzag" or question.order not in ("ring", "gather") or question.cp == 1:
+def _steps(problem: Problem, pull: np.ndarray) -> np.ndarray | None:
+    if problem.layout != "zigzag" or problem.order not in ("ring", "gather") or problem.cp == 1:
         return None
-    cp, last = question.cp, 2 * question.cp - 1
+    cp, last = problem.cp, 2 * problem.cp - 1
     steps = np.full((cp, cp), np.nan)
     for q, c in np.ndindex(pull.shape):
         rank, source = min(q, last - q), min(c, last - c)
-        step = (rank - source) % cp if question.order == "ring" else source
+        step = (rank - source) % cp if problem.order == "ring" else source
         steps[rank, step] = np.fmax(steps[rank, step], abs(pull[q, c]))
     return steps

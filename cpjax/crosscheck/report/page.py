@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cpjax.crosscheck.files.atomic import is_free, whole
+from cpjax.crosscheck.files.atomic import atomic_write, is_free
 from cpjax.crosscheck.report.figures import EDGES, Figures, figures
 from cpjax.crosscheck.run.session import Judged
 from cpjax.crosscheck.run.summary import BACKENDS, all_passed, sentence
@@ -33,7 +33,7 @@ def write_report(folder: Path, judged: list[Judged], title: str) -> Path:
     """
     check_free(folder)
     try:
-        with whole(folder) as unfinished:
+        with atomic_write(folder) as unfinished:
             unfinished.mkdir()
             (unfinished / "index.html").write_text(html(judged, title), encoding="utf-8")
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.crosscheck.judging.pairwise import Agreement, agreement
-from cpjax.crosscheck.run.session import Judged, asked_of
+from cpjax.crosscheck.run.session import Judged, problem_of
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def compare(case: Case, one: Result, two: Result) -> Agreement:
     Raises:
       ValueError: the case itself cannot be judged.
     """
-    asked, other = asked_of(case, one), asked_of(case, two)
+    problem, other = problem_of(case, one), problem_of(case, two)
     own_keys = case.latent is not None
-    return agreement(asked, other, (one.out, one.lse), (two.out, two.lse), own_keys=own_keys)
+    return agreement(problem, other, (one.out, one.lse), (two.out, two.lse), own_keys=own_keys)
 
 
 def between_sentence(compared: list[Compared]) -> str:

@@ -15,7 +15,7 @@ from cpjax.crosscheck.files.note import read_note
 from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.crosscheck.judge import judge_problem
 from cpjax.crosscheck.judging.expansion import check_expanded
-from cpjax.crosscheck.judging.problem import Question, question
+from cpjax.crosscheck.judging.problem import Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict, malformed
 from cpjax.errors import InputError
 from cpjax.mask import PAD
@@ -28,7 +28,7 @@ Outcome = Literal["pass", "fail", "unsupported", "error"]
 
 @dataclass(frozen=True)
 class Judged:
-    """One result and the verdict on it; `problem` or `unsupported` where there is no result that could be judged."""
+    """One result and the verdict on it; `error` or `unsupported` where there is no result that could be judged."""
 
     case: str
     backend: str
@@ -36,7 +36,7 @@ class Judged:
     order: str | None
     seconds_per_step: list[list[float]] | None
     verdict: Verdict | None
-    problem: str | None = None
+    error: str | None = None
     """What went wrong before there was a result."""
     unsupported: str | None = None
     """Why the backend does not compute this case."""
@@ -44,15 +44,15 @@ class Judged:
     """What a diagnostic case says of the result (`cpjax.crosscheck.conformance.explain`)."""
     about: dict[str, Any] | None = None
     """Provenance, as the result states it."""
-    shown: tuple[Question, np.ndarray] | None = None
-    """What was asked, and `out`: what a report draws its figures of; only if asked for, and if there is an `out`."""
+    shown: tuple[Problem, np.ndarray] | None = None
+    """The problem, and `out`: what a report draws its figures of; only if asked for, and if there is an `out`."""
 
     @property
     def outcome(self) -> Outcome:
         """Exactly one of four; only a verdict passes."""
         if self.verdict is not None:
             return "pass" if self.verdict.passed else "fail"
-        return "unsupported" if self.unsupported is not None and self.problem is None else "error"
+        return "unsupported" if self.unsupported is not None and self.error is None else "error"
 
     @property
     def passed(self) -> bool:
@@ -64,7 +64,7 @@ class Judged:
         """Why not."""
         if self.verdict is not None:
             return self.verdict.reasons
-        return [self.problem or self.unsupported or "there is no result"]
+        return [self.error or self.unsupported or "there is no result"]
 
     def as_json(self) -> dict[str, Any]:
         """An object for machines; numbers that are not finite are null or "inf"."""
@@ -109,7 +109,7 @@ def judge_result(
     except InputError as error:
         return Judged(case.name, backend, None, None, None, None, f"{path.name} {error}")
     try:
-        asked, verdict, remarks = _verdict(case, result, lambda done, total: progress(result.backend, done, total))
+        problem, verdict, remarks = _verdict(case, result, lambda done, total: progress(result.backend, done, total))
     except ValueError as error:  # the case itself cannot be judged
         return Judged(case.name, result.backend, result.precision, result.order, None, None, str(error))
     return Judged(
@@ -121,11 +121,11 @@ def judge_result(
         verdict,
         remarks=(*remarks, *read(case, result)),
         about=result.about,
-        shown=(asked, result.out) if draw and "form" not in verdict.failed_tests else None,
+        shown=(problem, result.out) if draw and "form" not in verdict.failed_tests else None,
     )
 
 
-def asked_of(case: Case, result: Result) -> Question:
+def problem_of(case: Case, result: Result) -> Problem:
     """What a result answers: the case, with the keys and values with which the result was computed.
 
     Raises:
@@ -135,8 +135,8 @@ def asked_of(case: Case, result: Result) -> Question:
     return _asked(case, key, value, result)
 
 
-def _asked(case: Case, key: np.ndarray, value: np.ndarray, result: Result) -> Question:
-    return question(case.query, key, value, **how(case), precision=result.precision, order=result.order)
+def _asked(case: Case, key: np.ndarray, value: np.ndarray, result: Result) -> Problem:
+    return checked_problem(case.query, key, value, **how(case), precision=result.precision, order=result.order)
 
 
 def how(case: Case) -> dict[str, Any]:
@@ -155,27 +155,27 @@ def how(case: Case) -> dict[str, Any]:
 
 def _verdict(
     case: Case, result: Result, progress: Callable[[int, int], None]
-) -> tuple[Question, Verdict, tuple[str, ...]]:
-    """What was asked, the verdict, and remarks. Keys and values that were made of a latent must be right too.
+) -> tuple[Problem, Verdict, tuple[str, ...]]:
+    """The problem, the verdict, and remarks. Keys and values that were made of a latent must be right too.
 
     Attention is judged on these, so that each of the two is right or wrong for itself.
     """
     if case.latent is None or result.key_value is None:
-        asked = asked_of(case, result)
-        return asked, judge_problem(asked, result.out, result.lse, progress=progress), ()
+        problem = problem_of(case, result)
+        return problem, judge_problem(problem, result.out, result.lse, progress=progress), ()
     is_real = np.asarray(case.kv_tokens.segment) != PAD
     found = check_expanded(case.latent, *result.key_value, is_real)
     if not all(np.isfinite(x[is_real]).all() for x in result.key_value):
         reason = next(iter(found.reasons), "its keys or values are infinite: the product leaves what FP16 can hold")
-        asked = _asked(case, case.key, case.value, result)
-        return asked, replace(malformed(asked, reason), failed_tests=("expansion", "form")), ()
-    asked = asked_of(case, result)
-    verdict = judge_problem(asked, result.out, result.lse, progress=progress)
+        problem = _asked(case, case.key, case.value, result)
+        return problem, replace(malformed(problem, reason), failed_tests=("expansion", "form")), ()
+    problem = problem_of(case, result)
+    verdict = judge_problem(problem, result.out, result.lse, progress=progress)
     remarks = (f"{found.differing:.2%} of its keys and values are not the FP16 number next to the exact product",)
     if not found.reasons:
-        return asked, verdict, remarks
+        return problem, verdict, remarks
     reasons, tests = [*found.reasons, *verdict.reasons], ("expansion", *verdict.failed_tests)
-    return asked, replace(verdict, passed=False, judgeable=True, reasons=reasons, failed_tests=tests), remarks
+    return problem, replace(verdict, passed=False, judgeable=True, reasons=reasons, failed_tests=tests), remarks
 
 
 def _without_result(case: Case, path: Path) -> Judged:
@@ -183,8 +183,8 @@ def _without_result(case: Case, path: Path) -> Judged:
         backend, note = read_note(path, case)
     except InputError as error:
         return Judged(case.name, path.parent.name, None, None, None, None, f"{path.name} {error}")
-    problem, unsupported = (note.reason, None) if note.outcome == "error" else (None, note.reason)
-    return Judged(case.name, backend, case.precision.get(backend), None, None, None, problem, unsupported)
+    error, unsupported = (note.reason, None) if note.outcome == "error" else (None, note.reason)
+    return Judged(case.name, backend, case.precision.get(backend), None, None, None, error, unsupported)
 
 
 def judge_folder(cases: list[Case], results: Path, progress: Progress, *, draw: bool = False) -> Iterator[Judged]:

@@ -1,0 +1,56 @@
+"""Probabilities rounded to their format as the factor of v (§3.1), and those that become the least numbers (§3.2)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float
+
+from cpjax.crosscheck.error_model.arithmetic import Arithmetic
+from cpjax.crosscheck.error_model.row_covariance import Roundings, Shared, by_cell
+from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term
+from cpjax.crosscheck.error_model.ties import variance_of, variance_of_sum
+
+LEAST_CELLS = 16
+"""Keys whose p becomes n times the least number err alike, for n up to this (§3.2)."""
+
+LEAST_ERROR = 1 / 4
+"""Of the least number: the typical error that the keys of such a cell have in common (§3.2)."""
+
+
+def probability_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
+    """Sections 3.1 and 3.2."""
+    sigma = _sigma(a)
+
+    def along(direction: Direction) -> Iterator[Shared]:
+        roundings = Roundings(a.p_value, sigma * direction.of_value)
+        yield Shared(by_cell(roundings, a.probability), variance_of_sum(roundings.sigma, a.ties))
+
+    out = variance_of(sigma, a.ties, a.rows.value, a.rows.out, center=False)
+    yield Term("probabilities", "3.1", out, is_common=True, along=along)
+    if a.precision.probability == "float16":
+        yield _least(a)
+        lost = np.where(a.p_value < a.probability.tiny / 2, a.rows.weight, 0.0)
+        # A partly lost sum is uniform between 0 and all of it.
+        yield Systematic("probabilities that become 0", "3.2", np.abs(lost @ a.rows.value), typical=1 / np.sqrt(3))
+
+
+def _sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:
+    """Standard deviation of each p's rounding, in units of the output; p = 1 is exact."""
+    return a.p_worth * np.where(a.p_value == 1.0, 0.0, a.probability.spacing(a.p_value)) / np.sqrt(12)
+
+
+def _least(a: Arithmetic) -> Term:
+    """Keys whose p becomes n times the least number: those with the same n err together."""
+    n = np.where(a.rows.seen, np.round(a.p_value / a.probability.tiny), 0.0)
+    cells = {int(k): np.where(n == k, a.p_worth, 0.0) for k in np.unique(n[(n >= 1) & (n <= LEAST_CELLS)])}
+    error = LEAST_ERROR * a.probability.tiny
+
+    def along(direction: Direction) -> Iterator[Shared]:
+        of_rows = {k: error * (cell * direction.of_value).sum(axis=1) for k, cell in cells.items()}
+        together = np.zeros(LEAST_CELLS + 1)
+        for k, of_row in of_rows.items():
+            together[k] = of_row.sum()
+        yield Shared(together, sum((of_row**2 for of_row in of_rows.values()), np.zeros(len(n))))
+
+    out = sum(((error * (cell @ a.rows.value)) ** 2 for cell in cells.values()), np.zeros_like(a.rows.out))
+    return Term("least probabilities", "3.2", out, is_common=True, along=along)
