@@ -18,6 +18,10 @@ LIMIT = 6.0
 """Standard normal z_score beyond which a test fails: one in 10⁹ for a normal variable."""
 
 
+LEAST_PROBABILITY = 1e-300
+"""Less is no more unlikely than this: its z-score is 37."""
+
+
 class RowErrors(NamedTuple):
     """One number per judged row (or per row's lse)."""
 
@@ -83,4 +87,4 @@ def binomial_z_score(successes: int, trials: int, probability: float) -> float:
     """How unlikely at least so many successes are, as a standard normal z_score."""
     if trials == 0:
         return -np.inf
-    return float(stats.norm.isf(max(stats.binom.sf(successes - 1, trials, probability), 1e-300)))
+    return float(stats.norm.isf(max(stats.binom.sf(successes - 1, trials, probability), LEAST_PROBABILITY)))
