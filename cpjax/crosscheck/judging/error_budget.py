@@ -120,6 +120,7 @@ def _terms(model: ErrorModel, sigma: np.ndarray, lse_sigma: np.ndarray) -> tuple
 def _bound(model: ErrorModel) -> tuple[Share, ...]:
     total = float(model.bound.before_last.mean())
     sizes = {name: float(part.mean()) for name, part in model.bound.parts.items()}
+    sizes["second order"] = total - sum(sizes.values())  # errors of errors: (1 + u)^(C + 2)
     return _largest_first([Share(name, "5", size, _ratio(size, total)) for name, size in sizes.items()])
 
 
