@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault
 from cpjax.crosscheck.diagnosis.everywhere import families
@@ -71,6 +70,8 @@ def _fit_scale(wrong: list[Measured]) -> float | None:
     values = [misfit(x) for x in grid]
     i = int(np.argmin(values))
     low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+    from scipy.optimize import minimize_scalar  # slow to import; only a failed verdict needs it
+
     best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-10})
     return float(np.exp(best.x))
 
