@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from cpjax.crosscheck.diagnosis.dictionary import FITTED, OFFSET, USUAL, Fault
 from cpjax.crosscheck.diagnosis.everywhere import families
@@ -83,6 +82,8 @@ def _fit_scale(wrong: list[Measured]) -> float | None:
     values = [misfit(x) for x in LOG_SCALES]
     i = int(np.argmin(values))
     low, high = LOG_SCALES[max(i - 1, 0)], LOG_SCALES[min(i + 1, len(LOG_SCALES) - 1)]
+    from scipy.optimize import minimize_scalar  # slow to import; only a failed verdict needs it
+
     best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": SCALE_ACCURACY})
     return float(np.exp(best.x))
 
