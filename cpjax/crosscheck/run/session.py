@@ -191,7 +191,7 @@ def _without_result(case: Case, path: Path) -> Judged:
         backend, note = read_note(path, case)
     except InputError as error:
         return Judged(case.name, path.parent.name, error=f"{path.name} {error}")
-    why = {note.outcome: note.reason}  # "error" or "unsupported"
+    why: dict[str, Any] = {note.outcome: note.reason}  # "error" or "unsupported"
     return Judged(case.name, backend, case.precision.get(backend), **why)
 
 
