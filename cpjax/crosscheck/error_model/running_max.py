@@ -1,7 +1,7 @@
 """The maximum that is subtracted from a tile's scores, and what its differences lose where scores have a format.
 
-That is §3.5 and 3.6 of docs/verdict.md. Where a kernel ends its tiles is not known, so there is one `RunningMax` for each
-size that they may have.
+That is §3.5 and 3.6 of docs/verdict.md. Where a kernel ends its tiles is not known, so there is one `RunningMax` for
+each size that they may have.
 """
 
 from collections.abc import Callable
