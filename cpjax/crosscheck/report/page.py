@@ -59,7 +59,7 @@ def html(judged: list[Judged], title: str) -> str:
 
 
 def _section(one: Judged) -> dict[str, Any]:
-    verdict, drawn = one.verdict, None if one.shown is None else figures(*one.shown)
+    verdict, drawn = one.verdict, None if one.shown is None else figures(one.shown.problem, one.shown.out)
     numbers = {}
     if verdict is not None:
         numbers = {
