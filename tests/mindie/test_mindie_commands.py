@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "deepseek-r1-cp2.json"
 PAIR = [str(ROOT / "examples" / name) for name in ("prefill-cp2.json", "decode.json")]
 COMMAND = get_command(app)
+FEW = 24
+"""As real processes, each of which starts Python; what the bytes do is asked of all the others, in this process."""
 FUZZED = int(os.environ.get("CPJAX_FUZZED_FILES", "10000"))
 
 
@@ -341,6 +343,7 @@ def fuzzed(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         yield ("check", "ranks", "enable")[number % 3], fuzzed_file(rng)
 
 
+@pytest.mark.slow
 def test_fuzzed_files_end_in_one_line_and_exit_2(tmp_path):
     """10,000 files that are no config, through the command's entry function."""
     path = tmp_path / "config.json"
@@ -353,6 +356,7 @@ def test_fuzzed_files_end_in_one_line_and_exit_2(tmp_path):
         assert lines[0].isprintable()
 
 
+@pytest.mark.slow
 def test_damaged_configs_end_without_a_traceback(tmp_path):
     """The example with bytes exchanged, left out or doubled may still be a config: then it is one with a verdict."""
     rng, path, example = random.Random(2), tmp_path / "config.json", EXAMPLE.read_bytes()
@@ -383,11 +387,11 @@ def process(*arguments: object) -> subprocess.Popen:
 @pytest.mark.process
 def test_fuzzed_files_as_real_processes(tmp_path):
     running = []
-    for number, (command, content) in enumerate(fuzzed(100, seed=3)):
+    for number, (command, content) in enumerate(fuzzed(FEW, seed=3)):
         path = tmp_path / f"{number}.json"
         path.write_bytes(content)
         running.append(process(command, path))
-        if len(running) == 4 or number == 99:
+        if len(running) == 4 or number == FEW - 1:
             for one in running:
                 out, err = one.communicate(timeout=120)
                 assert (one.returncode, out, len(err.splitlines())) == (2, "", 1), err
