@@ -7,14 +7,16 @@
     ring   =  on each rank, the merge of attend over the shard that is there at step 0, 1, …, cp − 1
     ring  ==  dense, for every layout (a permutation of positions) and every mask (a predicate on positions)
 
-Read in this order; a file imports only what stands above it:
+Read in this order; a file imports only what stands above it (tests/project/test_imports.py):
 
-    precision, partial, mask, attention     which quantity is rounded, (out, lse), who sees whom, all of it in one value
-    layout, packing, schedule               who holds which tokens, who computes which block when: integers
-    dense, tiles                            the definition in float64; one block as FlashAttention-2 computes it
+    precision, mask, errors                 which quantity is rounded, who sees whom: values, no JAX
+    partition/                              who holds which tokens, in which order chunks are merged: integers
+    dense, inputs                           the definition in float64; the inputs of attention, checked
+    rounding, partial, attention            casts in JAX; (out, lse) and its merge; what is computed, in one value
+    blocks/                                 one block as FlashAttention-2 computes it, and its gradient
     exchange/                               how keys meet queries: ring, all-gather, pass-query, all-to-all, …
-    parallel, latent, module                global arrays in and out; MLA; a Flax layer
-    crosscheck/                             cases, the judge, the verdict
+    parallel, decode, latent, module        global arrays in and out; a KV cache cut by tokens; MLA; a Flax layer
+    crosscheck/                             the instrument: cases, the judge, the diagnosis; needs no JAX
     mindie/                                 a MindIE deployment: checked, explained, and its case
     trial/                                  the judge on trial
     cli                                     the command

@@ -43,6 +43,8 @@ JUDGE_HELP = """Judge results: is each what correct arithmetic in its precision 
 
 CASES is a folder of cases (or one file), RESULTS the folder with the results, or with one subfolder a backend.
 
+--explain shows the error budget of one row: each term of its σ and of its bound, by name (docs/verdict.md).
+
 Example: cpjax judge out/cases out/results/npu
 """
 
@@ -132,20 +134,27 @@ def crosscheck(
 def judge(
     cases: Annotated[Path, typer.Argument(metavar="CASES", help="a folder of case files, or one")],
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="the folder with the results")],
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(help="show the error budget of a row (several times)", metavar="CASE,BATCH,POSITION,HEAD"),
+    ] = None,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
     """See JUDGE_HELP."""
     from cpjax.crosscheck.files.folders import read_cases
+    from cpjax.crosscheck.run.explain import budgets_of, checked_rows
     from cpjax.crosscheck.run.session import judge_folder
 
     with _errors():
         _free(report)
         found = read_cases(cases)
+        rows = checked_rows(explain or [], found)
         with _progress() as advance:
-            judged = list(judge_folder(found, results, advance, draw=report is not None))
+            judged = list(judge_folder(found, results, advance, draw=report is not None or bool(rows)))
+        budgets = list(budgets_of(judged, rows))
         _report(report, judged, "cpjax judge")
-        _show(judged, as_json)
+        _show(judged, as_json, budgets=budgets)
 
 
 CASES_HELP = """Write a set of cases into a new folder, with checksums, for any kernel to compute.
@@ -247,7 +256,7 @@ def judge_dump(
     from dataclasses import replace
 
     from cpjax.crosscheck.dumps import judge_dump as dumped
-    from cpjax.crosscheck.run.session import Judged
+    from cpjax.crosscheck.run.session import Judged, Shown
 
     with _errors():
         _free(report)
@@ -264,7 +273,8 @@ def judge_dump(
         judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, None, said.verdict)
         if report is not None:
             # What is no result at all, by its form, cannot be drawn.
-            shown = None if "form" in said.verdict.failed_tests else (said.problem, said.dump.out)
+            shown = Shown(said.problem, said.dump.out, said.dump.lse)
+            shown = None if "form" in said.verdict.failed_tests else shown
             judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
         _report(report, [judged], "cpjax judge-dump")
         _show([judged], as_json)
@@ -320,7 +330,7 @@ def _report(report: Path | None, judged: list, title: str) -> None:
         print(f"cpjax: report: {write_report(report, judged, title)}", file=sys.stderr)
 
 
-def _show(judged: list, as_json: bool, compared: list | None = None) -> None:
+def _show(judged: list, as_json: bool, compared: list | None = None, budgets: list | None = None) -> None:
     """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
     from rich.console import Console
 
@@ -333,6 +343,7 @@ def _show(judged: list, as_json: bool, compared: list | None = None) -> None:
     if as_json:
         report = {"passed": passed, "summary": summary, "results": [one.as_json() for one in judged]}
         report["between"] = [one.as_json() for one in pairs]
+        report["explained"] = [one.as_json() for one in budgets or []]
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
         console = Console(width=None if sys.stdout.isatty() else 140)
@@ -348,6 +359,8 @@ def _show(judged: list, as_json: bool, compared: list | None = None) -> None:
             which = [x.case for x in judged if (x.backend, x.unsupported) == (backend, reason)]
             names = ", ".join(which[:3]) + (f" and {len(which) - 3} more" if len(which) > 3 else "")
             console.print(f"unsupported by {backend}: {reason} ({names})", highlight=False, markup=False)
+        for one in budgets or []:
+            console.print(one.table())
         console.print(summary, highlight=False, markup=False)
     raise typer.Exit(0 if passed else 1)
 

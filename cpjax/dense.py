@@ -1,4 +1,8 @@
-"""The definition: softmax(scale · q kᵀ + mask) v, in NumPy float64. The oracle that everything else is held against."""
+"""The definition: softmax(scale · q kᵀ + mask) v, in NumPy float64.
+
+The oracle of the tests, and of the diagnosis where it looks for exchanged heads and ranks. The judge takes the same
+attention apart (`cpjax.crosscheck.exact`).
+"""
 
 from typing import NamedTuple
 

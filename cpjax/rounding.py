@@ -1,7 +1,7 @@
 """Numbers rounded to a format, in JAX and in NumPy.
 
 Rounding is written as a cast to the format and back after the operation, because XLA on a CPU keeps float32 inside a
-fused loop whatever the dtype says, while it never removes a cast that loses bits (tests/test_precision.py).
+fused loop whatever the dtype says, while it never removes a cast that loses bits (tests/spec/test_precision.py).
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""The vendor's operators as torch_npu 2.13.0 declares them. tests/test_npu_sdk.py compares with the real wheel.
+"""The vendor's operators as torch_npu 2.13.0 declares them. tests/process/test_npu_sdk.py compares with the real wheel.
 
 Only the overloads that have a CPU kernel here; of the optional ones (`.out`) those that CP engines use.
 """

@@ -34,6 +34,50 @@ def pytest_runtest_teardown() -> None:
         jax.clear_caches()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--cpu N`, because wall time says little on a machine that is shared."""
+    parser.addoption(
+        "--cpu", type=int, metavar="N", help="list the N tests that took most CPU, child processes included"
+    )
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, and of those it started that have ended: a pool's counts where it is closed."""
+    return sum(os.times()[:4])
+
+
+STAMP = [0.0]
+
+
+def pytest_collection_finish() -> None:
+    """From here on time belongs to tests."""
+    STAMP[0] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Write down what a test's set-up, call or tear-down took."""
+    report = yield
+    now = cpu_seconds()
+    report.user_properties = [("cpu", now - STAMP[0])]
+    STAMP[0] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """The list of `--cpu`."""
+    if config.option.cpu is None:
+        return
+    total: dict[str, float] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, seconds in getattr(report, "user_properties", []):
+            if name == "cpu":
+                total[report.nodeid] = total.get(report.nodeid, 0.0) + seconds
+    terminalreporter.section(f"CPU seconds: {sum(total.values()):.0f} in all")
+    for test in sorted(total, key=lambda test: -total[test])[: config.option.cpu]:
+        terminalreporter.write_line(f"{total[test]:8.1f}  {test}")
+
+
 @pytest.fixture(scope="module")
 def pools():
     """A persistent pool of processes of the NPU backend for each cp; they start when they are first used."""

@@ -24,17 +24,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-# The tests that speak about a file, the quickest first; pytest stops at the first failure.
-EXCHANGE = ["test_schedule.py", "test_exchange.py"]
+# The tests that speak about a file, by their paths below tests/, the quickest first; pytest stops at the first failure.
+EXCHANGE = ["spec/test_schedule.py", "spec/test_exchange.py"]
 TESTS = {
-    "mask.py": ["test_mask.py", "test_tiles.py"],
-    "partial.py": ["test_partial.py", "test_precision.py", "test_backward.py"],
-    "layout.py": ["test_layout.py", "test_schedule.py"],
-    "precision.py": ["test_precision.py"],
-    "tiles.py": ["test_precision.py", "test_tiles.py"],
-    "tiles_backward.py": ["test_backward.py"],
-    "schedule.py": ["test_schedule.py"],
-    "packing.py": ["test_packing.py"],
+    "mask.py": ["spec/test_mask.py", "spec/test_tiles.py"],
+    "partial.py": ["spec/test_partial.py", "spec/test_precision.py", "spec/test_backward.py"],
+    "precision.py": ["spec/test_precision.py"],
+    "rounding.py": ["spec/test_precision.py"],
+    "blocks/tiles.py": ["spec/test_precision.py", "spec/test_tiles.py"],
+    "blocks/tiles_backward.py": ["spec/test_backward.py"],
+    "partition/layout.py": ["spec/test_layout.py", "spec/test_schedule.py"],
+    "partition/schedule.py": ["spec/test_schedule.py"],
+    "partition/packing.py": ["spec/test_packing.py"],
     "exchange/blocks.py": EXCHANGE,
     "exchange/ring.py": EXCHANGE,
     "exchange/ring_both_ways.py": EXCHANGE,
@@ -42,8 +43,8 @@ TESTS = {
     "exchange/pass_query.py": EXCHANGE,
     "exchange/all_to_all.py": EXCHANGE,
     "exchange/all_to_all_ring.py": EXCHANGE,
-    "exchange/ring_backward.py": ["test_backward.py"],
-    "exchange/device.py": ["test_backward.py", "test_exchange.py"],
+    "exchange/ring_backward.py": ["spec/test_backward.py"],
+    "exchange/device.py": ["spec/test_backward.py", "spec/test_exchange.py"],
 }
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub,

@@ -1,15 +1,18 @@
 """The instrument: is a result what correct arithmetic in its precision gives? The derivation is docs/verdict.md.
 
-formats, order, attention64             the formats, the order of merging, exact attention taken apart
-arithmetic, groups, stored, weighed,    what rounding may do to each element:
-hard_bound, error_model                 a standard deviation and a bound
-statistic, directed                     from errors to deviates; tests for single faults
-problem, extremes, evidence            the inputs, checked; every row in range; every judged row measured
-verdict, judge                          the decision, in words
-case, result, outcome                   what goes to a backend and comes back, as files (docs/formats.md)
-whole                                   files and folders that are whole or not there
-conformance, checksums, readings        the cases a kernel author runs, and what they say in words
-backends, session                       who computes a case (docs/backends.md); cases and results judged and shown
+Rooms, each imports only what stands above it; nothing but `backends` needs JAX or PyTorch:
+
+    exact/          exact attention in float64, taken apart; the formats
+    files/          cases, results, notes, checksums (docs/formats.md)
+    error_model/    what rounding may do to each element: the terms of σ, and the bound
+    judging/        from a result to a verdict: the problem, evidence, statistics, the decision
+    diagnosis/      after a failed verdict: what went wrong, and where
+    judge           the public function: judging, then diagnosis
+    conformance/    the cases that a kernel author runs, and what they say in words
+    dumps/          tensors that any tool has dumped
+    run/            cases and results judged: one entry a result, comparisons, error budgets, tables
+    report/         a page on what was judged
+    backends/       who computes a case (docs/backends.md)
 """
 
 from cpjax.crosscheck.judge import judge as judge

@@ -10,7 +10,7 @@ For a tile of keys, with m the running row maximum, l the row sum and acc the we
 
 then chunk after chunk in the given order: out = (e^(lse_a − m) out_a + e^(lse_b − m) out_b) / (sum of both weights),
 rounded to `carry`. The first chunk a row meets is not merged with anything. `ring_mla_fp16` follows the vendor's
-kernel stage by stage. Plain NumPy; tests/test_trial_emulators.py holds it against a twin written with scalars.
+kernel stage by stage. Plain NumPy; tests/trial/test_trial_emulators.py holds it against a twin written with scalars.
 """
 
 from collections.abc import Callable

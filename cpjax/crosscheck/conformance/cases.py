@@ -19,7 +19,7 @@ from cpjax.errors import InputError
 from cpjax.mask import PAD, Tokens
 
 VERSION = 1
-"""Raised when any byte of any case changes (tests/test_conformance.py holds the checksum of all of them)."""
+"""Raised when any byte of any case changes (tests/files/test_conformance.py holds the checksum of all of them)."""
 
 PRECISION = {"spec": "flash_fp16", "sdpa": "flash_fp16", "npu": "ring_mla_fp16"}
 HUGE = 8000

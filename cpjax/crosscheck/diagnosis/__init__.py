@@ -7,6 +7,8 @@ scan, weights, fitted     by how much a mask is off; the weight of every chunk; 
 permutation               heads or ranks exchanged
 places, words             ranks, steps and sentences
 cause, diagnose           the search: of one query chunk, of all
+precision_search          with which precisions a correct result is consistent
+guards                    numbers that keep a computation finite
 """
 
 from cpjax.crosscheck.diagnosis.cause import Cause as Cause

@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault, chunk_faults, pairs_of, rank_faults
+from cpjax.crosscheck.diagnosis.dictionary import FITTED, NARROW, Fault, chunk_faults, pairs_of, rank_faults
 from cpjax.crosscheck.diagnosis.measure import Fit, Measured
 from cpjax.crosscheck.diagnosis.weights import with_weight
 from cpjax.crosscheck.judging.problem import Problem
 
 BEST = 8
 """Of the faults of a chunk, so many are computed exactly."""
+
+SAME = 1e-6
+"""Masks whose likelihoods differ by less, relative to themselves, hide the same keys."""
 
 EQUAL = 6.0
 """Faults whose 2 ln(likelihood) differs by less are equals: the better one is not twenty times likelier."""
@@ -40,7 +43,7 @@ def cause_of(one: Measured, problem: Problem, everywhere: list[Fit]) -> Cause:
     if problem.order != "unknown" and merges > 1:
         steps = [(k,) for k in range(1, merges)] + ([tuple(range(1, merges))] if merges > 2 else [])
         everywhere = everywhere + [
-            one.fit(Fault("not rescaled", unrescaled=k, cost=2 * np.log(len(steps)) + 1)) for k in steps
+            one.fit(Fault("not rescaled", unrescaled=k, cost=2 * np.log(len(steps)) + NARROW)) for k in steps
         ]
     fits = [one.fit(fault) for fault in one.screen(faults)[:BEST]] + everywhere
     explains = sorted((fit for fit in fits if fit.explains), key=lambda fit: fit.deviance)
@@ -70,5 +73,5 @@ def _is_equal(fit: Fit, best: Fit) -> bool:
 
 def _same_mask(fit: Fit, best: Fit) -> bool:
     """The same computation by another name: a mask that here hides just the same keys."""
-    same = abs((fit.deviance - fit.fault.cost) - (best.deviance - best.fault.cost)) < 1e-6 * abs(best.deviance)
+    same = abs((fit.deviance - fit.fault.cost) - (best.deviance - best.fault.cost)) < SAME * abs(best.deviance)
     return bool(fit is not best and fit.fault.mask and same)

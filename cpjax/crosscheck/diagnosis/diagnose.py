@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis import words
-from cpjax.crosscheck.diagnosis.cause import EQUAL, Cause, cause_of
+from cpjax.crosscheck.diagnosis.cause import EQUAL, SAME, Cause, cause_of
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.everywhere import global_faults, global_masks, precisions
 from cpjax.crosscheck.diagnosis.fitted import requests_of, with_numbers
@@ -102,7 +102,7 @@ def _common(
 
 
 def _same_total(entry: tuple[float, Fault, float], best: tuple[float, Fault, float]) -> bool:
-    return bool(abs((entry[0] - entry[1].cost) - (best[0] - best[1].cost)) < 1e-6 * abs(best[0]))
+    return bool(abs((entry[0] - entry[1].cost) - (best[0] - best[1].cost)) < SAME * abs(best[0]))
 
 
 def gain_of(measured: list[Measured]) -> float:

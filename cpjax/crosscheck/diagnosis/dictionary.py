@@ -50,6 +50,10 @@ class Fault(NamedTuple):
 
 RIGHT = Fault("right")
 
+NARROW, USUAL, ODD, RARE, OFFSET = 1.0, 2.0, 3.0, 4.0, 6.0
+"""Prior costs beside 2 ln(how many there are), for faults that explain equally well: of one place, of one mask, a mask
+by another rule, another scale, lse or precision, a constant in lse. A step of 2 is a factor of e."""
+
 FITTED = 8.0
 """Cost of a fitted number; about ln n of the BIC for n = 3,000 outputs."""
 
@@ -75,8 +79,8 @@ def chunk_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
         yield Fault("doubled", chunks, changes=tuple((c, Block(c, "visible", 2.0)) for c in chunks), cost=few)
     for c in sorted(seen):
         if _extent(sample, c) == "all":
-            yield Fault("masked", (c,), changes=((c, Block(c, "triangle")),), cost=few + 1)
-    many = 2 * np.log(max(len(seen) * count, 1)) + 1
+            yield Fault("masked", (c,), changes=((c, Block(c, "triangle")),), cost=few + NARROW)
+    many = 2 * np.log(max(len(seen) * count, 1)) + NARROW
     for slot in sorted(seen):
         for source in set(range(count)) - {slot}:
             extents: list[Extent] = [_extent(sample, slot)]
@@ -93,7 +97,9 @@ def chunk_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
     if problem.mask.is_causal:
         for slot in set(range(count)) - (seen - {sample.own}):
             kind = "unmasked" if slot == sample.own else "shown"
-            yield Fault(kind, (slot,), changes=((slot, Block(slot, "all")),), cost=1 if kind == "unmasked" else many)
+            yield Fault(
+                kind, (slot,), changes=((slot, Block(slot, "all")),), cost=NARROW if kind == "unmasked" else many
+            )
 
 
 def rank_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
@@ -101,7 +107,7 @@ def rank_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
     if problem.layout != "zigzag":
         return
     seen, last = {int(c) for c in sample.visible_chunks}, 2 * problem.cp - 1
-    cost = 2 * np.log(max(problem.cp, 2) ** 2) + 1
+    cost = 2 * np.log(max(problem.cp, 2) ** 2) + NARROW
     for a in range(problem.cp):
         for b in set(range(problem.cp)) - {a}:
             slots = tuple(c for c in (a, last - a) if c in seen)

@@ -6,11 +6,14 @@ from itertools import product
 
 import numpy as np
 
-from cpjax.crosscheck.diagnosis.dictionary import Fault
+from cpjax.crosscheck.diagnosis.dictionary import NARROW, ODD, RARE, USUAL, Fault
 from cpjax.crosscheck.diagnosis.masks import before_of, first_query
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import Precision
+
+NO_SCALE = 1e-9
+"""A scale of 0, by which nothing can be divided."""
 
 
 def families(problem: Problem, requests: set[int]) -> Iterator[tuple[str, str, float]]:
@@ -43,15 +46,15 @@ def global_masks(problem: Problem, requests: set[int]) -> Iterator[Fault]:
         if family not in ("diagonal", "prefix") and (family != "window" or problem.mask.window is not None):
             kind = "causal mask absent" if family == "shift" else kind
             # Of two requests only one is before another: where two names mean the same, the narrower one is taken.
-            cost = 1 if family.startswith("request ") else 3 if " " in family else 2
+            cost = NARROW if family.startswith("request ") else ODD if " " in family else USUAL
             yield Fault(kind, mask=family, number=np.inf, cost=cost)
         if family == "requests" and problem.mask.is_causal:
-            yield Fault(kind, mask="requests by position", number=np.inf, cost=3)
+            yield Fault(kind, mask="requests by position", number=np.inf, cost=ODD)
         if family == "prefix":
-            yield Fault(kind, mask=family, number=0.0, cost=2)
+            yield Fault(kind, mask=family, number=0.0, cost=USUAL)
     if not problem.mask.is_causal:
-        yield Fault("causal mask applied", mask="shift", number=0.0, cost=2)
-    yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=3)
+        yield Fault("causal mask applied", mask="shift", number=0.0, cost=USUAL)
+    yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=ODD)
 
 
 def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, float]]) -> Iterator[Fault]:
@@ -60,13 +63,18 @@ def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, 
     Args:
       suspects: keys with the largest scores, and the weights with which they seem to enter.
     """
-    names = {"not applied": 1 / (problem.scale or 1.0), "applied twice": problem.scale, "zero": 1e-9, "negated": -1.0}
+    names = {
+        "not applied": 1 / (problem.scale or 1.0),
+        "applied twice": problem.scale,
+        "zero": NO_SCALE,
+        "negated": -1.0,
+    }
     names |= {"times log2(e)": np.log2(np.e), "times ln 2": np.log(2.0)}
     for name, factor in names.items():
-        yield Fault(f"scale {name}", scale=float(factor), cost=4)
+        yield Fault(f"scale {name}", scale=float(factor), cost=RARE)
     if has_lse:
         for name in ("log2", "log10", "negated", "maximum only", "without its maximum", "sum itself", "zero"):
-            yield Fault(f"lse {name}", lse=name, cost=4)
+            yield Fault(f"lse {name}", lse=name, cost=RARE)
     for key, weight in suspects:
         kind = "key lost" if abs(weight) < 0.5 else "key doubled"
         yield Fault(kind, key=key, number=0.0 if kind == "key lost" else 2.0, cost=2 * np.log(problem.key.shape[1]))
@@ -93,7 +101,7 @@ def precisions(claimed: Precision) -> list[Fault]:
             said.append(f"chunk results stored in {SHORT[carry]}")
         if said:
             precision = replace(claimed, score=score, probability=probability, carry=carry, out=out)
-            found.append(Fault(f"precision: {' and '.join(said)}", precision=precision, cost=4))
+            found.append(Fault(f"precision: {' and '.join(said)}", precision=precision, cost=RARE))
     return found
 
 

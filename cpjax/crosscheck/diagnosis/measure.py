@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
+from cpjax.crosscheck.diagnosis.guards import LARGEST_GROWTH, LARGEST_OUT, LARGEST_SQUARE, LEAST_SUM
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.row_covariance import distinct
@@ -21,6 +22,19 @@ FAR = 20.0
 
 EVEN = 0.1
 """More noise is in every row: if half of the rows have less than this share of the variance, it was not that."""
+
+
+STORED = 1 / 6
+"""Variance, in squared spacings, that two stored results have at least: what a rough prediction adds to σ²."""
+
+LEAST_SPACINGS = 1 / 4
+"""σ in spacings, at least, of an output that may not be the right one: about 1/√12, its last rounding's."""
+
+EXACT_SIGMA = 1e-3
+"""σ in spacings of an output that must be exact, so that a likelihood can be computed."""
+
+LEAST_LSE_SIGMA = 2.0**-24
+"""σ of lse is at least a unit roundoff of float32, in which it is handed over."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +98,14 @@ class Measured:
             for slot, block in fault.changes:
                 m += block.weight * sums[block.extent][0][:, block.source] - sums["visible"][0][:, slot]
                 p += block.weight * sums[block.extent][1][:, block.source] - sums["visible"][1][:, slot]
-            m = np.maximum(m, 1e-300)
-            out = np.clip(p / m[:, None], -1e100, 1e100)  # a row that loses all its keys is no output at all
+            m = np.maximum(m, LEAST_SUM)
+            out = np.clip(
+                p / m[:, None], -LARGEST_OUT, LARGEST_OUT
+            )  # a row that loses all its keys is no output at all
             with np.errstate(over="ignore"):
-                growth = np.minimum(np.maximum(1.0, mass / m), 1e6)
+                growth = np.minimum(np.maximum(1.0, mass / m), LARGEST_GROWTH)
             step = FORMATS[self.problem.precision.out].spacing(out)
-            variance = (self.expected.sigma * growth[:, None]) ** 2 + step**2 / 6
+            variance = (self.expected.sigma * growth[:, None]) ** 2 + STORED * step**2
             lse = self.sample.base + np.log(m)
             rough.append(self._score(fault, out, variance, lse, self.expected.lse_sigma * growth).deviance)
         return [faults[i] for i in np.argsort(rough, kind="stable")]
@@ -98,9 +114,9 @@ class Measured:
         """The fit of a fault that changes the mask, the scale or a key, if a glance shows that it explains nothing."""
         out, mass, lse = glance(self.sample, self.problem, fault)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            growth = np.minimum(np.maximum(1.0, self.sample.sums["visible"][0].sum(axis=1) / mass), 1e6)
+            growth = np.minimum(np.maximum(1.0, self.sample.sums["visible"][0].sum(axis=1) / mass), LARGEST_GROWTH)
         step = FORMATS[self.problem.precision.out].spacing(out)
-        variance = (self.expected.sigma * np.nan_to_num(growth, nan=1.0)[:, None]) ** 2 + step**2 / 6
+        variance = (self.expected.sigma * np.nan_to_num(growth, nan=1.0)[:, None]) ** 2 + STORED * step**2
         each = ((self.sample.out - out) ** 2 / variance).mean(axis=1)
         if not np.median(each) > FAR**2:
             return None
@@ -109,19 +125,21 @@ class Measured:
     @cached_property
     def sigma(self) -> np.ndarray:
         """Deviation of the rows, whatever they should have been: at least that of the last rounding."""
-        return np.maximum(self.expected.sigma, FORMATS[self.problem.precision.out].spacing(self.sample.out) / 4)
+        return np.maximum(
+            self.expected.sigma, FORMATS[self.problem.precision.out].spacing(self.sample.out) * LEAST_SPACINGS
+        )
 
     @property
     def floor(self) -> np.ndarray:
         """Outputs that must be exact still get a deviation, a thousandth of a spacing."""
-        return FORMATS[self.problem.precision.out].spacing(self.model.rows.out) * 1e-3
+        return FORMATS[self.problem.precision.out].spacing(self.model.rows.out) * EXACT_SIGMA
 
     def _score(self, fault: Fault, out: np.ndarray, variance: np.ndarray, lse: np.ndarray, sigma: np.ndarray) -> Fit:
         sample = self.sample
         variance = np.maximum(variance, self.floor**2)
         with np.errstate(over="ignore"):
             square = (sample.out - out) ** 2 / variance
-        square = np.where(square < 1e18, square, 1e18)  # a NaN explains nothing either
+        square = np.where(square < LARGEST_SQUARE, square, LARGEST_SQUARE)  # a NaN explains nothing either
         each = (square + np.log(variance)).mean(axis=1)
         deviance = float((self.dof * each).sum()) + fault.cost
         z = float(np.sqrt((self.dof * square.mean(axis=1)).sum() / self.dof.sum()))
@@ -130,10 +148,10 @@ class Measured:
             return Fit(fault, deviance, z, float(self.dof.sum()), is_even=is_even)
         choices = []
         for is_right, expected, s in ((False, lse, sigma), (True, self.model.rows.lse, self.expected.lse_sigma)):
-            s = np.maximum(s, 2.0**-24)
+            s = np.maximum(s, LEAST_LSE_SIGMA)
             with np.errstate(invalid="ignore"):
                 off = np.where(sample.lse == expected, 0.0, sample.lse - expected)
-            of_lse = np.minimum(np.nan_to_num((off / s) ** 2, nan=1e18), 1e18)
+            of_lse = np.minimum(np.nan_to_num((off / s) ** 2, nan=LARGEST_SQUARE), LARGEST_SQUARE)
             choices.append((float((of_lse + 2 * np.log(s)).sum()) + 2.0 * is_right, of_lse.mean() ** 0.5, is_right))
         best = min(choices if not fault.lse else choices[:1])
         z = max(z, float(best[1]))

@@ -5,7 +5,8 @@ from jaxtyping import Float, Int
 
 from cpjax.crosscheck.diagnosis.sample import index_in_chunk
 from cpjax.crosscheck.judging.problem import Problem
-from cpjax.mask import Tokens, visible
+from cpjax.dense import dense_attention
+from cpjax.mask import Tokens
 
 NEAR = 2e-2
 """Rows are the same if they differ by less than this share of what two different rows differ by."""
@@ -69,12 +70,10 @@ def _exact(problem: Problem, b: int, at: np.ndarray, head: int, kv_head: int | N
     k = head // problem.group if kv_head is None else kv_head
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
-    seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
-    score = problem.scale * (problem.query[b, at, head].astype(float) @ problem.key[b, :, k].astype(float).T)
-    score = np.where(seen, score, -np.inf)
-    top = score.max(axis=1, keepdims=True)
-    p = np.exp(score - np.where(np.isneginf(top), 0.0, top))
-    return p @ problem.value[b, :, k].astype(float) / np.maximum(p.sum(axis=1, keepdims=True), 1e-300)
+    query, key, value = (
+        x[None, :, None] for x in (problem.query[b, at, head], problem.key[b, :, k], problem.value[b, :, k])
+    )
+    return dense_attention(query, key, value, q_tokens, kv_tokens, mask=problem.mask, scale=problem.scale).out[0, :, 0]
 
 
 def _permutation(given: Float[np.ndarray, "n P V"], exact: Float[np.ndarray, "n P V"]) -> np.ndarray | None:

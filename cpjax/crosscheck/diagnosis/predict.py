@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Block, Fault
+from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG, LEAST_SUM
 from cpjax.crosscheck.diagnosis.masks import mask_of
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.model import ErrorModel
@@ -60,9 +61,9 @@ def glance(
     if fault.key >= 0:
         p[:, fault.key] *= fault.number
     total = p.sum(axis=1)
-    out = p @ sample.value / np.maximum(total, 1e-300)[:, None]
+    out = p @ sample.value / np.maximum(total, LEAST_SUM)[:, None]
     with np.errstate(divide="ignore", over="ignore"):
-        return out, total * np.exp(np.minimum(top[:, 0] - sample.base, 600.0)), top[:, 0] + np.log(total)
+        return out, total * np.exp(np.minimum(top[:, 0] - sample.base, LARGEST_LOG)), top[:, 0] + np.log(total)
 
 
 def unrescaled(model: ErrorModel, problem: Problem, merges: tuple[int, ...]) -> Float[np.ndarray, "R V"]:

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.statistic import SLACK, RowErrors, spread_z_score, z_score
@@ -16,7 +17,10 @@ ROWS = 12
 """Most rows of a query chunk that are looked at."""
 
 ELEMENTS = 2**21
-"""Most scores of a query chunk that are looked at; with very long keys fewer rows, but at least four."""
+"""Most scores of a query chunk that are looked at; with very long keys fewer rows."""
+
+LEAST_ROWS = 4
+"""But at least so many."""
 
 SUSPECT = 4.0
 """A row or a chunk whose errors have a larger z-score is taken to be wrong."""
@@ -72,7 +76,7 @@ class Sample:
     @cached_property
     def sums(self) -> dict[Extent, tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C V"]]]:
         """For each extent and chunk Σ exp(s − base) and Σ exp(s − base) v."""
-        weight = np.exp(np.minimum(self.score - self.base[:, None], 600.0))
+        weight = np.exp(np.minimum(self.score - self.base[:, None], LARGEST_LOG))
         found: dict[Extent, tuple[np.ndarray, np.ndarray]] = {}
         count = int(self.chunk.max()) + 1
         for extent in ("visible", "all", "triangle"):
@@ -128,7 +132,7 @@ def _pick(rows: np.ndarray, head: np.ndarray, size: np.ndarray, wrong: np.ndarra
 
     Right rows of a wrong head stay: what explains the wrong rows must explain them too.
     """
-    some = min(ROWS, max(4, ELEMENTS // keys))
+    some = min(ROWS, max(LEAST_ROWS, ELEMENTS // keys))
     if wrong[rows].any():
         rows = rows[np.isin(head[rows], head[rows[wrong[rows]]])]
     if len(rows) <= some:

@@ -7,11 +7,18 @@ by how much the output under that mask differs from what was handed over.
 import numpy as np
 from jaxtyping import Float
 
+from cpjax.crosscheck.diagnosis.guards import LARGEST_SQUARE
 from cpjax.crosscheck.diagnosis.masks import NEVER, thresholds
 from cpjax.crosscheck.diagnosis.measure import Measured
 
 ELEMENTS = 2**22
 """Most terms of a row's sums; with very long keys not every column of the values is looked at."""
+
+TIE = 1e-9
+"""Numbers that fit as well as the best, but for float64: the one nearest to the correct mask is taken."""
+
+LARGEST_MISFIT = 1e30
+"""Of one row and number: beyond this it does not matter."""
 
 MOST = 8
 """Wrong query chunks that are looked at."""
@@ -31,8 +38,8 @@ def best_number(wrong: list[Measured], family: str, right: float) -> float | Non
     for one, threshold in zip(wrong, found, strict=False):
         for row in range(len(threshold)):
             misfit += np.log1p(_misfit(one, threshold[row], row, numbers))
-    best = np.flatnonzero(misfit <= misfit.min() + 1e-9)
-    return float(numbers[best[np.abs(numbers[best] - np.clip(right, -1e18, 1e18)).argmin()]])
+    best = np.flatnonzero(misfit <= misfit.min() + TIE)
+    return float(numbers[best[np.abs(numbers[best] - np.clip(right, -LARGEST_SQUARE, LARGEST_SQUARE)).argmin()]])
 
 
 def _misfit(
@@ -52,4 +59,4 @@ def _misfit(
     off, total = off[np.maximum(last, 0)], total[np.maximum(last, 0)]
     with np.errstate(divide="ignore", invalid="ignore"):
         off = np.where((last >= 0)[:, None] & (total > 0)[:, None], off / total[:, None], -out)
-    return np.minimum(((off / sigma) ** 2).mean(axis=1), 1e30)
+    return np.minimum(((off / sigma) ** 2).mean(axis=1), LARGEST_MISFIT)

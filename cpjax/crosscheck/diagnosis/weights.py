@@ -9,7 +9,14 @@ import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis.dictionary import Block, Fault
+from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG, LEAST_SUM
 from cpjax.crosscheck.diagnosis.measure import MOST_Z, Measured
+
+ROUGH_LSE_SIGMA, LEAST_LSE_SIGMA = 2.0**-20, 1e-9
+"""σ of lse is taken to be at least this: where all weights are fitted at once, and where one is."""
+
+LEAST_TOTAL = 1e-12
+"""A weighted sum of shares of 1 is taken to be at least this, to be divided by."""
 
 UNSURE = 0.05
 """A weight with a larger standard deviation is not determined."""
@@ -26,8 +33,8 @@ def chunk_weights(measured: Measured) -> Float[np.ndarray, " C"]:
     matrix = columns.swapaxes(1, 2).reshape(-1, len(heavy))
     fits = [_homogeneous(matrix, a, sample.out.shape[1])]
     if sample.lse is not None:
-        total = np.exp(np.clip(sample.lse - rows.lse, -600, 600))
-        of_lse = np.maximum(measured.expected.lse_sigma, 2.0**-20) * total
+        total = np.exp(np.clip(sample.lse - rows.lse, -LARGEST_LOG, LARGEST_LOG))
+        of_lse = np.maximum(measured.expected.lse_sigma, ROUGH_LSE_SIGMA) * total
         fits.insert(0, _least_squares(np.vstack([matrix, a / of_lse[:, None]]), len(matrix), total / of_lse))
     plain = (part / sigma[:, None]).swapaxes(1, 2).reshape(-1, len(heavy))
     fits.append(_least_squares(plain, 0, (sample.out / sigma).ravel()))
@@ -57,16 +64,16 @@ def _homogeneous(matrix: np.ndarray, a: np.ndarray, width: int) -> tuple[np.ndar
     w = vectors[-1] / (np.median(vectors[-1]) or np.nan)
     if not np.isfinite(w).all() or singular[-2] == 0:
         return np.ones(count), np.full(count, np.inf), float("inf")
-    total = np.repeat(np.maximum(np.abs(a @ w), 1e-12), width)
+    total = np.repeat(np.maximum(np.abs(a @ w), LEAST_TOTAL), width)
     z = float(np.sqrt(((matrix @ w / total) ** 2).sum() / max(len(matrix) - count, 1)))
     # Errors of w: all directions but w itself, each as uncertain as its singular value is small.
-    spread = (vectors[:-1] ** 2 / np.maximum(singular[:-1, None], 1e-300) ** 2).sum(axis=0)
+    spread = (vectors[:-1] ** 2 / np.maximum(singular[:-1, None], LEAST_SUM) ** 2).sum(axis=0)
     return w, np.sqrt(spread) * np.linalg.norm(w), z
 
 
 def _deviation(matrix: np.ndarray, singular: np.ndarray) -> np.ndarray:
     _, _, vectors = np.linalg.svd(matrix, full_matrices=False)
-    return np.sqrt((vectors**2 / np.maximum(singular[:, None], 1e-300) ** 2).sum(axis=0))
+    return np.sqrt((vectors**2 / np.maximum(singular[:, None], LEAST_SUM) ** 2).sum(axis=0))
 
 
 def with_weight(measured: Measured, chunks: tuple[int, ...], cost: float) -> Fault:
@@ -83,12 +90,12 @@ def _common(measured: Measured, chunks: list[int]) -> float:
     mass, part = sums[0].sum(axis=1), sums[1].sum(axis=1)
     a, b = sums[0][:, chunks].sum(axis=1), sums[1][:, chunks].sum(axis=1)
     # The sums are in units of exp(base), so the deviation of Σ w (B − a out′) is that of out times the whole mass.
-    sigma = np.maximum(expected.sigma, measured.floor) * np.maximum(mass, 1e-300)[:, None]
+    sigma = np.maximum(expected.sigma, measured.floor) * np.maximum(mass, LEAST_SUM)[:, None]
     x = ((b - a[:, None] * sample.out) / sigma).ravel()
     y = ((mass[:, None] * sample.out - part) / sigma).ravel()
     if sample.lse is not None:
-        total = np.exp(np.minimum(sample.lse - sample.base, 600.0))
-        of_lse = np.maximum(expected.lse_sigma, 1e-9) * total
+        total = np.exp(np.minimum(sample.lse - sample.base, LARGEST_LOG))
+        of_lse = np.maximum(expected.lse_sigma, LEAST_LSE_SIGMA) * total
         x, y = np.append(x, a / of_lse), np.append(y, (total - mass) / of_lse)
     square = float(x @ x)
     return 1.0 + float(x @ y) / square if square > 0 else 1.0

@@ -13,6 +13,9 @@ from cpjax.crosscheck.judging.problem import Problem
 
 UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
 
+MOST_NAMES, MOST_EQUALS, MOST_AHEAD = 8, 6, 100
+"""What a sentence lists: heads or chunks, faults that are equals, the largest power of ten by which one is ahead."""
+
 BROKEN_END = "rows with a NaN or an infinity."
 
 
@@ -30,7 +33,7 @@ def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
             continue
         said = [_sentence(problem, fault, group) for fault in group[0].faults]
         if len(said) > 1:
-            said = [f"one of {len(said)} that the outputs cannot tell apart: " + "; or ".join(said[:6])]
+            said = [f"one of {len(said)} that the outputs cannot tell apart: " + "; or ".join(said[:MOST_EQUALS])]
         sentences.append(f"{said[0]} {_evidence(group)}")
     return sentences + unknown
 
@@ -38,7 +41,7 @@ def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
 def _evidence(group: list[Any]) -> str:
     worst, before = max(cause.z for cause in group), max(cause.z_right for cause in group)
     ahead = min(cause.ahead for cause in group) / np.log(10)
-    times = f"10^{ahead:.0f}" if ahead < 100 else "more than 10^100"
+    times = f"10^{ahead:.0f}" if ahead < MOST_AHEAD else f"more than 10^{MOST_AHEAD}"
     against = f", {times} times likelier than the next explanation" if np.isfinite(ahead) else ""
     return f"(leaves z = {worst:.2f} instead of {before:.3g}{against})."
 
@@ -156,16 +159,16 @@ def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out:
 def heads(source: np.ndarray) -> str:
     """Heads that have each other's outputs."""
     moved = np.flatnonzero(source != np.arange(len(source)))
-    pairs = ", ".join(f"head {i} has the outputs of head {source[i]}" for i in moved[:8])
-    return f"Heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
+    pairs = ", ".join(f"head {i} has the outputs of head {source[i]}" for i in moved[:MOST_NAMES])
+    return f"Heads are exchanged: {pairs}{', …' if len(moved) > MOST_NAMES else ''}."
 
 
 def kv_heads(problem: Problem, source: np.ndarray) -> str:
     """Heads that attend to the keys of others."""
     own = np.arange(len(source)) // problem.group
     moved = np.flatnonzero(source != own)
-    pairs = ", ".join(f"head {i} attends to key/value head {source[i]} instead of {own[i]}" for i in moved[:8])
-    return f"Key/value heads are exchanged: {pairs}{', …' if len(moved) > 8 else ''}."
+    pairs = ", ".join(f"head {i} attends to key/value head {source[i]} instead of {own[i]}" for i in moved[:MOST_NAMES])
+    return f"Key/value heads are exchanged: {pairs}{', …' if len(moved) > MOST_NAMES else ''}."
 
 
 def chunks(problem: Problem, source: np.ndarray) -> str:
@@ -174,6 +177,6 @@ def chunks(problem: Problem, source: np.ndarray) -> str:
     pairs = [
         f"chunk {i} (rank {rank_of(problem, int(i))}) has the outputs of chunk {source[i]} "
         f"(rank {rank_of(problem, int(source[i]))})"
-        for i in moved[:8]
+        for i in moved[:MOST_NAMES]
     ]
-    return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > 8 else ''}."
+    return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > MOST_NAMES else ''}."

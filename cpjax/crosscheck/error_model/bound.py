@@ -27,6 +27,9 @@ LSE_SUMS = 2.0
 LSE_LOGS, LSE_SIZE = 2.0, 8.0
 """Of each logarithm and merge, so many unit roundoffs of |lse|, and this many of 1."""
 
+MOST_DISTORTION = 0.5
+"""Where the weights of a row may be off by more together, the row is not judged (§6)."""
+
 OVERFLOW_ROOM = 2.0**-10
 """By how much q·k, which is itself rounded, may exceed its exact value, relative to it (§6)."""
 
@@ -115,6 +118,12 @@ class Bound:
     def high(self) -> Float[np.ndarray, "R V"]:
         """The largest."""
         return self.arithmetic.out.round(self.arithmetic.rows.out + self.before_last)
+
+    @cached_property
+    def is_judgeable(self) -> Bool[np.ndarray, " R"]:
+        """Rows of which rounding leaves something to judge (§6)."""
+        finite = np.isfinite(self.low).all(axis=1) & np.isfinite(self.high).all(axis=1)
+        return (self.distortion <= MOST_DISTORTION) & finite & self.in_range
 
     @property
     def half_width(self) -> Float[np.ndarray, "R V"]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.error_model.arithmetic import Arithmetic, Merging
 from cpjax.crosscheck.error_model.bound import Bound
@@ -33,6 +33,8 @@ class Expected:
 
     sigma: Float[np.ndarray, "R V"]
     """Standard deviation of `out`."""
+    least_sigma: Float[np.ndarray, "R V"]
+    """An output with less has no spread: it must be exact."""
     common: Float[np.ndarray, " R"]
     """Share of the variance that comes from errors which all outputs of a row share."""
     low: Float[np.ndarray, "R V"]
@@ -42,8 +44,12 @@ class Expected:
     """How far the last rounding and everything before it may move `out` together: what errors are measured by."""
     lse_sigma: Float[np.ndarray, " R"]
     lse_bound: Float[np.ndarray, " R"]
-    distortion: Float[np.ndarray, " R"]
-    """How much the weights of a row may be off together; beyond 1/2 the row is not judged (§6)."""
+    is_judgeable: Bool[np.ndarray, " R"]
+    """Rows of which rounding leaves something to judge (§6)."""
+
+
+LEAST_SIGMA = 2.0**-10
+"""Spacings of the out format. An output whose σ is less must be exact, which is for the bound to check (§4)."""
 
 
 class ErrorModel:
@@ -93,13 +99,14 @@ class ErrorModel:
         bound = self.bound
         return Expected(
             np.sqrt(variance),
+            self.arithmetic.out.spacing(self.rows.out) * LEAST_SIGMA,
             share,
             bound.low,
             bound.high,
             bound.half_width,
             np.sqrt(self.lse_variance),
             bound.of_lse,
-            bound.distortion,
+            bound.is_judgeable,
         )
 
     @cached_property

@@ -13,9 +13,6 @@ from cpjax.precision import KEY_TILE
 OF_TERM = 4.0
 """Unit roundoffs of Σ A|v| that exponentials and products make."""
 
-IN_A_ROW = 2048
-"""Additions that follow one another in one accumulator."""
-
 INDEPENDENT, EQUAL = 0.25, 0.25
 """Unit roundoffs: times √n for n additions that round independently, times n for equal terms, which round alike."""
 
@@ -42,7 +39,7 @@ def sum_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
 
 def sum_sigma(a: Arithmetic) -> Float[np.ndarray, " R"]:
     """Relative error of a sum of positive terms, one after the other in a tile, and then of the tiles."""
-    n, tiles = np.minimum(a.seen_keys, IN_A_ROW), a.seen_keys / IN_A_ROW
+    n, tiles = np.minimum(a.seen_keys, KEY_TILE), a.seen_keys / KEY_TILE
     of_tile = np.where(a.ties.is_repeated, EQUAL * n, INDEPENDENT * np.sqrt(n))
     return a.eps * np.where(a.seen_keys > 1, of_tile + INDEPENDENT * np.sqrt(tiles), 0.0)
 

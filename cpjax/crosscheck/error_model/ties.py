@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import sparse
 
 from cpjax.crosscheck.exact.attention import Rows
 
@@ -68,6 +67,8 @@ class Ties:
 
     def sums(self, weight: Float[np.ndarray, "r S"], value: Float[np.ndarray, "S V"]) -> Float[np.ndarray, "g V"]:
         """Σ_{j∈G} w_j v_j for each group; `weight` of the rows `at`."""
+        from scipy import sparse  # takes as long to import as the rest of the judge; most cases have no ties
+
         edges = np.append(self.starts, len(self.key))
         matrix = sparse.csr_array((weight[self.row, self.key], self.key, edges), shape=(len(self.starts), len(value)))
         return matrix @ value

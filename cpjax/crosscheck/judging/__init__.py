@@ -8,5 +8,6 @@ range_check    every row: can it be an average of what it may see?
 evidence       what is measured of every judged row
 verdict        the decision, in words
 pairwise       two results held against each other
+error_budget   one row: what explains its error, term by term
 expansion      keys and values that a backend has made of a latent
 """

@@ -20,12 +20,18 @@ from cpjax.crosscheck.exact.attention import Rows, attention_rows
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.sampling import ELEMENTS, Tile, tiles
-from cpjax.crosscheck.judging.score_tests import Score, key_scores, on_bfloat16_lattice, scale_score
+from cpjax.crosscheck.judging.score_tests import LEAST_NORMAL, Score, key_scores, on_bfloat16_lattice, scale_score
 from cpjax.crosscheck.judging.statistic import effective_dof
 from cpjax.mask import Tokens, visible
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and their total."""
+
+
+FP16_NUMBERS = 2**16
+
+SEVERAL = 16
+"""Tiles from which on all processors measure."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def collect(
     """The evidence on the `chosen` rows of a result in global token order."""
     batch, length, kv_heads, _ = problem.key.shape
     keys = Score(*(np.zeros((batch, kv_heads, length)) for _ in Score._fields))
-    lattice = Lattice(np.zeros(2**16, bool), np.zeros(2**16, bool))
+    lattice = Lattice(np.zeros(FP16_NUMBERS, bool), np.zeros(FP16_NUMBERS, bool))
     tables, done, total = [], 0, int(chosen.sum())
     shared: list[Shared] = []
     for found in _each_tile(partial(_measure, problem, out, lse), problem, chosen):
@@ -129,7 +135,7 @@ def _each_tile(
     chosen: Bool[np.ndarray, "B T N"],
 ) -> Iterator[_TileEvidence]:
     """Measure all tiles; large problems on all processors, since NumPy works outside Python's lock."""
-    is_large = chosen.sum() * problem.key.shape[1] >= 16 * ELEMENTS
+    is_large = chosen.sum() * problem.key.shape[1] >= SEVERAL * ELEMENTS
     with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
         each = map if pool is None else pool.map
         for (b, k), some in groupby(tiles(problem, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
@@ -145,15 +151,13 @@ def _measure(
     rows, model = model_of(problem, key, value, tile)
     expected = model.expected()
     given = out[b, at, tile.head].astype(np.float64)
-    unjudged = ~(expected.distortion <= 0.5) | ~np.isfinite(expected.low).all(1) | ~np.isfinite(expected.high).all(1)
-    unjudged |= ~model.bound.in_range
+    unjudged = ~expected.is_judgeable
     with np.errstate(invalid="ignore"):
         error = given - rows.out
     error = np.where(unjudged[:, None] | ~np.isfinite(error), 0.0, error)
     inside = unjudged[:, None] | ((given >= expected.low) & (given <= expected.high))
     lse_columns, lse_error = _lse(rows, expected, None if lse is None else lse[b, at, tile.head], unjudged)
-    least = FORMATS[problem.precision.out].spacing(rows.out) * 2.0**-10
-    mean_square, rounded, bias = _spread(error, np.where(expected.sigma > least, expected.sigma, 0.0))
+    mean_square, rounded, bias = _spread(error, np.where(expected.sigma > expected.least_sigma, expected.sigma, 0.0))
     mean_square = np.where(unjudged | np.isfinite(given).all(axis=1), mean_square, np.inf)
     rounded = np.where(unjudged, 0, rounded)
     different = distinct(rows.out, FORMATS[problem.precision.out])
@@ -247,7 +251,7 @@ def _lattice(
     if problem.precision.out != "float16":
         return np.empty(0, np.int64), np.empty(0, bool)
     exact = FORMATS["float16"].round(rows.out)
-    telling = ~unjudged[:, None] & ~on_bfloat16_lattice(exact) & (np.abs(exact) >= 2.0**-14) & np.isfinite(exact)
+    telling = ~unjudged[:, None] & ~on_bfloat16_lattice(exact) & (np.abs(exact) >= LEAST_NORMAL) & np.isfinite(exact)
     bits, first = np.unique(exact[telling].astype(np.float16).view(np.uint16), return_index=True)
     with np.errstate(over="ignore", invalid="ignore"):
         return bits.astype(np.int64), on_bfloat16_lattice(given[telling][first])

@@ -82,15 +82,15 @@ def _compare(latent: Latent, given: np.ndarray, weight: np.ndarray, is_real: np.
         exact = product(c_kv[:, at], weight)
         size = product(np.abs(c_kv[:, at]), np.abs(weight))
         mine, real, nearest = given[:, at], is_real[:, at, None, None], half(exact)
-        room = (terms - 1) * 2.0**-24 * size
-        wrong = ~((half(exact - room) <= mine) & (mine <= half(exact + room))) & real
+        delta = (terms - 1) * FORMATS["float32"].u * size
+        wrong = ~((half(exact - delta) <= mine) & (mine <= half(exact + delta))) & real
         if wrong.any() and not first:
             b, s, n, d = np.argwhere(wrong)[0]
             numbers = f"{mine[b, s, n, d]} instead of {nearest[b, s, n, d]}"
             first = f"batch {b}, token {at.start + s}, head {n}, dim {d}: {numbers}"
         outside += int(wrong.sum())
         counted = np.broadcast_to(is_counted[:, at, None, None], exact.shape)
-        q = np.minimum(1.0, np.sqrt(terms) * 2.0**-24 * size / FORMATS["float16"].spacing(exact))
+        q = np.minimum(1.0, np.sqrt(terms) * FORMATS["float32"].u * size / FORMATS["float16"].spacing(exact))
         columns = (counted, counted & (mine != nearest), np.where(counted, q, 0.0))
         counts.append([x.sum(axis=(0, 1, 3)) for x in columns])
     total, differing, explained = (np.array(x) for x in zip(*counts, strict=True))

@@ -104,17 +104,14 @@ def _differences(
     b, at = tile.batch, tile.position
     (rows, model), (rows2, model2) = (_model(one, tile) for one in (problem, other))
     mine, theirs = model.expected(), model2.expected()
-    judged = model.bound.in_range & model2.bound.in_range
-    for expected in (mine, theirs):
-        judged &= (expected.distortion <= 0.5) & np.isfinite(expected.low).all(1) & np.isfinite(expected.high).all(1)
-    sigma, room = np.hypot(mine.sigma, theirs.sigma), mine.half_width + theirs.half_width
+    judged = mine.is_judgeable & theirs.is_judgeable
+    sigma, half_width = np.hypot(mine.sigma, theirs.sigma), mine.half_width + theirs.half_width
     coherent = np.maximum(mine.common, theirs.common)
     with np.errstate(invalid="ignore"):
         given = one[0][b, at, tile.head].astype(np.float64) - two[0][b, at, tile.head].astype(np.float64)
         difference = given - (rows.out - rows2.out)
     # As for the judge: what must be exact is for the bound to check, and has no spread.
-    least = FORMATS[problem.precision.out].spacing(rows.out) * 2.0**-10
-    of_out = _row_errors(difference, sigma * (sigma > least), room, judged, tile.same)
+    of_out = _row_errors(difference, sigma * (sigma > mine.least_sigma), half_width, judged, tile.same)
     different = distinct(rows.out, FORMATS[problem.precision.out])
     dof = np.where(of_out.errors.dof > 0, effective_dof(different, coherent), 0.0)
     of_out = replace(of_out, errors=of_out.errors._replace(dof=dof))
@@ -128,8 +125,8 @@ def _differences(
     with np.errstate(invalid="ignore"):
         error = (lse - lse2)[:, None]
     lse_sigma = np.hypot(mine.lse_sigma, theirs.lse_sigma)[:, None]
-    lse_room = (mine.lse_bound + theirs.lse_bound)[:, None]
-    return of_out, _row_errors(error, lse_sigma, lse_room, judged, tile.same), int(judged.sum())
+    lse_half_width = (mine.lse_bound + theirs.lse_bound)[:, None]
+    return of_out, _row_errors(error, lse_sigma, lse_half_width, judged, tile.same), int(judged.sum())
 
 
 def _model(problem: Problem, tile: Tile) -> tuple[Rows, ErrorModel]:
@@ -147,7 +144,7 @@ def _lse_error(given: Float[np.ndarray, " R"], exact: Float[np.ndarray, " R"]) -
 def _row_errors(
     difference: Float[np.ndarray, "R V"],
     sigma: Float[np.ndarray, "R V"],
-    room: Float[np.ndarray, "R V"],
+    half_width: Float[np.ndarray, "R V"],
     judged: np.ndarray,
     same: np.ndarray,
 ) -> _Differences:
@@ -159,7 +156,7 @@ def _row_errors(
     mean = square.sum(axis=1) / np.maximum(counts.sum(axis=1), 1)
     mean = np.where(finite.all(axis=1), mean, np.inf)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(size == 0, 0.0, size / room).max(axis=1)
+        ratio = np.where(size == 0, 0.0, size / half_width).max(axis=1)
     dof = np.where(judged & counts.any(axis=1), 1.0, 0.0)
     return _Differences(RowErrors(np.where(judged, mean, 0.0), dof, same), np.where(judged, ratio, 0.0))
 

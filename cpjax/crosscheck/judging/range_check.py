@@ -7,6 +7,15 @@ from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.mask import PAD
 
+GENEROUS = 2.0
+"""All that rounding may add, times this: a sieve for garbage, not a test of precision (§9)."""
+
+OTHER = 64
+"""Roundings of the compute format beside one a key."""
+
+STORED = 4
+"""Least numbers a rank: two chunks are stored and merged."""
+
 
 def rows_out_of_range(problem: Problem, out: np.ndarray, lse: np.ndarray | None) -> Bool[np.ndarray, "B T N"]:
     """Rows with a NaN, an infinity, or an output that is no average of visible values, rounding allowed for.
@@ -17,12 +26,10 @@ def rows_out_of_range(problem: Problem, out: np.ndarray, lse: np.ndarray | None)
     result = np.zeros(out.shape[:3], bool)
     for b, n in np.ndindex(out.shape[0], out.shape[2]):
         low, high, sees = _visible_range(problem, b, n // problem.group)
-        room = (
-            _room(problem) * np.maximum(np.abs(low), np.abs(high))
-            + FORMATS[problem.precision.out].tiny * problem.cp * 4
-        )
+        half_width = _relative(problem) * np.maximum(np.abs(low), np.abs(high))
+        half_width += STORED * problem.cp * FORMATS[problem.precision.out].tiny
         given = out[b, :, n].astype(np.float64)
-        inside = (given >= low - room) & (given <= high + room) & np.isfinite(given)
+        inside = (given >= low - half_width) & (given <= high + half_width) & np.isfinite(given)
         empty = (given == 0).all(axis=1)
         right = np.where(sees, inside.all(axis=1), empty)
         if lse is not None:
@@ -33,11 +40,12 @@ def rows_out_of_range(problem: Problem, out: np.ndarray, lse: np.ndarray | None)
     return result
 
 
-def _room(problem: Problem) -> float:
+def _relative(problem: Problem) -> float:
     """What rounding may add, relative to the largest value: weights that do not sum to one, outputs, merges."""
     p, out = FORMATS[problem.precision.probability], FORMATS[problem.precision.out]
     keys = problem.key.shape[1]
-    return 2 * (p.u + p.tiny * keys + (2 * problem.cp + 2) * out.u + FORMATS[problem.precision.compute].u * (keys + 64))
+    compute = FORMATS[problem.precision.compute].u * (keys + OTHER)
+    return GENEROUS * (p.u + p.tiny * keys + (2 * problem.cp + 2) * out.u + compute)
 
 
 def _visible_range(

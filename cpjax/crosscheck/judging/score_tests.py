@@ -13,6 +13,12 @@ from jaxtyping import Bool, Float
 from cpjax.crosscheck.error_model.model import ErrorModel, Expected
 from cpjax.crosscheck.error_model.row_covariance import Shared
 
+OWN_ERROR = 1e-12
+"""Of a value's square: what differs from the output by less than a millionth tells the oracle's rounding only."""
+
+LEAST_NORMAL = 2.0**-14
+"""The least normal number of FP16: below it the significand is shorter, and says nothing of BF16."""
+
 
 class Score(NamedTuple):
     """A score statistic, per row or per key, and what correct arithmetic makes of it."""
@@ -73,8 +79,7 @@ def key_scores(
     bias = weight * (drag @ rows.size.T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
     size = inverse @ rows.square.T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
     square = size - 2 * (inverse * rows.out) @ rows.value.T
-    # A value that differs from the output by less than a millionth tells nothing but the oracle's own rounding.
-    information = weight**2 * np.maximum(square, 1e-12 * size)
+    information = weight**2 * np.maximum(square, OWN_ERROR * size)
     if lse_error is not None:
         of_lse = _inverse_square(expected.lse_sigma)[:, None]
         value = value + weight * lse_error[:, None] * of_lse
@@ -92,7 +97,7 @@ def z_score(score: Score) -> np.ndarray:
 def on_bfloat16_lattice(x: Float[np.ndarray, "..."]) -> np.ndarray:
     """Which FP16 numbers are BF16 numbers as well: normal, and the three last significand bits are zero."""
     half = x.astype(np.float16)
-    return ((half.view(np.uint16) & 0b111) == 0) & (np.abs(x) >= 2.0**-14)
+    return ((half.view(np.uint16) & 0b111) == 0) & (np.abs(x) >= LEAST_NORMAL)
 
 
 def _inverse_square(sigma: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

@@ -25,6 +25,18 @@ LATTICE_SHARE = 2 / 7
 FP16 numbers between two BF16 numbers two are their neighbours."""
 
 
+SCALE_LIMIT = LIMIT + 1
+"""z-score beyond which the scale is said to be off: its errors are the sum over all rows, of which rows share some."""
+
+LEAST_CHANGE, MOST_CHANGE = 0.25, 2.0
+"""A key is said to have entered with another weight if the weight changed by this much: lost is 1, doubled is 1."""
+
+EXPLAINED = 0.5
+"""Of the excess of Σ (error/σ)², what a directed test must explain to be named beside other failures."""
+
+MOST_NAMES = 8
+"""Heads, chunks or ranks that a sentence names."""
+
 Failure = tuple[str, str | None]
 """A test's name, and a sentence unless others say it already."""
 
@@ -163,8 +175,8 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
         failures += _errors(problem, "lse", lse_errors, _lse_z(table))
     failures += _worst_parts(parts)
     # A gross fault makes every directed test fail. It names itself only if it explains most of what is wrong.
-    enough = _excess(table) / 2 if failures else 0.0
-    if not abs(scale_z_score) <= LIMIT + 1 and _gain(scale) >= enough:
+    enough = EXPLAINED * _excess(table) if failures else 0.0
+    if not abs(scale_z_score) <= SCALE_LIMIT and _gain(scale) >= enough:
         failures.append(("scale", _scale_sentence(scale_error, scale_z_score)))
     failures += _keys(evidence, enough)
     failures += _bfloat16(evidence)
@@ -268,7 +280,9 @@ def _worst_parts(parts: list[Part]) -> Iterator[Failure]:
     for kind, test in (("head", "heads"), ("query chunk", "query chunks"), ("rank", "ranks")):
         wrong = [part for part in parts if part.name.rpartition(" ")[0] == kind and not part.z_score <= LIMIT]
         if wrong:
-            names = ", ".join(part.name.rpartition(" ")[2] for part in wrong[:8]) + (", …" if len(wrong) > 8 else "")
+            names = ", ".join(part.name.rpartition(" ")[2] for part in wrong[:MOST_NAMES]) + (
+                ", …" if len(wrong) > MOST_NAMES else ""
+            )
             many = sum(part.name.rpartition(" ")[0] == kind for part in parts)
             # That all of them are wrong says nothing about where.
             yield test, f"{test} that are wrong by themselves: {names} (of {many})" if len(wrong) < many else None
@@ -304,7 +318,7 @@ def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:
     """A key that was lost, halved or doubled, and explains `enough`. Correct scores grow with the number of keys."""
     keys = evidence.keys
     change = np.divide(keys.value, keys.information, out=np.zeros_like(keys.value), where=keys.information > 0)
-    z_scores = np.where((np.abs(change) >= 0.25) & (np.abs(change) <= 2.0), np.abs(z_score(keys)), 0.0)
+    z_scores = np.where((np.abs(change) >= LEAST_CHANGE) & (np.abs(change) <= MOST_CHANGE), np.abs(z_score(keys)), 0.0)
     b, k, s = np.unravel_index(np.argmax(z_scores), z_scores.shape)
     gain = _gain(Score(*(x[b, k, s] for x in keys)))
     if not z_scores[b, k, s] - expected_maximum(z_scores.size) <= LIMIT and gain >= enough:

@@ -59,7 +59,7 @@ def html(judged: list[Judged], title: str) -> str:
 
 
 def _section(one: Judged) -> dict[str, Any]:
-    verdict, drawn = one.verdict, None if one.shown is None else figures(*one.shown)
+    verdict, drawn = one.verdict, None if one.shown is None else figures(one.shown.problem, one.shown.out)
     numbers = {}
     if verdict is not None:
         numbers = {
@@ -109,9 +109,9 @@ def _map(title: str, down: str, across: str, values: np.ndarray, heat) -> dict[s
 
 def _bars(drawn: Figures) -> list[tuple[float, float, float, float]]:
     """For each bin: its left edge, its share, the share of a standard normal, and the largest of all."""
-    from scipy.stats import norm
+    from scipy.special import ndtr
 
-    inside = np.diff(norm.cdf(EDGES))
+    inside = np.diff(ndtr(EDGES))
     # The outermost bars hold everything beyond, and may leave the figure.
     top = float(max(drawn.histogram[1:-1].max(), inside.max()))
     return [

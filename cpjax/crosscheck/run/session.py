@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,14 @@ Progress = Callable[[str, int, int], None]
 Outcome = Literal["pass", "fail", "unsupported", "error"]
 
 
+class Shown(NamedTuple):
+    """What figures and error budgets are made of."""
+
+    problem: Problem
+    out: np.ndarray
+    lse: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class Judged:
     """One result and the verdict on it; `error` or `unsupported` where there is no result that could be judged."""
@@ -44,8 +52,8 @@ class Judged:
     """What a diagnostic case says of the result (`cpjax.crosscheck.conformance.explain`)."""
     about: dict[str, Any] | None = None
     """Provenance, as the result states it."""
-    shown: tuple[Problem, np.ndarray] | None = None
-    """The problem, and `out`: what a report draws its figures of; only if asked for, and if there is an `out`."""
+    shown: Shown | None = None
+    """Only if asked for, and if `out` has the right form."""
 
     @property
     def outcome(self) -> Outcome:
@@ -121,7 +129,7 @@ def judge_result(
         verdict,
         remarks=(*remarks, *read(case, result)),
         about=result.about,
-        shown=(problem, result.out) if draw and "form" not in verdict.failed_tests else None,
+        shown=Shown(problem, result.out, result.lse) if draw and "form" not in verdict.failed_tests else None,
     )
 
 

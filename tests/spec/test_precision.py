@@ -10,7 +10,7 @@ import numpy_twin as twin
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from programs import attention
+from programs import attention, exact, same
 from strategies import RULES, SCALE, examples
 
 from cpjax.blocks import tiles
@@ -29,15 +29,6 @@ staged = functools.cache(lambda f, *static: jax.jit(f, static_argnums=static))
 def one_head(x):
     """`[T, …]` as the stages take it, `[1, 1, 1, T, …]`."""
     return x[None, None, None]
-
-
-def exact(rng, *shape) -> np.ndarray:
-    """Multiples of 1/8 up to 8: inner products of four of them are exact in float32, and more than FP16 can hold."""
-    return (rng.integers(-64, 65, shape) / 8).astype(np.float32)
-
-
-def same(found, expected) -> bool:
-    return all(np.array_equal(np.asarray(x), y, equal_nan=True) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,9 +6,8 @@ import numpy_twin as twin
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import device_program
+from programs import device_program, exact
 from strategies import RULES, SCALE, examples
-from test_precision import exact
 
 import npu_backend.schedule
 from cpjax.errors import InputError

@@ -460,3 +460,25 @@ def joined(path: Path, p: Problem) -> tuple[np.ndarray, np.ndarray]:
         assert tensors[f"lse.{rank}"].dtype == np.float32
         out[:, rows], lse[:, rows] = tensors[f"out.{rank}"], tensors[f"lse.{rank}"]
     return out, lse
+
+
+def write_decode(folder, lengths, new, *, cp, seed=0, dims=(576, 512), heads=(8, 1), name="decode", **changes):
+    """New tokens of requests of so many cached ones. The newest key is what every query wants most, so it matters."""
+    rng, (width, v_width), (n, k) = np.random.default_rng(seed), dims, heads
+    key = rng.normal(size=(1, sum(lengths), k, width))
+    value = key[..., :v_width] if dims == (576, 512) else rng.normal(size=(1, sum(lengths), k, v_width))
+    query = rng.normal(size=(1, sum(new), n, width))
+    starts = np.cumsum((0, *lengths))
+    kv_segment = np.repeat(np.arange(len(lengths)), lengths)
+    kv_position = np.concatenate([np.arange(x) for x in lengths])
+    q_segment = np.repeat(np.arange(len(new)), new)
+    q_position = np.concatenate([np.arange(x - m, x) for x, m in zip(lengths, new, strict=True)])
+    for i, (request, last) in enumerate(zip(q_segment, q_position, strict=True)):  # half the weight on some one key
+        wanted = starts[request] + rng.integers(0, last + 1)
+        for h in range(n):
+            query[0, i, h] += 0.2 * np.sign(key[0, wanted, h * k // n])
+    tensors = {x: y.astype(np.float16) for x, y in (("query", query), ("key", key), ("value", value))}
+    places = {"q_segment": q_segment, "q_position": q_position, "kv_segment": kv_segment, "kv_position": kv_position}
+    tensors |= {x: y[None].astype(np.int32) for x, y in places.items()}
+    about = {"scale": width**-0.5, "is_causal": True, "cp": cp, "layout": "decode", "precision": {}, "about": {}}
+    return write_tensors(Path(folder) / f"{name}.safetensors", tensors, json.dumps(about | changes))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["errors"],
     ["mask", "precision"],
@@ -60,7 +60,8 @@ def test_a_file_imports_only_what_stands_below_it(level):
 
 def test_importing_starts_no_backend_and_loads_no_torch():
     code = (
-        "import sys, cpjax.parallel, cpjax.latent, cpjax.partition.packing, cpjax.partition.schedule; from jax._src import xla_bridge;"
+        "import sys, cpjax.parallel, cpjax.latent, cpjax.partition.packing, cpjax.partition.schedule;"
+        "from jax._src import xla_bridge;"
         "print(xla_bridge.backends_are_initialized(), 'torch' in sys.modules, 'flax' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

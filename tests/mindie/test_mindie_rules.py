@@ -13,7 +13,7 @@ from cpjax.errors import InputError
 from cpjax.mindie.check import Checked, check_files
 from cpjax.mindie.rules import PAIRS, RULES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LEVELS = {rule.name: rule.level for rule in RULES}
 
 

@@ -16,9 +16,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from npu_strategies import problem, write_case, write_pack
+from npu_strategies import problem, write_case, write_decode, write_pack
 from safetensors.numpy import load_file
-from test_npu_decode import write_decode
 
 from npu_backend import workers as workers_module
 from npu_backend.__main__ import main

@@ -52,7 +52,7 @@ def environment():
 
 
 def test_the_vendors_dispatcher_runs_our_kernels(environment):
-    command = [sys.executable, "-m", "pytest", "tests/under_torch_npu.py", "-q", "-n", "0", "--noconftest"]
+    command = [sys.executable, "-m", "pytest", "tests/helpers/under_torch_npu.py", "-q", "-n", "0", "--noconftest"]
     options = ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=default"]
     run = subprocess.run(
         [*command, *options], cwd=ROOT, env=with_root(environment), capture_output=True, text=True, check=False

@@ -13,7 +13,7 @@ from cpjax.mindie.config import LARGEST, read_config
 from cpjax.mindie.deployment import Sizes, read_deployment
 from cpjax.mindie.models import Geometry, family, geometry, local_heads, parse_geometry, quantisation
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "deepseek-r1-cp2.json"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "deepseek-r1-cp2.json"
 MODEL = "$.BackendConfig.ModelDeployConfig.ModelConfig[0]"
 
 

@@ -21,7 +21,7 @@ from typer.main import get_command
 
 from cpjax.mindie.commands import app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "deepseek-r1-cp2.json"
 PAIR = [str(ROOT / "examples" / name) for name in ("prefill-cp2.json", "decode.json")]
 COMMAND = get_command(app)

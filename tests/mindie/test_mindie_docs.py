@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from cpjax.mindie.commands import app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "mindie.md").read_text()
 SHOWN = dict(re.findall(r"```console\n\$ cpjax mindie (.*)\n((?s:.*?))```", PAGE))
 

@@ -10,7 +10,7 @@ from cpjax.crosscheck import judge
 from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.report.figures import figures
 from cpjax.crosscheck.report.page import html, write_report
-from cpjax.crosscheck.run.session import Judged
+from cpjax.crosscheck.run.session import Judged, Shown
 from cpjax.errors import InputError
 from cpjax.trial.emulators import PROFILES, attend, chunk_results, cut, fold, visits
 from cpjax.trial.problem import Problem
@@ -33,7 +33,9 @@ def judged(*, wrong: bool, is_causal: bool = False) -> Judged:
     verdict = judge(p.query, p.key, p.value, out, lse, **options)
     asked = checked_problem(p.query, p.key, p.value, **options)
     about = {"torch": "2.13.0", EVIL: EVIL}
-    return Judged(EVIL, EVIL, "flash_fp16", "ring", None, verdict, remarks=(EVIL,), about=about, shown=(asked, out))
+    return Judged(
+        EVIL, EVIL, "flash_fp16", "ring", None, verdict, remarks=(EVIL,), about=about, shown=Shown(asked, out, lse)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +69,18 @@ def test_a_right_result_has_no_diagnosis_and_passes():
 
 def test_the_maps_point_at_the_fault(wrong):
     """Chunk 2 was left out of query chunk 1: there the errors point along it; rank 1 met it at step 0."""
-    drawn = figures(*wrong.shown)
+    drawn = figures(wrong.shown.problem, wrong.shown.out)
     assert np.unravel_index(np.nanargmax(np.abs(drawn.pull)), drawn.pull.shape) == (1, 2)
     assert np.unravel_index(np.nanargmax(drawn.steps), drawn.steps.shape) == (1, 0)
     assert drawn.spread[1].min() > 3 > 1.3 > np.delete(drawn.spread, 1, axis=0).max()
     assert abs(drawn.histogram.sum() - 1) < 1e-9
-    right = figures(*judged(wrong=False).shown)
+    right = figures(*judged(wrong=False).shown[:2])
     assert right is not None
     assert np.nanmax(np.abs(right.pull)) < 6
 
 
 def test_what_nobody_sees_stays_empty():
-    drawn = figures(*judged(wrong=False, is_causal=True).shown)
+    drawn = figures(*judged(wrong=False, is_causal=True).shown[:2])
     assert drawn is not None
     seen = np.tri(4, dtype=bool)
     assert np.isnan(drawn.pull[~seen]).all()

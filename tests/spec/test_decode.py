@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from programs import assert_dense, attention
+from programs import assert_dense, attention, exact, same
 from strategies import RULES, SCALE, examples, problem, problems
-from test_precision import exact, same
 
 from cpjax.decode import cache_slots, context_parallel_decode
 from cpjax.errors import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 
@@ -18,6 +18,36 @@ def test_relative_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+# Pages, and whatever the sources say in docstrings, comments and strings.
+SOURCES = [
+    *(ROOT / name for name in ("Makefile", "pyproject.toml", "CHANGELOG.md")),
+    *(
+        path
+        for folder in ("cpjax", "npu_backend", "tests", "tools", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+    ),
+]
+
+
+def test_paths_that_pages_and_docstrings_name_exist():
+    named = {
+        path
+        for page in PAGES + SOURCES
+        for path in re.findall(r"(?<![\w./-])(?:tests|cpjax|npu_backend)/[\w/.-]*\.py\b", page.read_text())
+    }
+    assert {"tests/helpers/oracle.py", "cpjax/partition/schedule.py", "npu_backend/schedule.py"} <= named
+    assert not {path for path in named if not (ROOT / path).exists()}
+
+
+def test_tests_that_pages_name_exist():
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(files) == len(list((ROOT / "tests").rglob("test_*.py"))), "two files of one name"
+    named = {name for page in PAGES for name in re.findall(r"`(?:[\w/]*/)?(test_\w+(?:\.py)?)`", page.read_text())}
+    assert {"test_tiles.py", "test_misuse_is_refused_before_tracing"} <= named
+    functions = {name for text in files.values() for name in re.findall(r"(?m)^def (test_\w+)", text)}
+    assert named <= functions | set(files)
 
 
 def test_make_targets_exist():

@@ -58,7 +58,7 @@ def block_program(rule: Rule, precision: str = "float64"):
 
 
 def oracle(p: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """`dense` of tests/oracle.py, with the softcap by hand; a sink is one more key with value 0."""
+    """`dense` of tests/helpers/oracle.py, with the softcap by hand; a sink is one more key with value 0."""
     query, key, value, visible = p.query, p.key, p.value, seen(p.q_tokens, p.kv_tokens, p.rule)
     if p.rule.softcap is None and np.isneginf(p.sink).all():
         return dense(query, key, value, scale=SCALE, visible=visible)
@@ -98,3 +98,12 @@ def assert_dense(result: Partial, p: Problem) -> None:
 def equal_bits(a, b) -> None:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def exact(rng, *shape) -> np.ndarray:
+    """Multiples of 1/8 up to 8: inner products of four of them are exact in float32, and more than FP16 can hold."""
+    return (rng.integers(-64, 65, shape) / 8).astype(np.float32)
+
+
+def same(found, expected) -> bool:
+    return all(np.array_equal(np.asarray(x), y, equal_nan=True) for x, y in zip(found, expected, strict=True))

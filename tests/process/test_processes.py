@@ -7,19 +7,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import process
+import ring_process
 
 from cpjax.parallel import cp_mesh
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(ring_process.__file__)
 
 
 def test_two_processes_of_two_devices_give_the_same_bits(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT.parent}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "process.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(PROGRAM)]
     running = [
         subprocess.Popen(
             [*command, str(rank), "2", address, str(tmp_path / "result.npz")],
@@ -36,7 +37,7 @@ def test_two_processes_of_two_devices_give_the_same_bits(tmp_path):
         for worker in running:
             worker.kill()
     assert [worker.returncode for worker in running] == [0, 0], "\n".join(said)
-    found, alone = np.load(tmp_path / "result.npz"), process.results(cp_mesh(4))
+    found, alone = np.load(tmp_path / "result.npz"), ring_process.results(cp_mesh(4))
     assert set(found) == set(alone)
     for name, expected in alone.items():
         assert np.abs(found[name]).max() > 0

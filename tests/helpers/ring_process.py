@@ -1,4 +1,4 @@
-"""One process of a ring over several: `python process.py RANK PROCESSES ADDRESS RESULT`."""
+"""One process of a ring over several: `python ring_process.py RANK PROCESSES ADDRESS RESULT`."""
 
 import sys
 
