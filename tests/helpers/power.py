@@ -97,8 +97,9 @@ def _functions(home: ModuleType) -> Iterator[tuple[str, FunctionType]]:
     own = [x for x in vars(home).values() if getattr(x, "__module__", None) == home.__name__]
     members = [y for x in own if isinstance(x, type) for y in vars(x).values()]
     for x in (*own, *members):
-        function = getattr(x, "func", None) or getattr(x, "fget", None) or inspect.unwrap(x) if callable(x) else x
-        function = getattr(x, "func", None) or getattr(x, "fget", None) or function
+        function = getattr(x, "func", None) or getattr(x, "fget", None) or x  # of a cached property, of a property
+        while hasattr(function, "__wrapped__"):  # by jaxtyping's check of types
+            function = function.__wrapped__
         # Dataclasses make methods of their own, which stand in no text.
         if isinstance(function, FunctionType) and function.__code__.co_filename == home.__file__:
             yield function.__qualname__, function
@@ -117,9 +118,8 @@ def constants(module: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Pin:
-    """A measured number and its interval. `why` says what makes it speak of the constant that it guards."""
+    """A measured number and its interval."""
 
-    name: str
     measure: Callable[[], float]
     low: float
     high: float
@@ -127,11 +127,6 @@ class Pin:
     def holds(self) -> bool:
         """Whether the number lies in its interval; NaN never does."""
         return bool(self.low <= self.measure() <= self.high)
-
-
-def pin(name: str, measure: Callable[[], float], value: float, width: float = 0.06) -> Pin:
-    """A pin around a positive `value`, `width` of it to either side."""
-    return Pin(name, measure, value * (1 - width), value * (1 + width))
 
 
 @dataclass(frozen=True)

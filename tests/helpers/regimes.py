@@ -25,6 +25,7 @@ def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng([16, *seed])
 
 
+@cache
 def normal(profile: str, *, logits: float = 1.0, mean: float = 0.0, keys: int = 256, cp: int = 1, seed: int = 0) -> Regime:
     """Ordinary data: 8 queries of one head of 32."""
     some = rng(1, seed)
@@ -33,6 +34,7 @@ def normal(profile: str, *, logits: float = 1.0, mean: float = 0.0, keys: int = 
     return Regime(Problem(query * logits, key, value + mean, 32**-0.5, cp=cp).cast(dtype), profile)
 
 
+@cache
 def least(profile: str, low: float, high: float) -> Regime:
     """A sink of value 0, and keys whose p lies between `low` and `high` times the least FP16 number.
 
@@ -47,6 +49,7 @@ def least(profile: str, low: float, high: float) -> Regime:
     return Regime(one_row(scores, values), profile)
 
 
+@cache
 def lost(profile: str = "flash_fp16") -> Regime:
     """As `least`, but every p is below half the least number: all become 0, and the loss is the whole sum."""
     return least(profile, 0.1, 0.45)
@@ -62,6 +65,7 @@ def centred(scores: np.ndarray, values: np.ndarray, chunks: int = 2) -> np.ndarr
     return values
 
 
+@cache
 def tied(
     spread: tuple[float, ...], *, others: int = 0, cell: float = 2.0**-14, profile: str = "flash_fp16", cells: int = 40
 ) -> Regime:
@@ -86,6 +90,7 @@ def rows_of(
     return Problem(query[:, None, None], key[:, :, None], value[:, :, None], scale, cp=cp).cast(dtype)
 
 
+@cache
 def near_the_best(low: float, high: float) -> Regime:
     """Two chunks whose outputs lie `low` to `high` spacings from their best key's value, large and of opposite sign.
 
@@ -100,6 +105,7 @@ def near_the_best(low: float, high: float) -> Regime:
     return Regime(one_row(np.tile(scores, (16, 1)), values), "flash_fp16")
 
 
+@cache
 def slow_merges(low: float, high: float) -> Regime:
     """A heavy first chunk, and 15 that move the output by `low` to `high` spacings each, to one side. One key a chunk."""
     some = rng(5, int(10 * low))
@@ -120,6 +126,7 @@ def alone(key: np.ndarray, value: np.ndarray, far: float) -> tuple[np.ndarray, n
     return np.concatenate([key, np.broadcast_to(away, key.shape)], axis=1), np.concatenate([value, value], axis=1)
 
 
+@cache
 def large_scores() -> Regime:
     """Four keys with scores near 100, all about as large: |s| is what a score's error is made of."""
     some = rng(6)
@@ -128,6 +135,7 @@ def large_scores() -> Regime:
     return Regime(rows_of(query, key, value, scale=0.7), "float32")
 
 
+@cache
 def distant_keys() -> Regime:
     """3,000 keys with scores near 0, in one cell, lie 8 below a sink: together they have half the weight.
 
@@ -143,6 +151,7 @@ def distant_keys() -> Regime:
     return Regime(rows_of(some.uniform(0.99, 1, (24, 1)), key, value), "float32", arithmetic=arithmetic)
 
 
+@cache
 def orthogonal() -> Regime:
     """Products q·k of large numbers that cancel: |q||k| is thousands of times as large as |s|."""
     some = rng(8)
@@ -151,6 +160,7 @@ def orthogonal() -> Regime:
     return Regime(rows_of(query, key, some.standard_normal((48, 4, 16))), "float32")
 
 
+@cache
 def long_products() -> Regime:
     """A large number in the first of 128 dims: every partial sum of q·k is as large as |s|."""
     some = rng(9)
@@ -159,6 +169,7 @@ def long_products() -> Regime:
     return Regime(rows_of(query, key, some.standard_normal((48, 4, 16)), scale=0.7), "float32")
 
 
+@cache
 def few_keys() -> Regime:
     """Two keys of float32 with small scores: nothing is summed, merged or far away; exponentials and products remain."""
     some = rng(10)
@@ -166,17 +177,18 @@ def few_keys() -> Regime:
     return Regime(rows_of(query, key, some.uniform(1, 2, (64, 2, 16))), "float32")
 
 
-def long_sums(count: int, *, equal: bool, tile: int = 512) -> Regime:
-    """`count` float32 terms of one size and sign, added one after the other; `equal` ones err by the same each time."""
+@cache
+def long_sums(count: int, *, equal: bool, profile: str = "float32") -> Regime:
+    """`count` terms of one size and sign, added one after the other; `equal` ones err by the same each time."""
     some = rng(11, count, int(equal))
     scores = np.full((16, count), -0.35) if equal else some.uniform(-0.5, -0.1, (16, count))
     scores = scores + some.uniform(-0.01, 0.01, (16, 1))
     scores[:, 0] = 0
     value = np.full((16, count, 4), 1.0) * some.uniform(1, 2, (16, 1, 4))
-    arithmetic = replace(ARITHMETIC["float32"], tile=tile)
-    return Regime(one_row(scores, value), "float32", arithmetic=arithmetic)
+    return Regime(one_row(scores, value, dtype=profile), profile)
 
 
+@cache
 def merge_weights(shift: float, keys: int, chunks: int) -> Regime:
     """Chunks whose outputs are +1 and −1 by turns, lse near `shift`: weights of the merge decide what is left."""
     some = rng(12, keys, chunks)
@@ -185,6 +197,7 @@ def merge_weights(shift: float, keys: int, chunks: int) -> Regime:
     return Regime(one_row(scores, np.tile(sign[:, None], (1, 4)), cp=chunks // 2), "float32")
 
 
+@cache
 def absorbed(low: float, high: float) -> Regime:
     """A heavy key, and 400 whose weight is `low` to `high` unit roundoffs of it. The heavy one has a small value."""
     some = rng(13, int(100 * low))
@@ -196,6 +209,7 @@ def absorbed(low: float, high: float) -> Regime:
     return Regime(one_row(scores, value), "float32")
 
 
+@cache
 def absorbed_chunks(low: float, high: float) -> Regime:
     """As `absorbed`, but each light key is a chunk of its own, and what loses it is the sum of the merge."""
     some = rng(14, int(100 * low))
@@ -203,6 +217,7 @@ def absorbed_chunks(low: float, high: float) -> Regime:
     return Regime(one_row(scores, some.standard_normal((16, 64, 1)), cp=32), "float32")
 
 
+@cache
 def many_small_merges() -> Regime:
     """32 chunks of 16 keys and lse near 0: nothing is large but the number of logarithms."""
     some = rng(15)
@@ -210,6 +225,7 @@ def many_small_merges() -> Regime:
     return Regime(one_row(scores, some.standard_normal((24, 512, 1)), cp=16), "float32")
 
 
+@cache
 def nearly_equal(step: float) -> Regime:
     """Scores that are all different, the next one always `step` lower, and yet one number in float32."""
     some = rng(17)
@@ -221,6 +237,7 @@ def nearly_equal(step: float) -> Regime:
     return Regime(rows_of(np.ones((16, 2)), key, value), "float32", arithmetic=arithmetic)
 
 
+@cache
 def far_below(furthest: float) -> Regime:
     """Four ordinary keys, and 4,000 that lie 1.1 to 1.9 times `furthest` below them: p is 0 for all of these.
 
@@ -235,12 +252,14 @@ def far_below(furthest: float) -> Regime:
     return Regime(one_row(scores, value), "flash_fp16")
 
 
+@cache
 def coarse_products() -> Regime:
     """Scores in FP16 near 100, scale 1: q·k is rounded to a multiple of 1/16, and nothing else nearly as coarsely."""
     some = rng(19)
     return Regime(one_row(some.uniform(98, 100, (16, 100)), some.standard_normal((16, 100, 16))), "ring_mla_fp16")
 
 
+@cache
 def coarse_scaling() -> Regime:
     """q·k below 128 and scale · q·k above, where numbers lie twice as far apart."""
     some = rng(20)
@@ -248,6 +267,7 @@ def coarse_scaling() -> Regime:
     return Regime(rows_of(np.ones((16, 1)), key, some.standard_normal((16, 100, 16)), scale=1.03), "ring_mla_fp16")
 
 
+@cache
 def coarse_differences() -> Regime:
     """Small scores, whose numbers lie close together, and a maximum of 8: the difference is rounded, for each key."""
     some = rng(21)
@@ -258,6 +278,7 @@ def coarse_differences() -> Regime:
     return Regime(one_row(scores, value), "ring_mla_fp16")
 
 
+@cache
 def fine_maximum() -> Regime:
     """A maximum near −1, finer than the scores near −5 and than their differences from it: all these lose the same."""
     some = rng(22)
@@ -267,6 +288,7 @@ def fine_maximum() -> Regime:
     return Regime(one_row(scores, value), "ring_mla_fp16")
 
 
+@cache
 def coarse_rescale() -> Regime:
     """A second tile whose maximum is 4 to 5 higher than the first one's, whose numbers are finer: one exponent for all."""
     some = rng(23)
@@ -280,6 +302,7 @@ def coarse_rescale() -> Regime:
     return Regime(one_row(scores, value), "ring_mla_fp16")
 
 
+@cache
 def tied_scores(spread: tuple[float, ...]) -> Regime:
     """As `tied`, where scores have a format: near 100 a cell is 2^-7, an eighth of a spacing."""
     some = rng(24, len(spread))
@@ -301,6 +324,7 @@ class Decode(Regime):
         return fold(blocks, visits(self.problem, "ascending"), replace(arithmetic, carry="float32"))
 
 
+@cache
 def stored_lse() -> Regime:
     """Four chunks whose outputs are +1 and −1 by turns, their lse near 10 in FP16: the weights of the sum are coarse."""
     some = rng(25)
@@ -309,6 +333,7 @@ def stored_lse() -> Regime:
     return Decode(one_row(scores, np.tile(sign[:, None], (1, 2)), cp=2), "decode_fp16_lse")
 
 
+@cache
 def last_rounding() -> Regime:
     """Sixteen chunks of one mean, summed in float32: their roundings average out, the last one does not."""
     some = rng(26)
@@ -316,6 +341,7 @@ def last_rounding() -> Regime:
     return Decode(one_row(scores, 1.3 + 0.05 * some.standard_normal((16, 512, 16)), cp=8), "decode_fp16_lse")
 
 
+@cache
 def unknown_order() -> Regime:
     """Sixteen chunks merged in FP16 in an order that is not told, all with the same keys: no merge moves the output."""
     some = rng(27)
@@ -393,18 +419,21 @@ def beside_a_sink(spacings: float) -> Regime:
     return Regime(one_row(scores, value), "flash_fp16")
 
 
+@cache
 def large_logits(score: float) -> Regime:
     """Two keys of one score in FP16, so large that its rounding may move much of the weight."""
     scores, value = alone(np.full((4, 2), score), rng(32).standard_normal((4, 2, 4)), -60.0)
     return Regime(one_row(scores, value), "ring_mla_fp16")
 
 
+@cache
 def large_products(product: float) -> Regime:
     """q·k near the largest number of FP16, the scale so small that the scores are ordinary."""
     key, value = alone(np.full((4, 2, 1), product), rng(33).standard_normal((4, 2, 4)), -product / 2)
     return Regime(rows_of(np.ones((4, 1)), key, value, scale=2.0**-14), "ring_mla_fp16")
 
 
+@cache
 def shared_cells(offset: float, profile: str = "flash_fp16") -> Regime:
     """Rows of which each has the same few probabilities, `offset` spacings further along than the row before it.
 
