@@ -1,4 +1,4 @@
-"""What pins the power of the judge: a constant changed for a moment, results in the regime of one term, measured numbers.
+"""What pins the power of the judge: constants changed for a moment, results in the regime of one term, numbers.
 
 A pin is a number that is measured of a seeded result, and the interval in which it lies. A constant is pinned if twice
 and half of its value take the number of some pin out of its interval.
@@ -8,7 +8,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -110,7 +110,9 @@ def constants(module: str) -> list[str]:
     home = import_module(module)
     names: list[str] = []
     for node in _tree(home).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         for target in targets:
             names += [x.id for x in ast.walk(target) if isinstance(x, ast.Name)]
     return [name for name in names if isinstance(getattr(home, name), int | float)]
@@ -130,6 +132,56 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """A size at which the judge changes its mind: just below it says False, just above it says True."""
+
+    says: Callable[[float], bool]
+    at: float
+    step: float = 1.05
+
+    def holds(self) -> bool:
+        """Whether the edge is still within `step` of its place."""
+        return not self.says(self.at / self.step) and self.says(self.at * self.step)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A constant, or a number in the text of a function, and the pins of which one breaks if it is another."""
+
+    name: str
+    twice: Callable[[], AbstractContextManager]
+    half: Callable[[], AbstractContextManager]
+    pins: tuple[str, ...]
+
+
+def of_constant(module: str, name: str, *pins: str, twice: float | None = None, half: float | None = None) -> Guard:
+    """Of a constant; `twice` and `half` where they are not meant literally."""
+    value = getattr(import_module(module), name)
+    one, other = (2 * value if twice is None else twice), (value / 2 if half is None else half)
+    return Guard(
+        f"{module.rpartition('.')[2]}.{name}",
+        lambda: changed(module, name, type(value)(one)),
+        lambda: changed(module, name, type(value)(other)),
+        pins,
+    )
+
+
+def of_text(module: str, old: str, twice: str, half: str, *pins: str) -> Guard:
+    """Of a number that has no name, for it is derived: text that the module has once, and what stands in its place."""
+    return Guard(
+        f"{module.rpartition('.')[2]}: {old}",
+        lambda: rewritten(module, old, twice),
+        lambda: rewritten(module, old, half),
+        pins,
+    )
+
+
+def of_twelfth(module: str, old: str, *pins: str) -> Guard:
+    """Of an error that is uniform between two neighbours, whose variance is a twelfth: a sixth, and a 24th."""
+    return of_text(module, old, old.replace("12", "6"), old.replace("12", "24"), *pins)
+
+
+@dataclass(frozen=True)
 class Regime:
     """A correct result in data in which one term of the error model is the largest."""
 
@@ -142,7 +194,11 @@ class Regime:
     @cached_property
     def result(self) -> Result:
         """What a correct implementation hands over."""
-        return attend(self.problem, self.arithmetic or ARITHMETIC[self.profile], self.order if self.order != "unknown" else "ascending")
+        return attend(
+            self.problem,
+            self.arithmetic or ARITHMETIC[self.profile],
+            self.order if self.order != "unknown" else "ascending",
+        )
 
     def verdict(self, result: Result | None = None, *, with_lse: bool = True) -> Verdict:
         """The judge's answer about it, or about another result for the same data."""
@@ -163,9 +219,7 @@ class Regime:
     def asked(self) -> Asked:
         """The problem as the judge sees it."""
         p = self.problem
-        return checked_problem(
-            p.query, p.key, p.value, **p.judge_arguments(), precision=self.profile, order=self.order
-        )
+        return checked_problem(p.query, p.key, p.value, **p.judge_arguments(), precision=self.profile, order=self.order)
 
     def models(self) -> Iterator[tuple[Rows, ErrorModel, Result]]:
         """The error model of the rows, tile after tile, and their result in float64."""
@@ -189,9 +243,7 @@ class Regime:
         return float(part / total)
 
 
-def one_row(
-    scores: np.ndarray, values: np.ndarray, *, cp: int = 1, dtype: str = "float32"
-) -> Problem:
+def one_row(scores: np.ndarray, values: np.ndarray, *, cp: int = 1, dtype: str = "float32") -> Problem:
     """Rows `[B, S]` of scores and `[B, S, V]` of values, each a problem of its own: query 1, scale 1, head dim 1.
 
     The product of a score and 1 is exact, so nothing is rounded before the score is.

@@ -21,12 +21,18 @@ EPS = 2.0**-24
 """Unit roundoff of float32."""
 
 
+ROWS = 8
+"""Of most regimes, each a problem of its own: a tile, for the judge."""
+
+
 def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng([16, *seed])
 
 
 @cache
-def normal(profile: str, *, logits: float = 1.0, mean: float = 0.0, keys: int = 256, cp: int = 1, seed: int = 0) -> Regime:
+def normal(
+    profile: str, *, logits: float = 1.0, mean: float = 0.0, keys: int = 256, cp: int = 1, seed: int = 0
+) -> Regime:
     """Ordinary data: 8 queries of one head of 32."""
     some = rng(1, seed)
     dtype = {"float32": "float32", "float64": "float64"}.get(profile, "float16")
@@ -56,7 +62,7 @@ def lost(profile: str = "flash_fp16") -> Regime:
 
 
 def centred(scores: np.ndarray, values: np.ndarray, chunks: int = 2) -> np.ndarray:
-    """Values less the average of their chunk, so that outputs are about 0, and their roundings nothing beside others."""
+    """Values less the average of their chunk, so that outputs are about 0, and their roundings are too."""
     values, size = values.copy(), -(-scores.shape[1] // chunks)
     for start in range(0, scores.shape[1], size):
         some = slice(start, start + size)
@@ -77,7 +83,7 @@ def tied(
     some = rng(3, len(spread), others)
     groups = -np.sort(some.choice(np.arange(64, 8192, 64), (8, cells))) * 1.0
     scores = (groups[:, :, None] + np.array(spread)).reshape(8, -1) * cell
-    scores = np.concatenate([np.zeros((8, 1)), scores, -some.uniform(6.0, 7.0, (8, others))], axis=1)
+    scores = np.concatenate([np.zeros((8, 1)), scores, -some.uniform(6.0, 12.0, (8, others))], axis=1)
     values = some.standard_normal((8, scores.shape[1], 16))
     values[:, 1 : 1 + cells * len(spread)] = np.repeat(some.standard_normal((8, cells, 16)), len(spread), axis=1)
     return Regime(one_row(scores, centred(scores, values)), profile)
@@ -94,30 +100,30 @@ def rows_of(
 def near_the_best(low: float, high: float) -> Regime:
     """Two chunks whose outputs lie `low` to `high` spacings from their best key's value, large and of opposite sign.
 
-    The other key has p = 1/2, and what is left after the merge is small and has finer spacings than the chunks' outputs.
+    The other key has p = 1/2, and what the merge leaves is small, with finer spacings than the chunks' outputs.
     """
     some = rng(4, int(10 * low))
-    first = some.uniform(65, 80, (16, 1, 1, 16))
+    first = some.uniform(65, 80, (ROWS, 1, 1, 16))
     best = np.float16(np.concatenate([first, -first * np.exp(0.4)], axis=1)).astype(np.float64)
-    away = some.uniform(low, high, (16, 2, 1, 16)) * some.choice([-1, 1], (16, 2, 1, 16)) * 2.0**-4
-    values = np.concatenate([best, best + 3 * away], axis=2).reshape(16, 4, 16)
+    away = some.uniform(low, high, (ROWS, 2, 1, 16)) * some.choice([-1, 1], (ROWS, 2, 1, 16)) * 2.0**-4
+    values = np.concatenate([best, best + 3 * away], axis=2).reshape(ROWS, 4, 16)
     scores = np.log([1.0, 0.5, np.exp(-0.4), 0.5 * np.exp(-0.4)])
-    return Regime(one_row(np.tile(scores, (16, 1)), values), "flash_fp16")
+    return Regime(one_row(np.tile(scores, (ROWS, 1)), values), "flash_fp16")
 
 
 @cache
 def slow_merges(low: float, high: float) -> Regime:
-    """A heavy first chunk, and 15 that move the output by `low` to `high` spacings each, to one side. One key a chunk."""
+    """A heavy first chunk, and 15 that move the output by `low` to `high` spacings each, upwards. One key a chunk."""
     some = rng(5, int(10 * low))
     share = 2.0**-7
     scores = np.log(np.concatenate([[1.0], np.full(15, share)]))
-    start = np.float16(some.uniform(1.1, 1.3, (16, 1, 16)))
-    moves = some.uniform(low, high, (16, 15, 16)) * 2.0**-10
+    start = np.float16(some.uniform(1.1, 1.3, (ROWS, 1, 16)))
+    moves = some.uniform(low, high, (ROWS, 15, 16)) * 2.0**-10
     running = start + np.cumsum(moves, axis=1)
     weight = 1 + share * np.arange(1, 16)[:, None]
     before = np.concatenate([start, running[:, :-1]], axis=1)
     values = np.float16(before + moves * weight / share)
-    return Regime(one_row(np.tile(scores, (16, 1)), np.concatenate([start, values], axis=1), cp=8), "flash_fp16")
+    return Regime(one_row(np.tile(scores, (ROWS, 1)), np.concatenate([start, values], axis=1), cp=8), "flash_fp16")
 
 
 def alone(key: np.ndarray, value: np.ndarray, far: float) -> tuple[np.ndarray, np.ndarray]:
@@ -130,8 +136,8 @@ def alone(key: np.ndarray, value: np.ndarray, far: float) -> tuple[np.ndarray, n
 def large_scores() -> Regime:
     """Four keys with scores near 100, all about as large: |s| is what a score's error is made of."""
     some = rng(6)
-    query = some.uniform(10, 11, (64, 1))
-    key, value = alone(some.uniform(13, 13.1, (64, 4, 1)), some.standard_normal((64, 4, 16)), -10.0)
+    query = some.uniform(10, 11, (ROWS, 1))
+    key, value = alone(some.uniform(13, 13.1, (ROWS, 4, 1)), some.standard_normal((ROWS, 4, 16)), -10.0)
     return Regime(rows_of(query, key, value, scale=0.7), "float32")
 
 
@@ -143,48 +149,48 @@ def distant_keys() -> Regime:
     sums do not count as repeated, and are added in pairs, because their sum would be off as if they were.
     """
     some = rng(7)
-    key = np.concatenate([np.full((24, 1), 8.003), some.uniform(0, 2.0**-16, (24, 3000))], axis=1)
-    key[:, 0] += some.uniform(0, 1, 24)
-    value = np.concatenate([np.full((24, 1, 4), 1.0), np.full((24, 3000, 4), -1.0)], axis=1)
+    key = np.concatenate([np.full((ROWS, 1), 8.003), some.uniform(0, 2.0**-16, (ROWS, 3000))], axis=1)
+    key[:, 0] += some.uniform(0, 1, ROWS)
+    value = np.concatenate([np.full((ROWS, 1, 4), 1.0), np.full((ROWS, 3000, 4), -1.0)], axis=1)
     key, value = alone(key[:, :, None], value, -60.0)
     arithmetic = replace(ARITHMETIC["float32"], summation="pairwise")
-    return Regime(rows_of(some.uniform(0.99, 1, (24, 1)), key, value), "float32", arithmetic=arithmetic)
+    return Regime(rows_of(some.uniform(0.99, 1, (ROWS, 1)), key, value), "float32", arithmetic=arithmetic)
 
 
 @cache
 def orthogonal() -> Regime:
     """Products q·k of large numbers that cancel: |q||k| is thousands of times as large as |s|."""
     some = rng(8)
-    query, key = some.standard_normal((48, 32)) * 30, some.standard_normal((48, 4, 32)) * 30
+    query, key = some.standard_normal((ROWS, 32)) * 30, some.standard_normal((ROWS, 4, 32)) * 30
     key -= (key @ query[:, :, None]) * query[:, None] / np.square(query).sum(axis=1)[:, None, None]
-    return Regime(rows_of(query, key, some.standard_normal((48, 4, 16))), "float32")
+    return Regime(rows_of(query, key, some.standard_normal((ROWS, 4, 16))), "float32")
 
 
 @cache
 def long_products() -> Regime:
     """A large number in the first of 128 dims: every partial sum of q·k is as large as |s|."""
     some = rng(9)
-    query, key = some.standard_normal((48, 128)) * 0.2, some.standard_normal((48, 4, 128)) * 0.2
-    query[:, 0], key[:, :, 0] = 10, some.uniform(13, 13.1, (48, 4))
-    return Regime(rows_of(query, key, some.standard_normal((48, 4, 16)), scale=0.7), "float32")
+    query, key = some.standard_normal((ROWS, 128)) * 0.2, some.standard_normal((ROWS, 4, 128)) * 0.2
+    query[:, 0], key[:, :, 0] = 10, some.uniform(13, 13.1, (ROWS, 4))
+    return Regime(rows_of(query, key, some.standard_normal((ROWS, 4, 16)), scale=0.7), "float32")
 
 
 @cache
 def few_keys() -> Regime:
-    """Two keys of float32 with small scores: nothing is summed, merged or far away; exponentials and products remain."""
+    """Two keys of float32 with small scores: nothing is long, merged or far away; exponentials and products remain."""
     some = rng(10)
-    query, key = some.uniform(0.5, 1, (64, 1)), some.uniform(-0.2, 0.2, (64, 2, 1))
-    return Regime(rows_of(query, key, some.uniform(1, 2, (64, 2, 16))), "float32")
+    query, key = some.uniform(0.5, 1, (ROWS, 1)), some.uniform(-0.2, 0.2, (ROWS, 2, 1))
+    return Regime(rows_of(query, key, some.uniform(1, 2, (ROWS, 2, 16))), "float32")
 
 
 @cache
 def long_sums(count: int, *, equal: bool, profile: str = "float32") -> Regime:
     """`count` terms of one size and sign, added one after the other; `equal` ones err by the same each time."""
     some = rng(11, count, int(equal))
-    scores = np.full((16, count), -0.35) if equal else some.uniform(-0.5, -0.1, (16, count))
-    scores = scores + some.uniform(-0.01, 0.01, (16, 1))
+    scores = np.full((ROWS, count), -0.35) if equal else some.uniform(-0.5, -0.1, (ROWS, count))
+    scores = scores + some.uniform(-0.01, 0.01, (ROWS, 1))
     scores[:, 0] = 0
-    value = np.full((16, count, 4), 1.0) * some.uniform(1, 2, (16, 1, 4))
+    value = np.full((ROWS, count, 4), 1.0) * some.uniform(1, 2, (ROWS, 1, 4))
     return Regime(one_row(scores, value, dtype=profile), profile)
 
 
@@ -192,7 +198,7 @@ def long_sums(count: int, *, equal: bool, profile: str = "float32") -> Regime:
 def merge_weights(shift: float, keys: int, chunks: int) -> Regime:
     """Chunks whose outputs are +1 and −1 by turns, lse near `shift`: weights of the merge decide what is left."""
     some = rng(12, keys, chunks)
-    scores = some.uniform(-0.1, 0.1, (16, keys * chunks)) + shift - np.log(keys * chunks)
+    scores = some.uniform(-0.1, 0.1, (ROWS, keys * chunks)) + shift - np.log(keys * chunks)
     sign = np.repeat(np.where(np.arange(chunks) % 2, -1.0, 1.0), keys)
     return Regime(one_row(scores, np.tile(sign[:, None], (1, 4)), cp=chunks // 2), "float32")
 
@@ -201,9 +207,9 @@ def merge_weights(shift: float, keys: int, chunks: int) -> Regime:
 def absorbed(low: float, high: float) -> Regime:
     """A heavy key, and 400 whose weight is `low` to `high` unit roundoffs of it. The heavy one has a small value."""
     some = rng(13, int(100 * low))
-    light = some.uniform(low, high, (16, 400)) * EPS
-    scores = np.log(np.concatenate([np.ones((16, 1)), light], axis=1))
-    value = np.full((16, 401, 1), 10.0)
+    light = some.uniform(low, high, (ROWS, 400)) * EPS
+    scores = np.log(np.concatenate([np.ones((ROWS, 1)), light], axis=1))
+    value = np.full((ROWS, 401, 1), 10.0)
     value[:, 0] = 2.0**-10
     scores, value = alone(scores, value, -60.0)
     return Regime(one_row(scores, value), "float32")
@@ -213,28 +219,28 @@ def absorbed(low: float, high: float) -> Regime:
 def absorbed_chunks(low: float, high: float) -> Regime:
     """As `absorbed`, but each light key is a chunk of its own, and what loses it is the sum of the merge."""
     some = rng(14, int(100 * low))
-    scores = np.log(np.concatenate([np.ones((16, 1)), some.uniform(low, high, (16, 63)) * EPS], axis=1))
-    return Regime(one_row(scores, some.standard_normal((16, 64, 1)), cp=32), "float32")
+    scores = np.log(np.concatenate([np.ones((ROWS, 1)), some.uniform(low, high, (ROWS, 63)) * EPS], axis=1))
+    return Regime(one_row(scores, some.standard_normal((ROWS, 64, 1)), cp=32), "float32")
 
 
 @cache
 def many_small_merges() -> Regime:
     """32 chunks of 16 keys and lse near 0: nothing is large but the number of logarithms."""
     some = rng(15)
-    scores = some.uniform(-0.1, 0.1, (24, 512)) - np.log(512)
-    return Regime(one_row(scores, some.standard_normal((24, 512, 1)), cp=16), "float32")
+    scores = some.uniform(-0.1, 0.1, (ROWS, 512)) - np.log(512)
+    return Regime(one_row(scores, some.standard_normal((ROWS, 512, 1)), cp=16), "float32")
 
 
 @cache
 def nearly_equal(step: float) -> Regime:
     """Scores that are all different, the next one always `step` lower, and yet one number in float32."""
     some = rng(17)
-    key = np.stack([np.full((16, 2000), -0.35), np.tile(np.arange(2000) * -step, (16, 1))], axis=2)
-    key[:, :, 0] -= some.uniform(0, 0.1, (16, 1))
+    key = np.stack([np.full((ROWS, 2000), -0.35), np.tile(np.arange(2000) * -step, (ROWS, 1))], axis=2)
+    key[:, :, 0] -= some.uniform(0, 0.1, (ROWS, 1))
     key[:, 0] = 0
-    value = np.full((16, 2000, 4), 1.0) * some.uniform(1, 2, (16, 1, 4))
+    value = np.full((ROWS, 2000, 4), 1.0) * some.uniform(1, 2, (ROWS, 1, 4))
     arithmetic = replace(ARITHMETIC["float32"], summation="pairwise")
-    return Regime(rows_of(np.ones((16, 2)), key, value), "float32", arithmetic=arithmetic)
+    return Regime(rows_of(np.ones((ROWS, 2)), key, value), "float32", arithmetic=arithmetic)
 
 
 @cache
@@ -244,9 +250,11 @@ def far_below(furthest: float) -> Regime:
     σ has half of the least number for each, as if they erred; together if they count as equal.
     """
     some = rng(18)
-    scores = np.concatenate([some.uniform(-0.5, 0, (16, 4)), -some.uniform(1.1, 1.9, (16, 4000)) * furthest], axis=1)
+    scores = np.concatenate(
+        [some.uniform(-0.5, 0, (ROWS, 4)), -some.uniform(1.1, 1.9, (ROWS, 4000)) * furthest], axis=1
+    )
     scores[:, 0] = 0
-    value = some.uniform(0.05, 0.1, (16, 4004, 8))
+    value = some.uniform(0.05, 0.1, (ROWS, 4004, 8))
     value[:, 4:] = 1
     scores, value = alone(scores, value, -2e5)
     return Regime(one_row(scores, value), "flash_fp16")
@@ -256,7 +264,7 @@ def far_below(furthest: float) -> Regime:
 def coarse_products() -> Regime:
     """Scores in FP16 near 100, scale 1: q·k is rounded to a multiple of 1/16, and nothing else nearly as coarsely."""
     some = rng(19)
-    return Regime(one_row(some.uniform(98, 100, (16, 100)), some.standard_normal((16, 100, 16))), "ring_mla_fp16")
+    return Regime(one_row(some.uniform(98, 100, (ROWS, 100)), some.standard_normal((ROWS, 100, 16))), "ring_mla_fp16")
 
 
 @cache
@@ -271,8 +279,8 @@ def coarse_scaling() -> Regime:
 def coarse_differences() -> Regime:
     """Small scores, whose numbers lie close together, and a maximum of 8: the difference is rounded, for each key."""
     some = rng(21)
-    scores = np.concatenate([np.full((16, 1), 8.0), some.uniform(0.2, 0.9, (16, 400))], axis=1)
-    value = some.standard_normal((16, 401, 16))
+    scores = np.concatenate([np.full((ROWS, 1), 8.0), some.uniform(0.2, 0.9, (ROWS, 400))], axis=1)
+    value = some.standard_normal((ROWS, 401, 16))
     value[:, 0] = 0
     scores, value = alone(scores, value, -60.0)
     return Regime(one_row(scores, value), "ring_mla_fp16")
@@ -282,21 +290,21 @@ def coarse_differences() -> Regime:
 def fine_maximum() -> Regime:
     """A maximum near −1, finer than the scores near −5 and than their differences from it: all these lose the same."""
     some = rng(22)
-    scores = np.concatenate([-some.uniform(1.0, 1.9, (48, 1)), -some.uniform(4.1, 4.9, (48, 60))], axis=1)
-    value = np.concatenate([np.full((48, 1, 2), -1.0), np.full((48, 60, 2), 1.0)], axis=1)
+    scores = np.concatenate([-some.uniform(1.0, 1.9, (ROWS, 1)), -some.uniform(4.1, 4.9, (ROWS, 60))], axis=1)
+    value = np.concatenate([np.full((ROWS, 1, 2), -1.0), np.full((ROWS, 60, 2), 1.0)], axis=1)
     scores, value = alone(scores, value, -60.0)
     return Regime(one_row(scores, value), "ring_mla_fp16")
 
 
 @cache
 def coarse_rescale() -> Regime:
-    """A second tile whose maximum is 4 to 5 higher than the first one's, whose numbers are finer: one exponent for all."""
+    """A second tile whose maximum is 4 to 5 higher than the first one's, a finer number: one exponent for all."""
     some = rng(23)
-    scores = some.uniform(-0.1, 0.1, (48, 1024))
-    scores[:, 0] = some.uniform(0.2, 0.24, 48)
+    scores = some.uniform(-0.1, 0.1, (ROWS, 1024))
+    scores[:, 0] = some.uniform(0.2, 0.24, ROWS)
     scores[:, 512:] = -8
-    scores[:, 512] = some.uniform(4.5, 5, 48)
-    value = np.full((48, 1024, 2), 1.0)
+    scores[:, 512] = some.uniform(4.5, 5, ROWS)
+    value = np.full((ROWS, 1024, 2), 1.0)
     value[:, 512] = -1
     scores, value = alone(scores, value, -60.0)
     return Regime(one_row(scores, value), "ring_mla_fp16")
@@ -305,10 +313,10 @@ def coarse_rescale() -> Regime:
 @cache
 def tied_scores(spread: tuple[float, ...]) -> Regime:
     """As `tied`, where scores have a format: near 100 a cell is 2^-7, an eighth of a spacing."""
-    some = rng(24, len(spread))
-    places = np.sort(np.stack([some.choice(np.arange(2, 322, 4), 40, replace=False) for _ in range(16)]))
-    scores = 97.5 + (places[:, :, None] + np.array(spread)).reshape(16, -1) * 2.0**-7
-    value = np.repeat(some.standard_normal((16, 40, 16)), len(spread), axis=1)
+    some = rng(ROWS, len(spread))
+    places = np.sort(np.stack([some.choice(np.arange(2, 322, 4), 40, replace=False) for _ in range(ROWS)]))
+    scores = 97.5 + (places[:, :, None] + np.array(spread)).reshape(ROWS, -1) * 2.0**-7
+    value = np.repeat(some.standard_normal((ROWS, 40, 16)), len(spread), axis=1)
     scores, value = alone(scores, value, 0.0)
     return Regime(one_row(scores, value), "ring_mla_fp16")
 
@@ -326,9 +334,14 @@ class Decode(Regime):
 
 @cache
 def stored_lse() -> Regime:
-    """Four chunks whose outputs are +1 and −1 by turns, their lse near 10 in FP16: the weights of the sum are coarse."""
+    """Four chunks whose outputs are +1 and −1 by turns, their lse near 10 in FP16: coarse weights."""
     some = rng(25)
-    scores = some.uniform(-0.1, 0.1, (48, 64)) + 10 - np.log(16) + np.repeat(some.uniform(-0.5, 0.5, (48, 4)), 16, axis=1)
+    scores = (
+        some.uniform(-0.1, 0.1, (ROWS, 64))
+        + 10
+        - np.log(16)
+        + np.repeat(some.uniform(-0.5, 0.5, (ROWS, 4)), 16, axis=1)
+    )
     sign = np.repeat([1.0, -1.0, 1.0, -1.0], 16)
     return Decode(one_row(scores, np.tile(sign[:, None], (1, 2)), cp=2), "decode_fp16_lse")
 
@@ -337,16 +350,18 @@ def stored_lse() -> Regime:
 def last_rounding() -> Regime:
     """Sixteen chunks of one mean, summed in float32: their roundings average out, the last one does not."""
     some = rng(26)
-    scores = some.uniform(-1, 1, (16, 512))
-    return Decode(one_row(scores, 1.3 + 0.05 * some.standard_normal((16, 512, 16)), cp=8), "decode_fp16_lse")
+    scores = some.uniform(-1, 1, (ROWS, 512))
+    return Decode(one_row(scores, 1.3 + 0.05 * some.standard_normal((ROWS, 512, 16)), cp=8), "decode_fp16_lse")
 
 
 @cache
 def unknown_order() -> Regime:
     """Sixteen chunks merged in FP16 in an order that is not told, all with the same keys: no merge moves the output."""
     some = rng(27)
-    scores = some.uniform(-1, 1, (16, 512))
-    scores, value = (np.tile(x[:, :32], (1, 16, *[1] * (x.ndim - 2))) for x in (scores, 2 + some.standard_normal((16, 32, 16))))
+    scores = some.uniform(-1, 1, (ROWS, 512))
+    scores, value = (
+        np.tile(x[:, :32], (1, 16, *[1] * (x.ndim - 2))) for x in (scores, 2 + some.standard_normal((ROWS, 32, 16)))
+    )
     return Regime(one_row(scores, value, cp=8), "flash_fp16", order="unknown")
 
 
@@ -440,8 +455,8 @@ def shared_cells(offset: float, profile: str = "flash_fp16") -> Regime:
     Whether roundings that near count as one decides the variance of the scale test.
     """
     some = rng(34, int(100 * offset))
-    p = some.uniform(0.6, 0.8, 40) + (np.arange(32)[:, None] % 2) * offset * 2.0**-11
-    scores = np.concatenate([np.zeros((32, 1)), np.log(p)], axis=1)
+    p = some.uniform(0.6, 0.8, 40) + (np.arange(16)[:, None] % 2) * offset * 2.0**-11
+    scores = np.concatenate([np.zeros((16, 1)), np.log(p)], axis=1)
     value = centred(scores[:1], some.standard_normal((1, 41, 4)), 1)
-    scores, value = alone(scores, np.broadcast_to(value, (32, 41, 4)).copy(), -60.0)
+    scores, value = alone(scores, np.broadcast_to(value, (16, 41, 4)).copy(), -60.0)
     return Regime(one_row(scores, value), profile)

@@ -4,20 +4,17 @@ Three sorts of pins. *Smallest faults*: this size is caught and the next smaller
 stricter one both show. *Correct results* in data in which one term is the largest, whose measured z lies in an
 interval: a term that is larger makes z smaller. *Limits*: what is still judged, or still named, and what is no more.
 
-Each constant has pins that guard it; `test_twice_or_half_of_a_constant_is_noticed` changes it and looks that one of them
-breaks. A constant without pins has its reason in `EXPLAINED`, and beside itself in the source.
+Each constant has pins that guard it; `test_twice_or_half_of_a_constant_is_noticed` changes it and looks that one of
+them breaks. A constant without pins has its reason in `EXPLAINED`, and beside itself in the source.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 
 import numpy as np
 import pytest
 import regimes
-from power import Pin, Regime, changed, constants, rewritten
+from power import Edge, Pin, Regime, constants, of_constant, of_text, of_twelfth
 from regimes import bench
 
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
@@ -45,71 +42,63 @@ OUT: dict[str, tuple[Callable[[], Regime], tuple[str, ...], float, float]] = {
     "pairs in one cell": (partial(regimes.tied, (-0.3, 0.3)), ("probabilities",), 0.9, 1.024),
     "pairs one cell apart": (partial(regimes.tied, (0.0, 1.0)), ("probabilities",), 0.9, 1.21),
     "one key in seven tied": (
-        partial(regimes.tied, (0.0, 0.1, 0.2, 0.3, -0.1, -0.2), others=1400), ("probabilities",), 0.9, 0.8274,
+        partial(regimes.tied, (0.0, 0.1, 0.2, 0.3, -0.1, -0.2), others=1400), ("probabilities",), 0.9, 0.8212,
     ),
     "one key in fourteen tied": (
-        partial(regimes.tied, (0.0, 0.1, 0.2, 0.3, -0.1, -0.2), others=2800), ("probabilities",), 0.9, 0.9593,
+        partial(regimes.tied, (0.0, 0.1, 0.2, 0.3, -0.1, -0.2), others=2800), ("probabilities",), 0.9, 2.243,
     ),
-    "keys 2^16 below": (partial(regimes.far_below, 2.0**16), ("probabilities", "outputs of chunks"), 0.9, 0.68),
-    "keys 2^15 below": (partial(regimes.far_below, 2.0**15), ("probabilities", "outputs of chunks"), 0.9, 0.9848),
+    "keys 2^16 below": (partial(regimes.far_below, 2.0**16), ("probabilities", "outputs of chunks"), 0.9, 0.7394),
+    "keys 2^15 below": (partial(regimes.far_below, 2.0**15), ("probabilities", "outputs of chunks"), 0.9, 1.067),
     "chunks 5 to 8 spacings from the best": (
-        partial(regimes.near_the_best, 4.5, 7.5), ("outputs of chunks",), 0.8, 0.9933,
+        partial(regimes.near_the_best, 4.5, 7.5), ("outputs of chunks",), 0.8, 0.9476,
     ),
     "chunks 2 to 4 spacings from the best": (
-        partial(regimes.near_the_best, 2.2, 3.8), ("outputs of chunks, one-signed",), 0.8, 0.442,
+        partial(regimes.near_the_best, 2.2, 3.8), ("outputs of chunks, one-signed",), 0.8, 0.4784,
     ),
-    "merges of 5 to 8 spacings": (partial(regimes.slow_merges, 4.5, 7.5), ("outputs of merges",), 0.9, 0.9951),
+    "merges of 5 to 8 spacings": (partial(regimes.slow_merges, 4.5, 7.5), ("outputs of merges",), 0.9, 1.026),
     "merges of 2 to 4 spacings": (
-        partial(regimes.slow_merges, 2.2, 3.8), ("outputs of merges, stagnation",), 0.9, 0.158,
+        partial(regimes.slow_merges, 2.2, 3.8), ("outputs of merges, stagnation",), 0.9, 0.1509,
     ),
-    "merges in an unknown order": (regimes.unknown_order, ("outputs of merges",), 0.9, 0.2064),
-    "a last rounding": (regimes.last_rounding, ("the last rounding",), 0.8, 1.001),
-    "large scores": (regimes.large_scores, ("scores",), 0.9, 0.3332),
-    "distant keys": (regimes.distant_keys, ("scores",), 0.6, 0.1767),
-    "orthogonal": (regimes.orthogonal, ("scores",), 0.9, 0.3209),
-    "long products": (regimes.long_products, ("scores",), 0.8, 0.8456),
-    "coarse products": (regimes.coarse_products, ("scores",), 0.9, 0.9421),
+    "merges in an unknown order": (regimes.unknown_order, ("outputs of merges",), 0.9, 0.202),
+    "a last rounding": (regimes.last_rounding, ("the last rounding",), 0.8, 0.9754),
+    "large scores": (regimes.large_scores, ("scores",), 0.9, 0.3682),
+    "distant keys": (regimes.distant_keys, ("scores",), 0.6, 0.2256),
+    "orthogonal": (regimes.orthogonal, ("scores",), 0.9, 0.3278),
+    "long products": (regimes.long_products, ("scores",), 0.8, 1.104),
+    "coarse products": (regimes.coarse_products, ("scores",), 0.9, 0.9287),
     "coarse scaling": (regimes.coarse_scaling, ("scores",), 0.9, 0.8848),
-    "coarse differences": (regimes.coarse_differences, ("scores",), 0.8, 0.7401),
-    "a fine maximum": (regimes.fine_maximum, ("maximum",), 0.5, 1.117),
-    "a coarse rescale": (regimes.coarse_rescale, ("rescales",), 0.4, 0.9698),
-    "pairs in one cell of scores": (partial(regimes.tied_scores, (-0.3, 0.3)), ("scores",), 0.9, 0.8533),
-    "pairs one cell of scores apart": (partial(regimes.tied_scores, (0.1, 0.9)), ("scores",), 0.9, 1.207),
-    "few keys": (regimes.few_keys, ("exponentials and products",), 0.9, 0.1845),
-    "4,096 terms": (partial(regimes.long_sums, 4096, equal=False), ("row sums",), 0.8, 0.3482),
-    "500 equal terms": (partial(regimes.long_sums, 500, equal=True), ("row sums",), 0.9, 0.138),
-    "4,096 equal terms": (partial(regimes.long_sums, 4096, equal=True), ("row sums",), 0.9, 0.312),
-    "nearly equal terms": (partial(regimes.nearly_equal, 1.5 * 2.0**-30), ("row sums",), 0.8, 0.09811),
-    "terms that are as good as equal": (partial(regimes.nearly_equal, 0.75 * 2.0**-30), ("row sums",), 0.9, 0.005142),
-    "merges at lse 100": (partial(regimes.merge_weights, 100, 64, 16), ("weights of the merge",), 0.9, 0.1964),
+    "coarse differences": (regimes.coarse_differences, ("scores",), 0.8, 0.6914),
+    "a fine maximum": (regimes.fine_maximum, ("maximum",), 0.5, 1.411),
+    "a coarse rescale": (regimes.coarse_rescale, ("rescales",), 0.4, 1.324),
+    "pairs in one cell of scores": (partial(regimes.tied_scores, (-0.3, 0.3)), ("scores",), 0.9, 0.9338),
+    "pairs one cell of scores apart": (partial(regimes.tied_scores, (0.1, 0.9)), ("scores",), 0.9, 1.32),
+    "few keys": (regimes.few_keys, ("exponentials and products",), 0.9, 0.1876),
+    "4,096 terms": (partial(regimes.long_sums, 4096, equal=False), ("row sums",), 0.8, 0.2523),
+    "500 equal terms": (partial(regimes.long_sums, 500, equal=True), ("row sums",), 0.9, 0.16),
+    "4,096 equal terms": (partial(regimes.long_sums, 4096, equal=True), ("row sums",), 0.9, 0.3701),
+    "nearly equal terms": (partial(regimes.nearly_equal, 1.5 * 2.0**-30), ("row sums",), 0.8, 0.1041),
+    "terms that are as good as equal": (partial(regimes.nearly_equal, 0.75 * 2.0**-30), ("row sums",), 0.9, 0.004684),
+    "merges at lse 100": (partial(regimes.merge_weights, 100, 64, 16), ("weights of the merge",), 0.9, 0.1842),
     # The most that two chunks make at lse 0 is a third: 4 roundings of Σ A|v| are always more.
-    "merges at lse 0": (partial(regimes.merge_weights, 0, 16, 2), ("weights of the merge",), 0.2, 0.2891),
-    "absorbed keys": (partial(regimes.absorbed, 0.7, 0.95), ("absorbed terms",), 0.9, 0.4601),
-    "keys of 5 to 7 roundings": (partial(regimes.absorbed, 5, 7), ("absorbed terms",), 0.9, 0.01871),
-    "keys of 9 to 15 roundings": (partial(regimes.absorbed, 9, 15), ("row sums",), 0.7, 1.009),
-    "float64": (partial(regimes.long_sums, 500, equal=False, profile="float64"), ("row sums",), 0.7, 0.2157),
-    "stored lse": (regimes.stored_lse, ("stored lse",), 0.9, 1.04),
+    "merges at lse 0": (partial(regimes.merge_weights, 0, 16, 2), ("weights of the merge",), 0.2, 0.2552),
+    "absorbed keys": (partial(regimes.absorbed, 0.7, 0.95), ("absorbed terms",), 0.9, 0.4599),
+    "keys of 5 to 7 roundings": (partial(regimes.absorbed, 5, 7), ("absorbed terms",), 0.9, 0.02096),
+    "keys of 9 to 15 roundings": (partial(regimes.absorbed, 9, 15), ("row sums",), 0.7, 1.195),
+    "float64": (partial(regimes.long_sums, 500, equal=False, profile="float64"), ("row sums",), 0.7, 0.2098),
+    "stored lse": (regimes.stored_lse, ("stored lse",), 0.9, 0.932),
 }  # fmt: skip
 
 LSE: dict[str, tuple[Callable[[], Regime], tuple[str, ...], float, float]] = {
-    "absorbed chunks": (partial(regimes.absorbed_chunks, 0.7, 0.95), ("absorbed terms",), 0.6, 1.135),
-    "chunks of 5 to 7 roundings": (partial(regimes.absorbed_chunks, 5, 7), ("absorbed terms",), 0.6, 0.07533),
-    "chunks of 9 to 15 roundings": (partial(regimes.absorbed_chunks, 9, 15), ("row sums", "logarithm and merges"), 0.9, 0.191),
-    "small merges": (regimes.many_small_merges, ("logarithm and merges",), 0.5, 0.1237),
+    "absorbed chunks": (partial(regimes.absorbed_chunks, 0.7, 0.95), ("absorbed terms",), 0.6, 1.136),
+    "chunks of 5 to 7 roundings": (partial(regimes.absorbed_chunks, 5, 7), ("absorbed terms",), 0.6, 0.08037),
+    "chunks of 9 to 15 roundings": (
+        partial(regimes.absorbed_chunks, 9, 15),
+        ("row sums", "logarithm and merges"),
+        0.9,
+        0.1489,
+    ),
+    "small merges": (regimes.many_small_merges, ("logarithm and merges",), 0.5, 0.103),
 }
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A size at which the judge changes its mind: just below it says False, just above it says True."""
-
-    says: Callable[[float], bool]
-    at: float
-    step: float = 1.05
-
-    def holds(self) -> bool:
-        """Whether the edge is still within `step` of its place."""
-        return not self.says(self.at / self.step) and self.says(self.at * self.step)
 
 
 # Smallest faults: the fault, with lse or without, the values' mean, the test that must catch it, and the size.
@@ -135,7 +124,7 @@ SMALLEST: dict[tuple[str, str, bool, float, str], float] = {
     ("ring_mla_fp16", "row", False, 1.0, "worst row"): 0.000763,
     ("ring_mla_fp16", "row", False, 0.0, "worst row"): 0.0118,
     ("ring_mla_fp16", "lse", True, 0.0, "lse spread"): 0.000148,
-    ("flash_bf16", "scale", False, 0.0, "scale"): 0.000545,
+    ("flash_bf16", "scale", False, 0.0, "scale"): 0.00059,
     ("flash_bf16", "scale", True, 0.0, "scale"): 1.38e-06,
     ("flash_bf16", "chunk", False, 0.0, "spread"): 0.0101,
     ("flash_bf16", "chunk", True, 1.0, "lse spread"): 1.17e-05,
@@ -213,15 +202,6 @@ def scale_is_not_named(noise: float) -> bool:
     return "scale" not in one.failed(result, with_lse=False)
 
 
-def is_not_judged(regime: Callable[[float], Regime], size: float) -> bool:
-    return not regime(size).verdict().judgeable
-
-
-def product_is_not_judged(below: float) -> bool:
-    """q·k is less than the largest number of FP16 by the fraction 1/`below`."""
-    return is_not_judged(regimes.large_products, 65504 / (1 + 1 / below))
-
-
 def is_out_of_range(dtype: str, keys: int, value: float, beyond: float) -> bool:
     """Whether an output that exceeds all values by `beyond` is garbage."""
     key = np.zeros((1, keys, 1, 1))
@@ -235,8 +215,6 @@ EDGES: dict[str, tuple[Callable[[float], bool], float]] = {
     "a key like the output": (partial(key_is_named, regimes.nearly_constant, False), 0.396),
     "outputs on the BF16 lattice": (lattice_is_named, 341),
     "noise beside a scale": (scale_is_not_named, 52),
-    "weights that may be off": (partial(is_not_judged, regimes.large_logits), 414.5),
-    "products near the largest": (product_is_not_judged, 1024),
     "range of float32, few keys": (partial(is_out_of_range, "float32", 4, 1.0), 8.705e-6),
     "range of float16": (partial(is_out_of_range, "float16", 4, 1.0), 4.894e-3),
     "range near 0": (partial(is_out_of_range, "float16", 4, 0.0), 4 * 2.0**-24),
@@ -283,43 +261,6 @@ PINS: dict[str, Pin | Edge] = {
         for fault, size in SMALLEST.items()
     },
 }
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A constant, or a number in the text of a function, and the pins of which one breaks if it is another."""
-
-    name: str
-    twice: Callable[[], AbstractContextManager]
-    half: Callable[[], AbstractContextManager]
-    pins: tuple[str, ...]
-
-
-def of_constant(module: str, name: str, *pins: str, twice: float | None = None, half: float | None = None) -> Guard:
-    """Of a constant; `twice` and `half` where they are not meant literally."""
-    value = getattr(import_module(module), name)
-    one, other = (2 * value if twice is None else twice), (value / 2 if half is None else half)
-    return Guard(
-        f"{module.rpartition('.')[2]}.{name}",
-        lambda: changed(module, name, type(value)(one)),
-        lambda: changed(module, name, type(value)(other)),
-        pins,
-    )
-
-
-def of_text(module: str, old: str, twice: str, half: str, *pins: str) -> Guard:
-    """Of a number that has no name, for it is derived: text that the module has once, and what stands in its place."""
-    return Guard(
-        f"{module.rpartition('.')[2]}: {old}",
-        lambda: rewritten(module, old, twice),
-        lambda: rewritten(module, old, half),
-        pins,
-    )
-
-
-def of_twelfth(module: str, old: str, *pins: str) -> Guard:
-    """Of an error that is uniform between two neighbours, whose variance is a twelfth: a sixth, and a 24th."""
-    return of_text(module, old, old.replace("12", "6"), old.replace("12", "24"), *pins)
 
 
 GUARDS = (
@@ -383,7 +324,7 @@ GUARDS = (
     of_constant(f"{JUDGING}.statistic", "LIMIT", "ring_mla_fp16 row out worst row mean 1"),
     of_constant(f"{JUDGING}.statistic", "LIMIT", "float32 lse with lse lse spread mean 0"),
     of_constant(f"{JUDGING}.verdict", "SCALE_LIMIT", "flash_fp16 scale out scale mean 0"),
-    of_constant(f"{JUDGING}.verdict", "SCALE_LIMIT", "ring_mla_fp16 scale with lse scale mean 0"),
+    of_constant(f"{JUDGING}.verdict", "SCALE_LIMIT", "float32 scale with lse scale mean 0"),
     of_constant(f"{JUDGING}.verdict", "LEAST_CHANGE", "least change of a key"),
     of_constant(f"{JUDGING}.verdict", "MOST_CHANGE", "most change of a key"),
     of_constant(f"{JUDGING}.verdict", "LATTICE_SHARE", "outputs on the BF16 lattice"),
