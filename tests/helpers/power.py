@@ -16,6 +16,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+from jaxtyping import config
 
 from cpjax.crosscheck import Verdict, judge
 from cpjax.crosscheck.error_model.model import ErrorModel
@@ -34,6 +35,17 @@ ARITHMETIC = {
     "flash_bf16": Arithmetic("float32", "float32", "bfloat16", "bfloat16", "bfloat16", summation="sequential"),
 }
 """The trial's profiles with one accumulator: the same bits on every machine, and the deepest sum that is correct."""
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Shapes and types are not checked: other tests do that, and here it would take twice as long as the judge."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 import adversary
 import pytest
 import regimes
-from power import Edge, Pin, constants, of_constant, of_text
+from power import Edge, Pin, constants, of_constant, of_text, unchecked
 
 BOUND = "cpjax.crosscheck.error_model.bound"
 
@@ -93,6 +93,12 @@ GUARDS = (
         )
     ),
 )
+
+
+@pytest.fixture(autouse=True)
+def _unchecked():
+    with unchecked():
+        yield
 
 
 @pytest.mark.parametrize("name", PINS)

@@ -14,7 +14,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import regimes
-from power import Edge, Pin, Regime, constants, of_constant, of_text, of_twelfth
+from power import Edge, Pin, Regime, constants, of_constant, of_text, of_twelfth, unchecked
 from regimes import bench
 
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
@@ -356,6 +356,12 @@ EXPLAINED = {
     "verdict.MOST_NAMES": "words: how many names a sentence has",
 }
 """Constants that no pin guards, and why."""
+
+
+@pytest.fixture(autouse=True)
+def _unchecked():
+    with unchecked():
+        yield
 
 
 @pytest.mark.parametrize("name", PINS)
