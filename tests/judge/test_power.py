@@ -14,10 +14,11 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import regimes
-from power import Edge, Pin, Regime, constants, of_constant, of_text, of_twelfth, unchecked
+from power import Edge, Pin, Regime, changed, constants, of_constant, of_text, of_twelfth, unchecked
 from regimes import bench
 
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
+from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.precision import PROFILES
 from cpjax.trial import faults
 from cpjax.trial.emulators import rounded
@@ -209,6 +210,18 @@ def is_out_of_range(dtype: str, keys: int, value: float, beyond: float) -> bool:
     return bool(rows_out_of_range(one.asked, np.full((1, 1, 1, 1), value + beyond), None).any())
 
 
+def rows_chosen(keys: float, queries: int = 4096) -> float:
+    """The share of the rows that are judged."""
+    query, key = (np.zeros((1, n, 1, 1), np.float16) for n in (queries, round(keys)))
+    return float(chosen_rows(Regime(Problem(query, key, key, 1.0), "flash_fp16").asked, 0).mean())
+
+
+def share_of_a_large_problem() -> float:
+    """The least share of rows that are judged, as of a problem of a billion times `WORK`."""
+    with changed(f"{JUDGING}.sampling", "WORK", 1):
+        return rows_chosen(1024, queries=1024)
+
+
 EDGES: dict[str, tuple[Callable[[float], bool], float]] = {
     "least change of a key": (partial(key_is_named, regimes.many_rows, True), 0.2423),
     "most change of a key": (lambda size: not key_is_named(regimes.many_rows, True, size), 3.0445),
@@ -217,6 +230,7 @@ EDGES: dict[str, tuple[Callable[[float], bool], float]] = {
     "noise beside a scale": (scale_is_not_named, 52),
     "range of float32, few keys": (partial(is_out_of_range, "float32", 4, 1.0), 8.705e-6),
     "range of float16": (partial(is_out_of_range, "float16", 4, 1.0), 4.894e-3),
+    "rows of which a sample is judged": (lambda keys: rows_chosen(keys) < 1, 2**28 / 4096),
     "range near 0": (partial(is_out_of_range, "float16", 4, 0.0), 4 * 2.0**-24),
 }
 
@@ -235,6 +249,7 @@ NUMBERS: dict[str, tuple[Callable[[], float], float]] = {
     "σ of 2^-10.5 spacings does not": (lambda: 1 - spread_counts(0.35 * 2.0**-10), 1.0),
     "rows a tenth of a spacing apart": (partial(scale_z, 0.09), 0.5518),
     "rows a fifth of a spacing apart": (partial(scale_z, 0.19), 1.136),
+    "one row in 128": (share_of_a_large_problem, 1 / 128),
     "BF16 lattice of normal numbers": (lambda: float(small_lattice_is_named(2.0**-14)), 1.0),
     "no BF16 lattice of subnormal ones": (lambda: 1 - float(small_lattice_is_named(2.0**-15)), 1.0),
 }
@@ -336,6 +351,8 @@ GUARDS = (
         "BF16 lattice of normal numbers",
         "no BF16 lattice of subnormal ones",
     ),
+    of_constant(f"{JUDGING}.sampling", "WORK", "rows of which a sample is judged"),
+    of_constant(f"{JUDGING}.sampling", "TILE", "one row in 128"),
     of_constant(f"{JUDGING}.range_check", "GENEROUS", "range of float32, few keys", "range of float16"),
     of_constant(f"{JUDGING}.range_check", "OTHER", "range of float32, few keys"),
     of_constant(f"{JUDGING}.range_check", "STORED", "range near 0"),
@@ -347,8 +364,6 @@ EXPLAINED = {
     "evidence.FP16_NUMBERS": "there are so many",
     "evidence.SEVERAL": "costs time: from when on there are threads",
     "problem.MOST_CP": "an input beyond it is refused, and none is meant to be near it",
-    "sampling.WORK": "costs time: from when on rows are sampled",
-    "sampling.TILE": "which rows are sampled, not how they are judged; test_judge.py draws the rows",
     "sampling.ELEMENTS": "costs memory",
     "sampling.ROWS": "costs memory",
     "sampling.LEAST_ROWS": "costs time",
