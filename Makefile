@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help test deep crosscheck lint notebooks bench mutation trial clean
+.PHONY: help check test deep crosscheck lint notebooks bench mutation trial clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -21,6 +21,16 @@ $(READY): pyproject.toml
 
 crosscheck: $(READY)  ## attention of the vendor's example configuration, three ways, and the verdict
 	$(BIN)/cpjax crosscheck
+
+# Between two edits. Few examples; what JAX compiles is kept; no processes, no wheels, nothing that is slow.
+check: export OPENBLAS_NUM_THREADS = 1
+check: export HYPOTHESIS_PROFILE = check
+check: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
+check: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+check: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
+check: lint  ## lint, and the quick tests (three minutes); of one room: make check ROOM=judge (a folder of tests/)
+	@echo "make check: few examples of each law; tests marked process, wheel or slow are left to 'make test'"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not (process or wheel or slow)" tests/$(ROOM)
 
 # One BLAS thread a process: two of them on two cores would only wait for each other.
 test: export OPENBLAS_NUM_THREADS = 1

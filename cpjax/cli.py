@@ -270,7 +270,7 @@ def judge_dump(
         )  # fmt: skip
         for remark in said.remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
-        judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, None, said.verdict)
+        judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, verdict=said.verdict)
         if report is not None:
             # What is no result at all, by its form, cannot be drawn.
             shown = Shown(said.problem, said.dump.out, said.dump.lse)

@@ -15,6 +15,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile(
     "ci", derandomize=True, database=None, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
+# For `make check`, between two edits: whether a law holds at all, not in which corner it breaks.
+settings.register_profile("check", parent=settings.get_profile("ci"), max_examples=10)
 settings.register_profile("dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", parent=settings.get_profile("dev"), max_examples=1000)
 # For a mutant it is enough to know that a test fails; shrinking takes longer than finding.
@@ -22,9 +24,19 @@ settings.register_profile("mutants", parent=settings.get_profile("ci"), phases=[
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+PROCESSES = Path(__file__).parent / "process"
+
+
 def pytest_report_header() -> str:
     """How many examples each property gets, unless it says otherwise itself."""
     return f"hypothesis: profile {settings.get_current_profile_name()}, {settings().max_examples} examples a property"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The mark `process` for a whole room and for what uses the fixture `pools`; others are marked where they stand."""
+    for item in items:
+        if PROCESSES in item.path.parents or "pools" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
 
 
 def pytest_runtest_teardown() -> None:

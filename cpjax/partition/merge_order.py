@@ -16,7 +16,11 @@ ORDERS: tuple[str, ...] = get_args(Order)
 
 
 def chunk_count(layout: str, cp: int) -> int:
-    """Pieces of the keys that are computed and merged on their own."""
+    """Pieces of the keys that are computed and merged on their own.
+
+    >>> chunk_count("zigzag", cp=2), chunk_count("striped", cp=2)
+    (4, 2)
+    """
     return cp * chunks_per_rank(layout)
 
 

@@ -40,6 +40,10 @@ def bounds(segment: Integers, cp: int) -> list[tuple[int, int]]:
 def check_pack(q_segment: Integers, kv_segment: Integers, cp: int) -> None:
     """The segments `[B, T]`, `[B, S]` are those of a pack: one row, keys as queries, then prefixes.
 
+    >>> check_pack(np.array([[0, 0]]), np.array([[0, 1]]), cp=1)
+    Traceback (most recent call last):
+    cpjax.errors.InputError: the first keys of a pack must be the queries' own tokens; its prefixes follow
+
     Raises:
       InputError: they are not.
     """

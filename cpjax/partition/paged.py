@@ -14,6 +14,10 @@ from cpjax.partition.kv_cache import BLOCK, block_ranks
 def check_decode(q_segment: Int[np.ndarray, "B T"], kv_segment: Int[np.ndarray, "B S"]) -> None:
     """One row; requests 0, 1, … one after the other, each with queries and keys; no pads.
 
+    >>> check_decode(np.array([[0, 1]]), np.array([[0, 0]]))
+    Traceback (most recent call last):
+    cpjax.errors.InputError: every request of layout 'decode' has queries and keys
+
     Raises:
       InputError: it is not so.
     """

@@ -186,6 +186,13 @@ def odd_scales(rng: np.random.Generator) -> Problem:
     return pose(rng, query, key, value, scale=scale)
 
 
+def heavy_tails(rng: np.random.Generator) -> Problem:
+    """Student's t with two degrees of freedom everywhere: outliers in queries, keys and values."""
+    arrays = gaussians(rng, draw_shape(rng))
+    heavy = [x / np.sqrt(rng.chisquare(2, x.shape) / 2) for x in arrays]
+    return pose(rng, heavy[0] * log_uniform(rng, 0.03, 1.0), np.clip(heavy[1], -20, 20), heavy[2])
+
+
 def _with_constant(
     query: np.ndarray, key: np.ndarray, constant: float, spare: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +219,6 @@ TUNING: dict[str, Kind] = {
     for kind in (
         gaussian, flat, needle, equal, two_tokens, row_constant, sink_first, cancelling, stagnation, tiny_values,
         one_key, few_keys, one_query, tiny_head_dims, many_chunks, latent, grouped, windowed, small_integers,
-        sinks_anywhere, early_mass, late_mass, shifted_rows, odd_scales,
+        sinks_anywhere, early_mass, late_mass, shifted_rows, odd_scales, heavy_tails,
     )
 }  # fmt: skip

@@ -92,6 +92,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_ring_attention_pytorch_over_gloo_is_right_in_float32_throughout(tmp_path):
     pytest.importorskip("ring_attention_pytorch", reason="pip install --no-deps ring-attention-pytorch einops")
     arrays = inputs("float32")

@@ -183,6 +183,7 @@ def test_keys_of_a_case_that_gives_them_itself_are_errors(tmp_path):
         read_result(write_result(tmp_path / "results", case, result), case)
 
 
+@pytest.mark.process
 def test_the_command_computes_a_deployments_latent(tmp_path):
     arguments = ["--latent", "--geometry", "16,128,64,128", "--tokens", "45", "--keep", str(tmp_path / "kept")]
     said = CliRunner().invoke(app, ["crosscheck", *arguments, "--json"])

@@ -380,6 +380,7 @@ def process(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.process
 def test_fuzzed_files_as_real_processes(tmp_path):
     running = []
     for number, (command, content) in enumerate(fuzzed(100, seed=3)):

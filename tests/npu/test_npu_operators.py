@@ -450,6 +450,7 @@ def _autoload(): pass
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("source", "says"),
     [(None, "not installed 13"), (BROKEN, "libhccl.so: cannot open shared object file 13"), (PRESENT, "None 12")],

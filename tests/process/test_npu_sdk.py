@@ -18,6 +18,7 @@ from npu_backend.schemas import SCHEMAS
 from npu_backend.sdk import cann, wheel
 from npu_backend.sdk.signatures import arguments, differences, normal, signatures
 
+pytestmark = pytest.mark.wheel
 ROOT = Path(npu_backend.__file__).parents[1]
 CACHE = ROOT / "build" / "sdk"
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"

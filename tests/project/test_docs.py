@@ -64,12 +64,14 @@ def test_commands_are_found():
     assert {"crosscheck", "judge", "mindie check"} <= set(COMMANDS)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_exist(command):
     line = [sys.executable, "-m", "cpjax", *command.split(), "--help"]
     assert subprocess.run(line, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.process
 def test_the_example_of_the_readme():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 1

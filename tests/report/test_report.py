@@ -88,7 +88,7 @@ def test_what_nobody_sees_stays_empty():
 
 
 def test_results_that_cannot_be_drawn_are_still_on_the_page(wrong):
-    refused = Judged("a", "npu", None, None, None, None, "no such file")
+    refused = Judged("a", "npu", error="no such file")
     words = " ".join(Page(html([refused, replace(wrong, shown=None)], "t")).words)
     assert "no such file" in words
 

@@ -15,6 +15,7 @@ from cpjax.crosscheck.files.result import Result, write_result
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.problem import Problem
 
+pytestmark = pytest.mark.process
 ROOT = Path(cpjax.__file__).parents[1]
 
 

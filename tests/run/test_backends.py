@@ -93,6 +93,7 @@ def test_what_is_no_backend_or_not_there_is_refused(installed):
         backends.load("nowhere")
 
 
+@pytest.mark.process
 def test_four_outcomes_by_the_command(package, cases_folder, tmp_path):
     names = ("dense", "unsupported", "dies", "forgetsakey", "nobackend", "missing")
     words = [word for name in names for word in ("--backend", name)]
@@ -107,6 +108,7 @@ def test_four_outcomes_by_the_command(package, cases_folder, tmp_path):
         assert word in table.stdout
 
 
+@pytest.mark.process
 def test_exit_status(package, cases_folder, tmp_path):
     both = command(package, "crosscheck", "--cases", cases_folder, "--backend", "dense", "--backend", "unsupported")
     assert both.returncode == 0, both.stdout
@@ -170,6 +172,7 @@ def test_the_example_of_the_page(case, tmp_path):
     assert judge_result(case, tmp_path / "c.safetensors").outcome == "pass"
 
 
+@pytest.mark.process
 def test_the_foreign_reader_of_the_page(cases_folder, tmp_path):
     """docs/formats.md is enough for a program that knows nothing of safetensors, NumPy or this package."""
     script = ROOT / "examples" / "foreign.py"

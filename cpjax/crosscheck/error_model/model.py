@@ -98,15 +98,15 @@ class ErrorModel:
         share = np.divide(common.sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
         bound = self.bound
         return Expected(
-            np.sqrt(variance),
-            self.arithmetic.out.spacing(self.rows.out) * LEAST_SIGMA,
-            share,
-            bound.low,
-            bound.high,
-            bound.half_width,
-            np.sqrt(self.lse_variance),
-            bound.of_lse,
-            bound.is_judgeable,
+            sigma=np.sqrt(variance),
+            least_sigma=self.arithmetic.out.spacing(self.rows.out) * LEAST_SIGMA,
+            common=share,
+            low=bound.low,
+            high=bound.high,
+            half_width=bound.half_width,
+            lse_sigma=np.sqrt(self.lse_variance),
+            lse_bound=bound.of_lse,
+            is_judgeable=bound.is_judgeable,
         )
 
     @cached_property

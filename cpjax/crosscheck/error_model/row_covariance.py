@@ -34,7 +34,7 @@ def cells(value: Float[np.ndarray, "*shape"], fmt: Format) -> Int[np.ndarray, "*
 
     >>> from cpjax.crosscheck.exact.formats import FORMATS
     >>> cells(np.array([0.0, 2.0**-24, 1.0, 1 + 2.0**-13, -1.0]), FORMATS["float16"]) // 2
-    array([     0,      8, 122880, 122882, 122880])
+    array([     0,      8, 122880, 122881, 122880])
     """
     spacing = fmt.spacing(value)
     binade = np.log2(spacing / fmt.tiny).astype(np.int64)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.error_model.arithmetic import Arithmetic
 from cpjax.crosscheck.error_model.row_covariance import Shared
-from cpjax.crosscheck.error_model.running_max import RunningMax
+from cpjax.crosscheck.error_model.running_max import Moved, RunningMax, tile_sizes
 from cpjax.crosscheck.error_model.terms import Direction, Term
 from cpjax.crosscheck.error_model.ties import sum_of_squares, variance_of, variance_of_sum
 
@@ -20,13 +20,14 @@ def score_terms(a: Arithmetic) -> Iterator[Term]:
     if not a.has_rounded_scores:
         yield _scores(a, _computed_variance(a))
         return
-    maximum, scaling = RunningMax(a.rows, a.score), _scaling_sigma(a)
+    spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a)
+    maxima = [RunningMax(a.rows, a.score, spacing, size) for size in tile_sizes(a.rows)]
     raw = (a.scale_size * a.score.spacing(_score(a) / a.scale_size)) ** 2 / 12
-    scores = _scores(a, _computed_variance(a) + raw + scaling**2 + maximum.own_sigma**2)
+    # In the largest tiles the maximum is furthest from each score, and the difference has its widest spacing.
+    scores = _scores(a, _computed_variance(a) + raw + scaling**2 + maxima[-1].own_sigma ** 2)
     yield scores
     yield _scaling(a, scaling, scores)
-    yield _maximum(a, maximum)
-    yield _rescales(a, maximum)
+    yield _maxima(a, maxima)
 
 
 def _score(a: Arithmetic) -> Float[np.ndarray, "R S"]:
@@ -84,37 +85,22 @@ def _scaling(a: Arithmetic, sigma: Float[np.ndarray, "R S"], scores: Term) -> Te
     return Term("scaling", "3.5", excess, more_than_independent(1.0)[1], is_common=True, along=along)
 
 
-def _maximum(a: Arithmetic, maximum: RunningMax) -> Term:
-    """s − m where only m lies between the numbers of the difference's spacing: all keys with this m err alike."""
-    moved = a.rows.weight * maximum.common_sigma
+def _maxima(a: Arithmetic, maxima: list[RunningMax]) -> Term:
+    """What keys lose alike as maxima are subtracted (§3.5) and replaced (§3.6): the most of any size of tile."""
+
+    def most(moved: Moved) -> Float[np.ndarray, "R m"]:
+        return np.max([one.variance(moved) for one in maxima], axis=0)
+
+    def of_sum(pull: Float[np.ndarray, "R S"]) -> Float[np.ndarray, " R"]:
+        return most(lambda error, keys: (pull[:, keys] * error).sum(axis=1, keepdims=True))[:, 0]
 
     def along(direction: Direction) -> Iterator[Float[np.ndarray, " R"]]:
-        away = moved * direction.of_weight
-        yield maximum.common_variance(lambda keys: away[:, keys].sum(axis=1, keepdims=True))[:, 0]
+        yield of_sum(a.rows.weight * direction.of_weight)
 
-    out = maximum.common_variance(lambda keys: _pulled(a, moved, keys))
-    lse = maximum.common_variance(lambda keys: moved[:, keys].sum(axis=1, keepdims=True))[:, 0]
-    return Term("maximum", "3.5", out, lse, is_common=True, along=along)
+    out = most(lambda error, keys: _pulled(a, a.rows.weight[:, keys] * error, keys))
+    return Term("maxima and rescales", "3.6", out, of_sum(a.rows.weight), is_common=True, along=along)
 
 
-def _rescales(a: Arithmetic, maximum: RunningMax) -> Term:
-    """The exponent of a tile's rescale is rounded too, and moves all keys of the chunk met before, together."""
-    rows = a.rows
-    out, lse = np.zeros_like(rows.out), np.zeros_like(rows.lse)
-    weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
-    for (keys, is_first), jump in zip(maximum.tiles, maximum.jump.T, strict=True):
-        if is_first:
-            weight, part = np.zeros_like(rows.lse), np.zeros_like(rows.out)
-        if (jump > 0).any():
-            sigma = np.where(jump > 0, a.score.spacing(jump), 0.0) / np.sqrt(12)
-            out = out + (sigma[:, None] * (part - weight[:, None] * rows.out)) ** 2
-            lse = lse + (sigma * weight) ** 2
-        weight = weight + rows.weight[:, keys].sum(axis=1)
-        part = part + rows.weight[:, keys] @ rows.value[keys]
-    return Term("rescales", "3.6", out, lse, is_common=True)
-
-
-def _pulled(a: Arithmetic, moved: Float[np.ndarray, "R S"], keys: slice) -> Float[np.ndarray, "R V"]:
-    """What weights that are off by `moved` do to the output: Σ_j moved_j (v_j − out) over these keys."""
-    some = moved[:, keys]
-    return some @ a.rows.value[keys] - some.sum(axis=1, keepdims=True) * a.rows.out
+def _pulled(a: Arithmetic, moved: Float[np.ndarray, "R n"], keys: slice) -> Float[np.ndarray, "R V"]:
+    """What weights of these keys that are off by `moved` do to the output: Σ_j moved_j (v_j − out)."""
+    return moved @ a.rows.value[keys] - moved.sum(axis=1, keepdims=True) * a.rows.out

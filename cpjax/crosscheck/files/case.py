@@ -188,21 +188,21 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         raise InputError("is a decode with tensor 'c_kv'; decode takes the latent as key and value of one head")
     key, value = (tensors["key"], tensors["value"]) if latent is None else expanded(latent)
     return Case(
-        name,
-        tensors["query"],
-        key,
-        value,
-        Tokens(tensors["q_position"], tensors["q_segment"]),
-        Tokens(tensors["kv_position"], tensors["kv_segment"]),
-        float(said.scale),
-        said.is_causal,
-        said.cp,
-        said.precision,
-        said.about,
-        metadata["digest"],
-        said.layout,
-        said.window,
-        latent,
+        name=name,
+        query=tensors["query"],
+        key=key,
+        value=value,
+        q_tokens=Tokens(tensors["q_position"], tensors["q_segment"]),
+        kv_tokens=Tokens(tensors["kv_position"], tensors["kv_segment"]),
+        scale=float(said.scale),
+        is_causal=said.is_causal,
+        cp=said.cp,
+        precision=said.precision,
+        about=said.about,
+        digest=metadata["digest"],
+        layout=said.layout,
+        window=said.window,
+        latent=latent,
     )
 
 

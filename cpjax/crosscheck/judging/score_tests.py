@@ -89,7 +89,7 @@ def key_scores(
 
 
 def z_score(score: Score) -> np.ndarray:
-    """A score as a standard normal z_score, after what may be bias is taken off; 0 where nothing was measured."""
+    """A score as a z-score, after what may be bias is taken off; 0 where nothing was measured."""
     excess = np.sign(score.value) * np.maximum(np.abs(score.value) - score.bias, 0.0)
     return np.divide(excess, np.sqrt(score.variance), out=np.zeros_like(excess), where=score.variance > 0)
 

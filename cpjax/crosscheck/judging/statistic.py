@@ -14,7 +14,7 @@ SLACK = 2.0
 """Variance that a correct result may have, over the model's. Tuned on the tuning set (docs/trial.md)."""
 
 LIMIT = 6.0
-"""Standard normal z_score beyond which a test fails: one in 10⁹ for a normal variable."""
+"""z-score beyond which a test fails: one in 10⁹ for a normal variable."""
 
 
 LEAST_PROBABILITY = 1e-300
@@ -39,7 +39,7 @@ def effective_dof(distinct: Int[np.ndarray, " R"], share: Float[np.ndarray, " R"
 
 
 def z_score(mean_square: Float[np.ndarray, "..."], dof: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """χ²_ν/ν as a standard normal z_score, by Wilson and Hilferty's cube root (PNAS 17, 1931); −inf for ν = 0."""
+    """χ²_ν/ν as a z-score, by Wilson and Hilferty's cube root (PNAS 17, 1931); −inf for ν = 0."""
     dof = np.asarray(dof, float)
     spread = 2 / (9 * np.where(dof > 0, dof, 1.0))
     value = (np.cbrt(mean_square) - 1 + spread) / np.sqrt(spread)
@@ -79,12 +79,12 @@ def worst_row_z_score(errors: RowErrors) -> float:
 
 
 def expected_maximum(n: int) -> float:
-    """About the largest of n standard normal deviates: √(2 ln n)."""
+    """About the largest of n standard normal variables: √(2 ln n)."""
     return float(np.sqrt(2 * np.log(max(n, 1))))
 
 
 def binomial_z_score(successes: int, trials: int, probability: float) -> float:
-    """How unlikely at least so many successes are, as a standard normal z_score."""
+    """How unlikely at least so many successes are, as a z-score."""
     if trials == 0 or successes == 0:
         return -np.inf
     from scipy import special  # slow to import; scipy.stats gives the same bits, and is slower still

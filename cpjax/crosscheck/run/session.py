@@ -40,10 +40,10 @@ class Judged:
 
     case: str
     backend: str
-    precision: str | None
-    order: str | None
-    seconds_per_step: list[list[float]] | None
-    verdict: Verdict | None
+    precision: str | None = None
+    order: str | None = None
+    seconds_per_step: list[list[float]] | None = None
+    verdict: Verdict | None = None
     error: str | None = None
     """What went wrong before there was a result."""
     unsupported: str | None = None
@@ -115,18 +115,18 @@ def judge_result(
             return _without_result(case, note)
         result = read_result(path, case)
     except InputError as error:
-        return Judged(case.name, backend, None, None, None, None, f"{path.name} {error}")
+        return Judged(case.name, backend, error=f"{path.name} {error}")
     try:
         problem, verdict, remarks = _verdict(case, result, lambda done, total: progress(result.backend, done, total))
     except ValueError as error:  # the case itself cannot be judged
-        return Judged(case.name, result.backend, result.precision, result.order, None, None, str(error))
+        return Judged(case.name, result.backend, result.precision, result.order, error=str(error))
     return Judged(
         case.name,
         result.backend,
         result.precision,
         result.order,
-        result.about.get("seconds_per_step"),
-        verdict,
+        seconds_per_step=result.about.get("seconds_per_step"),
+        verdict=verdict,
         remarks=(*remarks, *read(case, result)),
         about=result.about,
         shown=Shown(problem, result.out, result.lse) if draw and "form" not in verdict.failed_tests else None,
@@ -190,9 +190,9 @@ def _without_result(case: Case, path: Path) -> Judged:
     try:
         backend, note = read_note(path, case)
     except InputError as error:
-        return Judged(case.name, path.parent.name, None, None, None, None, f"{path.name} {error}")
-    error, unsupported = (note.reason, None) if note.outcome == "error" else (None, note.reason)
-    return Judged(case.name, backend, case.precision.get(backend), None, None, None, error, unsupported)
+        return Judged(case.name, path.parent.name, error=f"{path.name} {error}")
+    why: dict[str, Any] = {note.outcome: note.reason}  # "error" or "unsupported"
+    return Judged(case.name, backend, case.precision.get(backend), **why)
 
 
 def judge_folder(cases: list[Case], results: Path, progress: Progress, *, draw: bool = False) -> Iterator[Judged]:
