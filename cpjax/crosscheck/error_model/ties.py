@@ -22,10 +22,11 @@ FURTHEST = 2.0**16
 """Keys farther than this below the maximum have probability 0 in every format."""
 
 WORK = 2**22
-"""Above so many (key, column) pairs the columns are not all grouped: see `Ties.sum_of_squares`."""
+"""Above so many (key, column) pairs the columns are not all grouped: see `Ties.sum_of_squares`. It costs time only, so
+no test pins it."""
 
 COLUMNS = 4
-"""How many columns are grouped then."""
+"""How many columns are grouped then: they cost time, and no test pins how many."""
 
 MANY = 0.1
 """Of the keys of a row: from this share on it matters that their roundings are alike."""

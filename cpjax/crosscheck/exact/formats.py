@@ -37,7 +37,8 @@ class Format:
         >>> FORMATS["float16"].spacing(np.array([1.0, 0.999, 0.0])) == np.array([2**-10, 2**-11, 2**-24])
         array([ True,  True,  True])
         """
-        exponent = np.frexp(np.abs(x))[1] - 1
+        fraction, exponent = np.frexp(np.abs(x))
+        exponent = np.where(fraction == 0, self.emin, exponent - 1)  # frexp(0) has exponent 0, as if 0 were 1/2
         return np.ldexp(1.0, np.maximum(exponent, self.emin) - self.digits + 1)
 
     def round(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

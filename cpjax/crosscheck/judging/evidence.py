@@ -29,9 +29,10 @@ Progress = Callable[[int, int], None]
 
 
 FP16_NUMBERS = 2**16
+"""There are so many: it is no choice that a test could pin."""
 
 SEVERAL = 16
-"""Tiles from which on all processors measure."""
+"""Tiles from which on all processors measure. It costs time only, so no test pins it."""
 
 
 @dataclass(frozen=True)

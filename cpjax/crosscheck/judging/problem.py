@@ -21,6 +21,7 @@ PROFILE_OF = {"float16": "flash_fp16", "float32": "float32", "float64": "float64
 """The profile in which arrays of a dtype are judged when none is named."""
 
 MOST_CP = 2**16
+"""A larger number is taken for a mistake. No test pins it: none is meant to come near it."""
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ WORK = 2**28
 TILE = 128
 """Of every so many queries of a head at least one is judged."""
 
-
 ELEMENTS = 2**20
-"""Scores in one tile; the model holds about twenty arrays of them at a time."""
+"""Scores in one tile; the model holds about twenty arrays of them at a time. It costs memory only."""
 
 ROWS = 256
-"""Most rows in one tile."""
+"""Most rows in one tile. It costs memory only."""
 
 LEAST_ROWS = 32
-"""Fewest rows in one tile, where there are as many: what is done once a tile takes as long as a few rows."""
+"""Fewest rows in one tile, where there are as many: what is done once a tile takes as long as a few rows. It
+costs time only."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ EXPLAINED = 0.5
 """Of the excess of Σ (error/σ)², what a directed test must explain to be named beside other failures."""
 
 MOST_NAMES = 8
-"""Heads, chunks or ranks that a sentence names."""
+"""Heads, chunks or ranks that a sentence names: words, which no test pins."""
 
 Failure = tuple[str, str | None]
 """A test's name, and a sentence unless others say it already."""
