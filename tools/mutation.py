@@ -1,9 +1,9 @@
 """Mutation testing: `python tools/mutation.py --of specification --sample 150 --seed 0 [--json FILE]`.
 
 A mutant is one small change of a file of the algorithm, or of the instrument that judges others (`--of instrument`),
-made in a copy of the project; the tests of that file run on it in a fresh process. It is killed if a test fails. A timeout
-is not a kill, and is listed apart. `--control` runs the unchanged project and a mutant that is known to be equivalent: both
-must survive.
+made in a copy of the project; the tests of that file run on it in a fresh process. It is killed if a test fails. A
+timeout is not a kill, and is listed apart. `--control` runs the unchanged project and a mutant that is known to be
+equivalent: both must survive.
 
 First the unchanged project runs the same tests and leaves its compiled programs on disk (JAX's compilation cache, whose
 key is the program itself): a mutant compiles only what it changes. Mutants read that folder and never write it, so no
