@@ -1,0 +1,55 @@
+"""Fields that must be given. What a part of a config leaves out is not missed: only the whole file can lack it."""
+
+from cpjax.mindie.rules.rule import BACKEND, DEPLOY, PARAMETERS, SCHEDULE, SERVER, VERSIONS, Rule, Setting, value
+
+_SERVER = """ipAddress port maxLinkNum httpsEnabled inferMode allowAllZeroIpListening metricsPort tokenTimeout
+    e2eTimeout distDPServerEnabled"""
+_BACKEND = """backendName tokenizerProcessNumber modelInstanceNumber npuDeviceIds ScheduleConfig multiNodesInferEnabled
+    interNodeTLSEnabled"""
+_SCHEDULE = """templateName templateType cacheBlockSize decodePolicyType decodeTimeMsPerReq maxBatchSize maxPreemptCount
+    maxPrefillTokens maxIterTimes maxPrefillBatchSize maxQueueDelayMicroseconds prefillPolicyType prefillTimeMsPerReq
+    supportSelectBatch"""
+_MODEL = "modelWeightPath cpuMemSize npuMemSize backendType"
+
+
+def _lacks(given: set[str], fields: str) -> str | None:
+    missing = [field for field in fields.split() if field not in given]
+    return value(bool(missing), f"no {', '.join(missing)}")
+
+
+def _model(s: Setting) -> str | None:
+    """MindIE-Motor puts its parts into the server's own file, and an entry of ModelConfig has no lengths beside it."""
+    if s.deployment.file.role:
+        return None
+    lengths = "" if _is_part_of_deploy(s) else " maxInputTokenLen maxSeqLen"
+    trust = " trustRemoteCode" if s.since("1.0.0") else ""
+    return _lacks(s.model.model_fields_set | s.deployment.deploy.model_fields_set, f"{_MODEL}{trust}{lengths}")
+
+
+def _is_part_of_deploy(s: Setting) -> bool:
+    """Is it `"ModelConfig": […]` alone, without what stands beside it?"""
+    return s.deployment.file.at == () and not s.deployment.deploy.model_fields_set & {"maxSeqLen", "maxInputTokenLen"}
+
+
+def _whole(s: Setting, given: set[str], fields: str) -> str | None:
+    """Only of a file that is whole."""
+    return _lacks(given, fields) if s.deployment.file.is_whole else None
+
+
+# fmt: off
+REQUIRED: tuple[Rule, ...] = (
+    Rule("format-of-version", "ModelConfig", "error", False, "before 1.0.RC3 a config has the sections OtherParam, "
+         "WorkFlowParam, ModelDeployParam and ScheduleParam", "give --mindie-version the version that the file is for",
+         "upgrade_info.json of MindIE-Motor", lambda s: "ModelDeployConfig", VERSIONS[0], "1.0.RC3"),
+    Rule("required-fields", "ModelConfig", "error", True, "these fields must be given", "add them", DEPLOY, _model),
+    Rule("required-server-fields", "inferMode", "error", True, "a whole config's ServerConfig has these fields",
+         "add them", f"{SERVER}; {PARAMETERS}",
+         lambda s: _whole(s, s.server.model_fields_set, _SERVER), "head"),
+    Rule("required-backend-fields", "npuDeviceIds", "error", True, "a whole config's BackendConfig has these fields",
+         "add them", f"{BACKEND}; {PARAMETERS}",
+         lambda s: _whole(s, s.backend.model_fields_set, _BACKEND), "head"),
+    Rule("required-schedule-fields", "templateType", "error", True, "a whole config's ScheduleConfig has these fields",
+         "add them", f"{SCHEDULE}; {PARAMETERS}",
+         lambda s: _whole(s, s.schedule.model_fields_set, _SCHEDULE), "head"),
+)
+# fmt: on
