@@ -186,6 +186,11 @@ CASES: dict[str, Case] = STARTUP | {
         plugins("splitfuse") | MIX | NO_SP | {"Deploy.maxLoras": 1},
         {"Deploy.maxLoras": 1},
     ),
+    "splitfuse-without-async-write": Case(
+        "plugins template sizes pool version",
+        plugins("splitfuse") | MIX | NO_SP | {"Backend.kvPoolConfig": {"asyncWrite": True}},
+        {"Backend.kvPoolConfig": {"asyncWrite": True}},
+    ),
     "micro-batch-without-cp": Case("models sizes", MICRO, MICRO | NO_SP),
     "layerwise-without-prefix-cache": Case(
         "plugins models model sizes layerwise template backend nodes",

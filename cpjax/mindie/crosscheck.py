@@ -96,8 +96,8 @@ def _accepted(config: Path) -> Deployment:
     if errors:
         named = "; ".join(f"{finding.rule} ({finding.found})" for finding in errors[:4])
         raise InputError(
-            f"{printable(config)}: MindIE does not take this config: {named}; see cpjax mindie check, and for sizes of "
-            "your own cpjax cases"
+            f"{printable(config)}: MindIE does not take this config: {named}; see cpjax mindie check. Case files "
+            "(docs/formats.md) may have any sizes"
         )
     return deployment
 

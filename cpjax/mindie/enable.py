@@ -107,7 +107,8 @@ def _again(deployment: Deployment, text: str) -> Deployment:
     """The deployment that an edited text describes."""
     file = deployment.file
     document = json_text.parse(file.as_json(text))
-    return parse_deployment(file._replace(text=text, document=document), deployment.nodes)
+    nodes = None if file.role else deployment.nodes  # MindIE-Motor's file says it
+    return parse_deployment(file._replace(text=text, document=document), nodes)
 
 
 HOW_TO_START = """Start the service with the new config (a running one must be restarted):

@@ -34,7 +34,6 @@ KNOWN = {
         dynamicBatchSizeEnable enablePrefixCache enableSplit enablChunkedPrefill enableChunkedPrefill splitType
         splitStartType splitStartBatchSize prefillChunkSize layerwiseDisaggregated nextPHeadPrior dpScheduling
     """,
-    "kvPoolConfig": "asyncWrite",
     "ModelConfig": "pluginParams kv_rdma_sl kv_rdma_tc dpScheduling modelCutPolicy",
     "plugin_params": "level window guess_set_size decoding_length dynamic_algo",
     "deepseekv2": """

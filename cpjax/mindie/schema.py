@@ -140,6 +140,7 @@ class KvPool(Section):
 
     backend: str | None = None
     configPath: str | None = None
+    asyncWrite: bool = False
 
 
 class Backend(Section):

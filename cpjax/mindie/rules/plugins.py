@@ -115,6 +115,9 @@ PLUGIN_RULES: tuple[Rule, ...] = (
     Rule("splitfuse-without-lora", "maxLoras", "error", True, "splitfuse does not go with Multi-LoRA",
          "take one of them out", f"generator.py; {SPLIT_PAGE}",
          lambda s: value(s.has("splitfuse") and s.has_lora and not s.is_torch, f"{s.plugin_type}, LoRA")),
+    Rule("splitfuse-without-async-write", "kvPoolConfig", "error", True, "splitfuse does not go with asyncWrite of "
+         "kvPoolConfig", "take one of them out", "generator.py",
+         lambda s: value(s.has("splitfuse") and s.backend.kvPoolConfig.asyncWrite, "asyncWrite true"), "head"),
     Rule("prefix-cache-needs-nz", "models", "error", True, "a DeepSeek model with prefix_cache needs "
          "models.deepseekv2.kv_cache_options.enable_nz true", "set it", f"flash_causal_deepseekv2.py; {PREFIX_PAGE}",
          lambda s: value(s.is_deepseek and not s.is_torch and s.has("prefix_cache") and not _enable_nz(s),

@@ -144,12 +144,16 @@ class Rule(NamedTuple):
         """The versions that have the rule, in words."""
         if self.since == VERSIONS[0]:
             return f"before {self.before}" if self.before else "all"
-        return f"{self.since} until before {self.before}" if self.before else f"since {self.since}"
+        if self.before is None:
+            return f"since {self.since}"
+        last = VERSIONS[VERSIONS.index(self.before) - 1]
+        return self.since if last == self.since else f"{self.since} to {last}"
 
 
 def found(is_broken: bool, setting: Setting, *fields: str) -> str | None:
     """The sizes that break a rule, such as `cp 2, sp 1`; None if it is kept."""
-    return ", ".join(f"{field} {getattr(setting.sizes, field)}" for field in fields) if is_broken else None
+    said = (f"{'worldSize' if field == 'world_size' else field} {getattr(setting.sizes, field)}" for field in fields)
+    return ", ".join(said) if is_broken else None
 
 
 def value(is_broken: bool, what: object) -> str | None:
