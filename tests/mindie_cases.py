@@ -17,7 +17,7 @@ def compatible(names: list[str]) -> bool:
 
 
 MICRO = {"models": {"deepseekv2": {"stream_options": {"micro_batch": True}}}}
-LONG = {"Deploy.maxSeqLen": 131072}
+LONG = {"Deploy.maxSeqLen": 128000}
 TORCH = {"backendType": "torch", **DP2, "sp": 1}
 V32 = {"backendType": "torch", "modelName": "DeepSeek-V3.2_w8a8", "sp": 1}
 

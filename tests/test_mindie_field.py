@@ -1,5 +1,6 @@
 """Files as people have them: each kind of file that was met in the field, accepted or refused with its cause first."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,39 @@ def test_a_key_that_is_nearly_one_is_named_with_what_is_meant(tmp_path, key, mea
     assert f"{shown(key)[1:-1]} is not a field known here" in note
     assert f"(line {line}, column 5)" in note
     assert note.endswith(f"; did you mean {meant}?" if meant else ")")
+
+
+def test_a_field_that_is_missing_may_stand_there_misspelt(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(build({"worldSize": ..., "world_size": 16})[0]))
+    with pytest.raises(InputError, match=r'worldSize is missing; it must be given \(.*\); is it "world_size"\?$'):
+        read_deployment(path)
+
+
+WHOLE = json.loads((Path(__file__).parent.parent / "examples" / "deepseek-r1-cp2.json").read_text())
+COMPULSORY = [
+    *(("ServerConfig", field) for field in ("port", "metricsPort", "tokenTimeout", "distDPServerEnabled")),
+    *(("BackendConfig", field) for field in ("npuDeviceIds", "tokenizerProcessNumber", "interNodeTLSEnabled")),
+    *(("BackendConfig", "ScheduleConfig", field) for field in ("maxQueueDelayMicroseconds", "supportSelectBatch")),
+]
+
+
+@pytest.mark.parametrize("path", COMPULSORY)
+@pytest.mark.parametrize("version", [True, False])
+def test_a_whole_config_lacks_what_it_does_not_have(tmp_path, path, version):
+    """A config with nearly all that the server demands is whole, with or without its Version; under head only."""
+    document = copy.deepcopy(WHOLE)
+    section = document
+    for step in path[:-1]:
+        section = section[step]
+    del section[path[-1]]
+    if not version:
+        del document["Version"]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(document))
+    (error,) = check_files([file])[0].of("error")
+    assert (error.rule[:8], error.found) == ("required", f"no {path[-1]}")
+    assert check_files([file], version="2.3.0")[0].of("error") == []
 
 
 def test_keys_that_todays_server_reads_are_known(tmp_path):

@@ -1,6 +1,6 @@
 """Ask every rule about every config of a deployment, and collect all that is broken."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -125,7 +125,7 @@ def _setting(deployment: Deployment, role: Role | None, weights: Weights, option
     )
 
 
-def _files(paths: Sequence[Path], roles: Sequence[str]) -> list[tuple[ConfigFile, Role | None]]:
+def _files(paths: Sequence[Path], roles: Sequence[str]) -> Iterator[tuple[ConfigFile, Role | None]]:
     """The configs in the paths, each with its role."""
     for word in roles:
         if word not in get_args(Role):
@@ -133,18 +133,18 @@ def _files(paths: Sequence[Path], roles: Sequence[str]) -> list[tuple[ConfigFile
     read = [read_configs(path) for path in paths]
     motor = next((found[0] for found in read if found[0].role), None)
     if motor is None:
-        alone: list[tuple[ConfigFile, Role | None]] = []
-        alone += [(found[0], role) for found, role in zip(read, _roles(roles, len(paths)), strict=True)]
-        return alone
+        for found, role in zip(read, _roles(roles, len(paths)), strict=True):
+            yield found[0], role
+        return
     if len(paths) > 1 or len(roles) > 1:
         raise InputError(
             f"{printable(motor.path)}: is a user_config.json, which has all parts and their roles; check it alone"
         )
-    parts = [(file, _role_of(file)) for file in read[0]]
-    chosen = [part for part in parts if not roles or part[1] == roles[0]]
-    if not chosen:
+    parts = [file for file in read[0] if not roles or file.role == roles[0]]
+    if not parts:
         raise InputError(f"{printable(motor.path)}: is a user_config.json, which has no part for role {roles[0]}")
-    return chosen
+    for file in parts:
+        yield file, _role_of(file)
 
 
 def _role_of(file: ConfigFile) -> Role | None:

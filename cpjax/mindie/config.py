@@ -43,11 +43,6 @@ class ConfigFile(NamedTuple):
         """The only entry of `ModelConfig`."""
         return self.deploy["ModelConfig"][0]
 
-    @property
-    def is_whole(self) -> bool:
-        """Is it a server's whole config.json, in which a field that is missing is missing for the server too?"""
-        return "Version" in self.document and not self.root
-
     def as_json(self, text: str) -> str:
         """The text as JSON: without mark and last comma, and with what makes a fragment an object."""
         body = text.removeprefix(MARK)

@@ -12,7 +12,7 @@ from cpjax.errors import InputError
 from cpjax.mindie import json_text
 from cpjax.mindie.config import ConfigFile, read_config
 from cpjax.mindie.json_text import json_path, kind, shown
-from cpjax.mindie.known import unknown_fields
+from cpjax.mindie.known import misspelt, unknown_fields
 from cpjax.mindie.schema import Backend, Deploy, Model, Motor, PluginParams, Section, Server
 from cpjax.mindie.text_file import printable
 from cpjax.mindie.world import World, world_of
@@ -227,7 +227,8 @@ def _problem(found: Any, file: ConfigFile, at: json_text.Path) -> str:
     steps = (*at, *(step for step in found["loc"] if not _is_union_arm(step)))
     path, place = json_path(steps), file.place(steps)
     if found["type"] == "missing":
-        return f"{path} is missing; it must be given ({place})"
+        near = misspelt(str(steps[-1]), found["input"])
+        return f"{path} is missing; it must be given ({place})" + (f"; is it {shown(near)}?" if near else "")
     said = found["msg"][0].lower() + found["msg"][1:]
     value = found["input"]
     what = "null" if value is None else f"the {kind(value)} {shown(value, 40)}"

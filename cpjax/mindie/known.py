@@ -9,11 +9,11 @@ from pydantic import BaseModel
 from cpjax.mindie import json_text
 from cpjax.mindie.config import MOTOR, ConfigFile
 from cpjax.mindie.json_text import json_path
-from cpjax.mindie.schema import Backend, Deploy, Model, Schedule, Server
+from cpjax.mindie.schema import Backend, Deploy, Model, ParallelOptions, Schedule, Server
 
 KNOWN = {
     "": """
-        Version ServerConfig BackendConfig ModelDeployConfig LogConfig EnableDynamicAdjustTimeoutConfig ScheduleConfig
+        Version ServerConfig BackendConfig ModelDeployConfig LogConfig EnableDynamicAdjustTimeoutConfig
         version deploy_config mindie_ms_controller_config mindie_ms_coordinator_config
         mindie_server_prefill_config mindie_server_decode_config
     """,
@@ -28,7 +28,7 @@ KNOWN = {
     "BackendConfig": """
         interNodeTlsCaPath interNodeTlsCaFile interNodeTlsCert interNodeTlsPk interNodeTlsPkPwd interNodeTlsCrlPath
         interNodeTlsCrl interNodeKmcKsfMaster interNodeKmcKsfStandby ModelDeployConfig LogConfig
-        layerwiseDisaggregatedMultiNodesCtrlPort lwdMultiNodesEnabled modelCutPolicy dpScheduling
+        layerwiseDisaggregated layerwiseDisaggregatedMultiNodesCtrlPort lwdMultiNodesEnabled modelCutPolicy dpScheduling
     """,
     "ScheduleConfig": """
         dynamicBatchSizeEnable enablePrefixCache enableSplit enablChunkedPrefill enableChunkedPrefill splitType
@@ -46,7 +46,7 @@ KNOWN = {
 """Section → fields of the vendor's own configs, pages and code that say nothing about how attention is deployed."""
 
 _HOMES = {"ModelConfig[0]": Model, "ModelDeployConfig": Deploy, "ScheduleConfig": Schedule}
-_HOMES |= {"BackendConfig": Backend, "ServerConfig": Server}
+_HOMES |= {"BackendConfig": Backend, "ServerConfig": Server, "parallel_options": ParallelOptions}
 
 
 def unknown_fields(file: ConfigFile, sections: Iterable[tuple[Any, json_text.Path]]) -> Iterator[str]:
@@ -72,6 +72,11 @@ def _unknown_in(file: ConfigFile, section: Any, at: json_text.Path) -> Iterator[
             yield _named(file, (*at, key), [*fields, *known])
     for field in fields:
         yield from _unknown_in(file, getattr(section, field), (*at, field))
+
+
+def misspelt(field: str, keys: Iterable[str]) -> str | None:
+    """Of the keys that stand where a field is missing, the one that is nearly it."""
+    return next((key for key in keys if _meant(key, [field]) == field), None)
 
 
 def _named(file: ConfigFile, path: json_text.Path, known: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Which model a deployment serves: what its weights and its names say, and the geometry of its attention."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ class Identity(NamedTuple):
         return self.models == (V32,)
 
 
+@functools.lru_cache(maxsize=64)
 def identify(model_name: str, weight_path: str | None, model_type: str | None) -> Identity:
     """The model: by the weights' model_type; else by the last part of their path; else by the name, which is free text.
 

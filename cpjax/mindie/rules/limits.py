@@ -7,7 +7,7 @@ from cpjax.mindie.rules.schedule import MOST_TOKENS
 
 INSTANCE_TYPES = ("Standard", "StandardMock", "TargetModel", "AssistantModel")
 _NAME = re.compile(r"(?=.{1,256}\Z)[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", re.ASCII)
-_PLACEHOLDER = re.compile(r"[<>{}$*?]|\.\.\.|…|\b[xX]{2,}\b|\bpath[-_/]?to\b|\byour\b|路径|权重", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"[<>{}$*?]|\.\.\.|…|路径|权重|(?<![a-z])(x{2,}|path[-_/]?to|your)(?![a-z])", re.IGNORECASE)
 
 
 def _unaligned(s: Setting) -> list[str]:

@@ -18,7 +18,7 @@ from cpjax.mindie.rules.rule import (
 
 TYPES = ("la", "memory_decoding", "splitfuse", "prefix_cache", "mtp")
 _NEEDS = {"la": ("level", "window", "guess_set_size"), "memory_decoding": ("decoding_length",)}
-_LONG = 128 * 1024
+_LONG = 128_000
 
 
 def _unknown(s: Setting) -> list[str]:

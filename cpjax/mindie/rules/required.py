@@ -31,9 +31,19 @@ def _is_part_of_deploy(s: Setting) -> bool:
     return s.deployment.file.at == () and not s.deployment.deploy.model_fields_set & {"maxSeqLen", "maxInputTokenLen"}
 
 
+def _is_whole(s: Setting) -> bool:
+    """Is it a server's whole config.json? It has Version, or nearly all that must be given.
+
+    A page's fragment and a part of MindIE-Motor's file are put into such a config, which has the rest.
+    """
+    sections = ((s.server, _SERVER), (s.backend, _BACKEND), (s.schedule, _SCHEDULE))
+    asked = [field in section.model_fields_set for section, fields in sections for field in fields.split()]
+    return not s.deployment.file.role and ("Version" in s.deployment.file.document or sum(asked) > 0.75 * len(asked))
+
+
 def _whole(s: Setting, given: set[str], fields: str) -> str | None:
     """Only of a file that is whole."""
-    return _lacks(given, fields) if s.deployment.file.is_whole else None
+    return _lacks(given, fields) if _is_whole(s) else None
 
 
 # fmt: off
