@@ -91,6 +91,24 @@ def test_check_as_json():
         assert at.startswith(json.dumps(finding["path"].rpartition(".")[2]))
 
 
+def test_a_finding_says_of_which_version_the_code_was_seen(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(build({"Server.port": 80})[0]))
+    for options, said in (((), "server_config.cpp; enforced by the server\n"), (("--mindie-version", "2.3.0"), OLDER)):
+        result = run("check", path, "--dtype", "float16", *options)
+        assert (result.exit_code, said in result.stdout) == (1, True), result.stdout
+
+
+OLDER = "enforced by the server of head; the code of 2.3.0 was not seen\n"
+
+
+def test_rules_say_their_versions():
+    table = run("rules").stdout
+    assert "| `cp-1-or-2` | `cp` | error | does not check it | since 2.1.RC1 | cp is 1 or 2 |" in table
+    assert "| `cards-of-a-node` | `npuDeviceIds` | warning | checks it | before head |" in table
+    assert "| `hybrid-listed-2.1` | `plugin_params` | error | does not check it | 2.1.RC1 |" in table
+
+
 def test_unknown_fields_are_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(build({"cp_size": 2})[0]))

@@ -97,6 +97,9 @@ UNREADABLE = {
     "True; JSON has true (line 1, column 7)": b'{"a": True}',
     "is not JSON: expecting ',' delimiter (line 2, column 1)": b'{"a": 1\n"b": 2}',
     "a comma behind the end; take it out (line 1, column 37)": b'{"ServerConfig": {}, "Version": "a"},',
+    "$ has motor_deploy_config: it is a user_config.json of version v2.0, which is not known here": (
+        b'{"version": "v2.0",\n"motor_deploy_config": {}}'
+    ),
     "$ has ModelDeployParam, ScheduleParam: it is a config from before MindIE 1.0.RC3": (
         b'{"ModelDeployParam": {}, "ScheduleParam": {}}'
     ),

@@ -15,6 +15,9 @@ MARK = "\ufeff"
 MOTOR = {"prefill": "mindie_server_prefill_config", "decode": "mindie_server_decode_config"}
 """Role → the key of MindIE-Motor's user_config.json that holds the part of a server config for it."""
 
+NEW_MOTOR = "motor_deploy_config"
+"""What version v2.0 of that file has in place of deploy_config (README.md of MindIE-pyMotor)."""
+
 OLD = ("OtherParam", "WorkFlowParam", "ModelDeployParam", "ScheduleParam")
 """Sections of a config from before 1.0.RC3 (build/service/upgrade_info.json of MindIE-Motor)."""
 
@@ -109,6 +112,11 @@ def _read_configs(path: Path) -> list[ConfigFile]:
         raise InputError(
             f"$ has {', '.join(old)}: it is a config from before MindIE 1.0.RC3, whose fields had other names; convert "
             f"it with the newer MindIE's upgrade tool ({file.place((old[0],))})"
+        )
+    if NEW_MOTOR in file.document:
+        raise InputError(
+            f"$ has {NEW_MOTOR}: it is a user_config.json of version v2.0, which is not known here; give one of v1.0, "
+            f"which has {' and '.join(MOTOR.values())}, or a server's config.json ({file.place((NEW_MOTOR,))})"
         )
     parts = [(role, key) for role, key in MOTOR.items() if key in file.document]
     if not parts:
