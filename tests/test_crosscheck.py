@@ -323,7 +323,7 @@ def test_more_cache_ranks_than_are_computed_are_refused(tmp_path):
     cards = "[[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15]]"
     assert cards in text
     path.write_text(text.replace(cards, str([list(range(128))])))
-    run = cpjax_command("crosscheck", "--config", path, *SMALL, "--decode")
+    run = cpjax_command("crosscheck", "--config", path, "--tokens", 45, "--decode")
     one_line(run)
     assert "cp·sp is 128; at most 64 ranks" in run.stderr
 
