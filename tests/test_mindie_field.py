@@ -147,6 +147,8 @@ def fragments() -> dict[str, str]:
         "an entry": model(),
         "an entry and a comma": f"{model()},",
         "an object and a comma": f'{{"ModelDeployConfig": {deploy}}},\n',
+        "a list of few fields": '"ModelConfig": [{"modelName": "ds_r1_w8a8", "worldSize": 16,'
+        ' "cp": 2, "sp": 8, "tp": 8, "moe_ep": 16, "moe_tp": 1}]',
         "a mark": f'\ufeff"ModelDeployConfig" : {deploy},',
         "lengths beside the list": f'"maxSeqLen": 2560, "maxInputTokenLen": 2048, "ModelConfig": [{model()}]',
     }

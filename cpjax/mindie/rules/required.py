@@ -18,17 +18,12 @@ def _lacks(given: set[str], fields: str) -> str | None:
 
 
 def _model(s: Setting) -> str | None:
-    """MindIE-Motor puts its parts into the server's own file, and an entry of ModelConfig has no lengths beside it."""
-    if s.deployment.file.role:
+    """MindIE-Motor puts its parts into the server's own file, and `"ModelConfig": […]` alone is a part of it too."""
+    if s.deployment.file.role or s.deployment.file.at == ():
         return None
-    lengths = "" if _is_part_of_deploy(s) else " maxInputTokenLen maxSeqLen"
     trust = " trustRemoteCode" if s.since("1.0.0") else ""
-    return _lacks(s.model.model_fields_set | s.deployment.deploy.model_fields_set, f"{_MODEL}{trust}{lengths}")
-
-
-def _is_part_of_deploy(s: Setting) -> bool:
-    """Is it `"ModelConfig": […]` alone, without what stands beside it?"""
-    return s.deployment.file.at == () and not s.deployment.deploy.model_fields_set & {"maxSeqLen", "maxInputTokenLen"}
+    given = s.model.model_fields_set | s.deployment.deploy.model_fields_set
+    return _lacks(given, f"{_MODEL}{trust} maxInputTokenLen maxSeqLen")
 
 
 def _is_whole(s: Setting) -> bool:
