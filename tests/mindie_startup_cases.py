@@ -18,14 +18,15 @@ LAYERWISE = "layerwise sizes template backend nodes plugins"
 DECODE = {"Motor.role": "decode", **NO_SP}
 
 
+RANGES: dict[str, tuple[int, int, dict[str, Any]]] = {}
+"""Field → its least and its largest value, and what else must be so."""
+
+
 def a_range(field: str, low: int, high: int, topics: str, section: str = "Schedule", **more: Any) -> dict[str, Case]:
     """The case of a range: the number above it, and its ends are fine."""
     name = f"{section}.{field}"
+    RANGES[name] = (low, high, more)
     return {f"{field}-range": Case(topics, {name: high + 1} | more, {name: low} | more)}
-
-
-def below(field: str, low: int, topics: str, section: str = "Schedule") -> Case:
-    return Case(topics, {f"{section}.{field}": low - 1}, {f"{section}.{field}": low})
 
 
 def motor(field: str, wrong: int, right: int, role: dict[str, Any]) -> dict[str, Case]:
@@ -91,7 +92,7 @@ STARTUP: dict[str, Case] = {
         "cards nodes", {"Backend.modelInstanceNumber": 11}, {"Backend.modelInstanceNumber": 1}
     ),
     **a_range("tokenizerProcessNumber", 1, 32, "tokenizer", "Backend"),
-    "multiNodesInferPort-range": below("multiNodesInferPort", 1024, "port", "Backend"),
+    **a_range("multiNodesInferPort", 1024, 65535, "port", "Backend"),
     "kv-pool-backend": Case(
         "pool", {"Backend.kvPoolConfig": {"backend": "redis"}}, {"Backend.kvPoolConfig": {"backend": "mooncake"}}
     ),
@@ -125,7 +126,7 @@ STARTUP: dict[str, Case] = {
         {"Schedule.maxPrefillTokens": 2044, "--version": "2.3.0", **MIX},
         {"Schedule.maxPrefillTokens": 2044, **MIX},
     ),
-    "maxBatchSize-range": Case("batch", {"Schedule.maxBatchSize": 819201}, {"Schedule.maxBatchSize": 819200}),
+    **a_range("maxBatchSize", 1, 819200, "batch"),
     "maxBatchSize-was-5000": Case(
         "batch version",
         {"Schedule.maxBatchSize": 5001, "--version": "2.3.0"},
@@ -155,7 +156,7 @@ STARTUP: dict[str, Case] = {
     **a_range("decodeTimeMsPerReq", 0, 1000, "decodeTime"),
     **a_range("prefillPolicyType", 0, 0, "prefillPolicy"),
     **a_range("decodePolicyType", 0, 0, "decodePolicy"),
-    "maxQueueDelayMicroseconds-range": below("maxQueueDelayMicroseconds", 500, "queue"),
+    **a_range("maxQueueDelayMicroseconds", 500, 1000000, "queue"),
     **a_range("maxFirstTokenWaitTime", 0, 3600000, "first"),
     "maxN-range": Case(
         "batch version",

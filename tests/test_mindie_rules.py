@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindie_build import OPTIONS, build, plugins
 from mindie_cases import CASES, compatible
+from mindie_startup_cases import RANGES
 
 from cpjax.errors import InputError
 from cpjax.mindie.check import Checked, check_files
@@ -49,6 +50,15 @@ def test_the_smallest_passing_config_keeps_all_rules(tmp_path, name):
     one = checked(tmp_path, CASES[name].keeps)
     assert name not in names(one)
     assert one.of("error") == []
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_range_has_two_ends(tmp_path, name):
+    low, high, more = RANGES[name]
+    rule = f"{name.rpartition('.')[2]}-range"
+    for number, is_broken in ((low, False), (high, False), (high + 1, True), (low - 1, True)):
+        if number >= 0:  # no field of these can be read below 0
+            assert (rule in names(checked(tmp_path, {name: number} | more))) == is_broken, number
 
 
 @st.composite
