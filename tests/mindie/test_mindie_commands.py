@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mindie_cases import CASES, build
+from mindie_build import DP2, build
+from mindie_cases import CASES
 from typer.main import get_command
 
 from cpjax.mindie.commands import app
@@ -62,7 +63,8 @@ def test_check_says_what_is_wrong_and_ends_with_1(tmp_path):
     result = run("check", path, "--dtype", "float16")
     assert result.exit_code == 1
     assert "error   cp-needs-sp: cp 2, sp 1" in result.stdout
-    assert "at    $.ModelDeployConfig.ModelConfig[0].sp" in result.stdout
+    column = path.read_text().index('"sp"') + 1
+    assert f"at    {path}:1:{column}  $.ModelDeployConfig.ModelConfig[0].sp" in result.stdout
     assert "fix   set sp to tp" in result.stdout
     assert "refused, 2 errors, 0 warnings; the server would not catch 2 of them" in result.stdout.splitlines()[-1]
 
@@ -80,8 +82,33 @@ def test_check_as_json():
     result = run("check", EXAMPLE, "--json", "--dtype", "bfloat16", "--hardware", "800i-a2")
     (one,) = json.loads(result.stdout)
     assert (result.exit_code, one["accepted"], one["role"], one["sizes"]["cp"]) == (1, False, "hybrid", 2)
-    assert [finding["rule"] for finding in one["errors"]] == ["fp16-only", "cards-of-a-server"]
-    assert one["errors"][0].keys() == {"rule", "level", "path", "found", "says", "fix", "source", "enforced"}
+    assert [finding["rule"] for finding in one["errors"]] == ["cards-of-a-server", "fp16-only"]
+    assert one["errors"][0].keys() == {"rule", "level", "path", "found", "says", "fix", "source", "enforced"} | {
+        "file", "line", "column",
+    }  # fmt: skip
+    lines = EXAMPLE.read_text().splitlines()
+    for finding in one["errors"]:
+        assert finding["file"] == str(EXAMPLE)
+        at = lines[finding["line"] - 1][finding["column"] - 1 :]
+        assert at.startswith(json.dumps(finding["path"].rpartition(".")[2]))
+
+
+def test_a_finding_says_of_which_version_the_code_was_seen(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(build({"Server.port": 80})[0]))
+    for options, said in (((), "server_config.cpp; enforced by the server\n"), (("--mindie-version", "2.3.0"), OLDER)):
+        result = run("check", path, "--dtype", "float16", *options)
+        assert (result.exit_code, said in result.stdout) == (1, True), result.stdout
+
+
+OLDER = "enforced by the server of head; the code of 2.3.0 was not seen\n"
+
+
+def test_rules_say_their_versions():
+    table = run("rules").stdout
+    assert "| `cp-1-or-2` | `cp` | error | does not check it | since 2.1.RC1 | cp is 1 or 2 |" in table
+    assert "| `cards-of-a-node` | `npuDeviceIds` | warning | checks it | before head |" in table
+    assert "| `hybrid-listed-2.1` | `plugin_params` | error | does not check it | 2.1.RC1 |" in table
 
 
 def test_unknown_fields_are_named(tmp_path):
@@ -207,7 +234,10 @@ def test_enable_of_what_is_on_already_changes_nothing():
 def test_enable_refuses_where_no_edit_can(tmp_path, without_cp):
     path = tmp_path / "other.json"
     for changes, options, message in [
-        ({"modelName": "llama_65b"}, (), "model-supported"),
+        ({"modelName": "llama_65b", **DP2}, (), "model-known"),
+        ({"modelName": "DeepSeek-V3_w8a8", **DP2}, (), "v3-w8a8-disputed"),
+        ({"modelName": "DeepSeek-R1", **DP2}, (), "quantisation-known"),
+        ({"backendType": "torch", "sp": 1, **DP2}, (), "cp-with-torch"),
         ({}, ("--dtype", "bf16"), "fp16-only"),
         ({}, ("--role", "decode"), "decode-without-cp"),
         ({}, ("--hardware", "300i-duo"), "hardware-supported"),

@@ -281,12 +281,12 @@ def test_other_bad_input_ends_in_one_line(tmp_path):
     one_line(refused("judge", odd, tmp_path))
 
 
-def test_a_cp_that_the_vendor_does_not_document_is_computed_with_a_warning(tmp_path):
+def test_a_config_that_mindie_does_not_take_is_refused(tmp_path):
     path = tmp_path / "cp3.json"
     path.write_text(EXAMPLE.read_text().replace('"cp": 2', '"cp": 3'))
     run = cpjax_command("crosscheck", "--config", path, *SMALL)
-    assert run.returncode == 0, run.stderr
-    assert "the vendor documents 1 and 2" in run.stderr
+    one_line(run)
+    assert "MindIE does not take this config: cp-1-or-2 (cp 3); world-product (cp 3" in run.stderr
 
 
 def test_several_tensor_parallel_shares_are_cases_of_their_own():
@@ -301,7 +301,12 @@ def test_several_tensor_parallel_shares_are_cases_of_their_own():
 
 def test_decode_of_a_deployment_with_sp_is_computed_over_all_its_ranks(tmp_path):
     path, text = tmp_path / "sp.json", EXAMPLE.read_text()
-    for old, new in (('"cp": 2', '"cp": 1'), ('"sp": 8', '"sp": 2'), ('"tp": 8', '"tp": 2')):
+    for old, new in (
+        ('"dp": 1', '"dp": 8'),
+        ('"cp": 2', '"cp": 1'),
+        ('"sp": 8', '"sp": 2'),
+        ('"tp": 8', '"tp": 2'),
+    ):
         assert old in text
         text = text.replace(old, new)
     path.write_text(text)
@@ -322,8 +327,12 @@ def test_decode_of_a_deployment_with_sp_is_computed_over_all_its_ranks(tmp_path)
 
 def test_more_cache_ranks_than_are_computed_are_refused(tmp_path):
     path = tmp_path / "many.json"
-    path.write_text(EXAMPLE.read_text().replace('"sp": 8', '"sp": 64'))
-    run = refused("crosscheck", "--config", path, *SMALL, "--decode")
+    text = EXAMPLE.read_text().replace('"worldSize" : 16', '"worldSize" : 128').replace('"moe_ep": 16', '"moe_ep": 128')
+    text = text.replace('"sp": 8', '"sp": 64').replace('"tp": 8', '"tp": 64')
+    cards = "[[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15]]"
+    assert cards in text
+    path.write_text(text.replace(cards, str([list(range(128))])))
+    run = refused("crosscheck", "--config", path, "--tokens", 45, "--decode")
     one_line(run)
     assert "cp·sp is 128; at most 64 ranks" in run.stderr
 
