@@ -69,7 +69,11 @@ def held(segment: Integers, cp: int) -> Int[np.ndarray, "cp t"]:
 
 
 def chunks(q_segment: Integers, kv_segment: Integers, cp: int) -> tuple[Integers, Integers]:
-    """The chunk of every query of the row, and of every key."""
+    """The chunk of every query of the row, and of every key; a prefix is one chunk.
+
+    >>> chunks(np.array([0, 0]), np.array([0, 0, 0]), cp=1)
+    (array([0, 1]), array([0, 1, 2]))
+    """
     of_query = np.empty(len(q_segment), int)
     for i, (start, stop) in enumerate(bounds(q_segment, cp)):
         index = np.arange(stop - start) // ((stop - start) // (2 * cp))
@@ -79,7 +83,12 @@ def chunks(q_segment: Integers, kv_segment: Integers, cp: int) -> tuple[Integers
 
 
 def merging(one: Int[np.ndarray, "Q C"], requests: int) -> Int[np.ndarray, "P P"]:
-    """The order of merging of a pack, given that of one request: its chunks, its prefix, then what it cannot see."""
+    """The order of merging of a pack, given that of one request: its chunks, its prefix, then what it cannot see.
+
+    >>> merging(np.array([[0, 1], [1, 0]]), requests=2)[:2]
+    array([[0, 1, 2, 3, 4, 5],
+           [1, 0, 2, 3, 4, 5]])
+    """
     count = len(one) + 1
     rows = []
     for i in range(requests):

@@ -42,6 +42,11 @@ def chunks(kv_segment: Int[np.ndarray, " S"], cp: int) -> Int[np.ndarray, " S"]:
 
 
 def merging(requests: int, cp: int) -> Int[np.ndarray, "Q C"]:
-    """For each request its own chunks in the order of the ranks, then those it cannot see."""
+    """For each request its own chunks in the order of the ranks, then those it cannot see.
+
+    >>> merging(requests=2, cp=2)
+    array([[0, 1, 2, 3],
+           [2, 3, 0, 1]])
+    """
     every = np.arange(requests * cp).reshape(requests, cp)
     return np.array([np.concatenate([every[i], np.delete(every, i, axis=0).ravel()]) for i in range(requests)])

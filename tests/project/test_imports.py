@@ -282,13 +282,7 @@ def test_what_judges_works_without_jax(tmp_path):
 # Examples ------------------------------------------------------------------------------------------------------------
 
 
-ZERO = pytest.mark.xfail(
-    reason="Format.spacing(0) is that of 1/2, not `tiny`, as its example says: a verdict depends on it"
-)
-KNOWN = {"cpjax.crosscheck.exact.formats": ZERO, "cpjax.crosscheck.error_model.row_covariance": ZERO}
-
-
-@pytest.mark.parametrize("name", [pytest.param(x, marks=KNOWN.get(x, ())) for x in sorted(set(MODULES) - RUNS)])
+@pytest.mark.parametrize("name", sorted(set(MODULES) - RUNS))
 def test_examples_in_docstrings(name):
     found = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.failed == 0
