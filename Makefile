@@ -40,8 +40,9 @@ test: $(READY)  ## all tests
 deep: $(READY)  ## the property tests with many more examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist loadfile -m hypothesis
 
-mutation: $(READY)  ## a seeded sample of mutants of the algorithm; which survive
-	$(BIN)/python tools/mutation.py --sample 150
+mutation: $(READY)  ## a seeded sample of mutants of the algorithm, then of the instrument; which survive
+	$(BIN)/python tools/mutation.py --of specification --sample 150
+	$(BIN)/python tools/mutation.py --of instrument --sample 150
 
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """One machine for all tests: eight simulated devices, hypothesis profiles, and strict dtypes."""
 
+import multiprocessing
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 import jax
@@ -88,6 +90,21 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.section(f"CPU seconds: {sum(total.values()):.0f} in all")
     for test in sorted(total, key=lambda test: -total[test])[: config.option.cpu]:
         terminalreporter.write_line(f"{total[test]:8.1f}  {test}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_ranks():
+    """Ranks are forked from one process that has PyTorch: to import it takes longer than most cases.
+
+    The tests of the command start processes of their own, in which ranks are spawned as users have them.
+    """
+    real = multiprocessing.get_context
+    server = real("forkserver")
+    server.set_forkserver_preload(["npu_backend.workers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method=None: server if method == "spawn" else real(method))
+        yield
+    forkserver._forkserver._stop()  # waits for it, so that its CPU counts
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
-"""Mutation testing of the algorithm: `python tools/mutation.py --sample 150 --seed 0 [--json FILE]`.
+"""Mutation testing: `python tools/mutation.py --of specification --sample 150 --seed 0 [--json FILE]`.
 
-A mutant is one small change of one of the algorithm's files, made in a copy of the project; the tests of that file run
-on it in a fresh process. It is killed if a test fails. A timeout is not a kill, and is listed apart. `--control` runs
-the unchanged project and a mutant that is known to be equivalent: both must survive.
+A mutant is one small change of a file of the algorithm, or of the instrument that judges others (`--of instrument`),
+made in a copy of the project; the tests of that file run on it in a fresh process. It is killed if a test fails. A
+timeout is not a kill, and is listed apart. `--control` runs the unchanged project and a mutant that is known to be
+equivalent: both must survive.
 
 First the unchanged project runs the same tests and leaves its compiled programs on disk (JAX's compilation cache, whose
 key is the program itself): a mutant compiles only what it changes. Mutants read that folder and never write it, so no
@@ -11,7 +12,6 @@ mutant sees another's.
 
 import argparse
 import ast
-import copy
 import json
 import os
 import random
@@ -26,7 +26,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 # The tests that speak about a file, by their paths below tests/, the quickest first; pytest stops at the first failure.
 EXCHANGE = ["spec/test_schedule.py", "spec/test_exchange.py"]
-TESTS = {
+SPECIFICATION = {
     "mask.py": ["spec/test_mask.py", "spec/test_tiles.py"],
     "partial.py": ["spec/test_partial.py", "spec/test_precision.py", "spec/test_backward.py"],
     "precision.py": ["spec/test_precision.py"],
@@ -46,6 +46,34 @@ TESTS = {
     "exchange/ring_backward.py": ["spec/test_backward.py"],
     "exchange/device.py": ["spec/test_backward.py", "spec/test_exchange.py"],
 }
+JUDGE = [
+    "judge/test_error_model.py",
+    "judge/test_judge.py",
+    "judge/test_error_budget.py",
+    "judge/test_power.py",
+    "judge/test_bound.py",
+    "judge/test_judge_profiles.py",
+    "trial/test_trial_judge.py",
+]
+DIAGNOSIS = [
+    "diagnosis/test_diagnosis.py",
+    "diagnosis/test_diagnosis_layouts.py",
+    "diagnosis/test_diagnosis_dictionary.py",
+]
+INSTRUMENT = {
+    f"crosscheck/{room}/{path.name}": tests
+    for room, tests in (("error_model", JUDGE), ("judging", JUDGE), ("diagnosis", DIAGNOSIS))
+    for path in sorted((ROOT / "cpjax" / "crosscheck" / room).glob("*.py"))
+    if path.name != "__init__.py"
+}
+# These have tests of their own.
+INSTRUMENT |= {
+    "crosscheck/judging/expansion.py": ["judge/test_expansion.py"],
+    "crosscheck/judging/pairwise.py": ["judge/test_pairwise.py"],
+    "crosscheck/judging/error_budget.py": ["judge/test_error_budget.py"],
+    "crosscheck/diagnosis/precision_search.py": ["dumps/test_dumps.py"],
+}
+TESTS = SPECIFICATION | INSTRUMENT
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -80,12 +108,13 @@ class Mutant(NamedTuple):
 def mutants(file: str) -> list[Mutant]:
     """Every mutant of a file; docstrings, annotations, messages and imports are left alone."""
     tree = ast.parse((ROOT / "cpjax" / file).read_text())
-    nodes = [n for n in ast.walk(tree) if hasattr(n, "lineno") and id(n) not in _left_alone(tree)]
+    alone = _left_alone(tree)
+    nodes = [n for n in ast.walk(tree) if hasattr(n, "lineno") and id(n) not in alone]
     found = []
     for node in nodes:
         for change, apply, undo in _changes(node):
             apply()
-            found.append(Mutant(file, node.lineno, change, ast.unparse(copy.deepcopy(tree))))
+            found.append(Mutant(file, node.lineno, change, ast.unparse(tree)))
             undo()
     return found
 
@@ -191,11 +220,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600, help="seconds a mutant (default 600)")
+    parser.add_argument("--of", choices=("specification", "instrument"), default="specification")
     parser.add_argument("--file", help="only this file, as in exchange/ring.py")
     parser.add_argument("--control", action="store_true", help="only the mutants that must survive")
     parser.add_argument("--json", type=Path, help="write the verdicts to this file")
     options = parser.parse_args()
-    everything = [m for file in ([options.file] if options.file else TESTS) for m in mutants(file)]
+    part = SPECIFICATION if options.of == "specification" else INSTRUMENT
+    everything = [m for file in ([options.file] if options.file else part) for m in mutants(file)]
     chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
     if options.control:
         source = (ROOT / "cpjax" / "partial.py").read_text()

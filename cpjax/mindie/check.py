@@ -1,17 +1,19 @@
 """Ask every rule about every config of a deployment, and collect all that is broken."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 from cpjax.errors import InputError
-from cpjax.mindie.config import read_config
+from cpjax.mindie.config import ConfigFile, read_configs
 from cpjax.mindie.deployment import Deployment, parse_deployment
-from cpjax.mindie.json_text import shown
-from cpjax.mindie.models import quantisation
+from cpjax.mindie.hardware import MOTOR_TYPES, parse_hardware
+from cpjax.mindie.json_text import json_path, shown
+from cpjax.mindie.models import last_part, quantisation
 from cpjax.mindie.rules import PAIRS, RULES, VERSIONS, PairRule, Rule, Setting
 from cpjax.mindie.rules.rule import Level, Role
+from cpjax.mindie.text_file import printable
 from cpjax.mindie.weights import Weights, parse_dtype, read_weights
 
 
@@ -26,6 +28,9 @@ class Finding(NamedTuple):
     fix: str
     source: str
     enforced: bool
+    file: str
+    line: int  # of the field; of the object that lacks it, where the file does not have it
+    column: int
 
 
 class Checked(NamedTuple):
@@ -38,6 +43,15 @@ class Checked(NamedTuple):
     def of(self, level: Level) -> list[Finding]:
         """The errors, or the warnings."""
         return [finding for finding in self.findings if finding.level == level]
+
+
+class Options(NamedTuple):
+    """What is known besides the file; `None`: not known."""
+
+    hardware: str | None = None
+    dtype: str | None = None
+    async_scheduling: bool = False
+    version: str = VERSIONS[-1]
 
 
 def check_files(
@@ -53,28 +67,28 @@ def check_files(
     """Read and check one config, or all configs of one disaggregated deployment.
 
     Args:
+      paths: configs; MindIE-Motor's user_config.json is two, with roles of its own.
       roles: hybrid, prefill or decode, one per config, or one for all; none: hybrid where inferMode is standard.
-      hardware: 800i-a2 or 800i-a3; None: not known.
+      hardware: Atlas 800I A2 or Atlas 800I A3, also as 800i-a2; None: not known, or as MindIE-Motor's file says.
       dtype: None: as the weights' config.json says.
       async_scheduling: is MINDIE_ASYNC_SCHEDULING_ENABLE set?
-      version: of the documentation, one of `VERSIONS`.
+      version: of MindIE, one of `VERSIONS`.
       nodes: servers of the rank table; None: as the file implies.
 
     Raises:
       InputError: a file that cannot be read, or an argument that is not understood.
     """
-    known = _roles(roles, len(paths))
     if version not in VERSIONS:
         raise InputError(f"mindie-version {shown(version)} is not known; known are {', '.join(VERSIONS)}")
     if nodes is not None and nodes < 1:
         raise InputError(f"nodes is {nodes}; it must be at least 1")
     given_dtype = None if dtype is None else parse_dtype(dtype)
+    options = Options(None if hardware is None else parse_hardware(hardware), given_dtype, async_scheduling, version)
     checked = []
-    for path, role in zip(paths, known, strict=True):
-        deployment = parse_deployment(read_config(path), nodes)
-        weights = read_weights(deployment.model_weight_path)
-        options = (None if hardware is None else hardware.lower(), async_scheduling, version)
-        setting = _setting(deployment, role, weights, given_dtype, *options)
+    for file, role in _files(paths, roles):
+        deployment = parse_deployment(file, nodes)
+        weights = read_weights(deployment.model_weight_path, file.path)
+        setting = _setting(deployment, role, weights, options)
         notes = weights.notes if given_dtype is None and setting.is_split else ()
         checked.append(Checked(setting, tuple(check(setting)), (*deployment.warnings, *notes)))
     return _with_pairs(checked) if len(checked) > 1 else checked
@@ -82,47 +96,68 @@ def check_files(
 
 def check(setting: Setting) -> list[Finding]:
     """All broken rules of one config, errors first."""
-    broken = [(rule, rule.broken(setting)) for rule in RULES]
+    broken = [(rule, rule.broken(setting)) for rule in RULES if rule.applies(setting)]
     findings = [_finding(rule, setting, found) for rule, found in broken if found is not None]
     return sorted(findings, key=lambda finding: finding.level)
 
 
 def setting_of(deployment: Deployment) -> Setting:
     """A deployment of which only the file and the weights beside it are known."""
-    return _setting(deployment, None, read_weights(deployment.model_weight_path), None, None, False, VERSIONS[-1])
+    weights = read_weights(deployment.model_weight_path, deployment.path)
+    return _setting(deployment, _role_of(deployment.file), weights, Options())
 
 
-def _setting(
-    deployment: Deployment,
-    role: Role | None,
-    weights: Weights,
-    dtype: str | None,
-    hardware: str | None,
-    async_scheduling: bool,
-    version: str,
-) -> Setting:
+def _setting(deployment: Deployment, role: Role | None, weights: Weights, options: Options) -> Setting:
     if role is None and deployment.server.inferMode == "standard":
         role = "hybrid"
+    motor = deployment.motor.hardware_type if deployment.motor else None
+    server = parse_hardware(motor) if motor in MOTOR_TYPES else None  # another breaks a rule of its own
+    named = quantisation(last_part(deployment.model_weight_path)) or quantisation(deployment.model_name)
     return Setting(
         deployment,
         role=role,
-        hardware=hardware,
-        dtype=dtype or weights.dtype,
-        quantisation=weights.quantisation or quantisation(deployment.model_name),
-        async_scheduling=async_scheduling,
-        version=version,
+        hardware=options.hardware or server,
+        dtype=options.dtype or weights.dtype,
+        quantisation=weights.quantisation or named,
+        async_scheduling=options.async_scheduling,
+        version=options.version,
+        model_type=weights.model_type,
     )
 
 
+def _files(paths: Sequence[Path], roles: Sequence[str]) -> Iterator[tuple[ConfigFile, Role | None]]:
+    """The configs in the paths, each with its role."""
+    for word in roles:
+        if word not in get_args(Role):
+            raise InputError(f"role {shown(word)} is not known; known are {', '.join(get_args(Role))}")
+    read = [read_configs(path) for path in paths]
+    motor = next((found[0] for found in read if found[0].role), None)
+    if motor is None:
+        for found, role in zip(read, _roles(roles, len(paths)), strict=True):
+            yield found[0], role
+        return
+    if len(paths) > 1 or len(roles) > 1:
+        raise InputError(
+            f"{printable(motor.path)}: is a user_config.json, which has all parts and their roles; check it alone"
+        )
+    parts = [file for file in read[0] if not roles or file.role == roles[0]]
+    if not parts:
+        raise InputError(f"{printable(motor.path)}: is a user_config.json, which has no part for role {roles[0]}")
+    for file in parts:
+        yield file, _role_of(file)
+
+
+def _role_of(file: ConfigFile) -> Role | None:
+    return next((role for role in get_args(Role) if role == file.role), None)
+
+
 def _finding(rule: Rule | PairRule, setting: Setting, found: str) -> Finding:
-    path = setting.deployment.where(rule.field)
-    return Finding(rule.name, rule.level, path, found, rule.says, rule.fix, rule.source, rule.enforced)
+    path, file = setting.deployment.path_of(rule.field), setting.deployment.file
+    said = (json_path(path), found, rule.says, rule.fix, rule.source, rule.enforced)
+    return Finding(rule.name, rule.level, *said, str(file.path), *file.place(path))
 
 
 def _roles(roles: Sequence[str], count: int) -> list[Role | None]:
-    for role in roles:
-        if role not in get_args(Role):
-            raise InputError(f"role {shown(role)} is not known; known are {', '.join(get_args(Role))}")
     if count > 1 and len(roles) not in (1, count):
         raise InputError(f"{count} configs and {len(roles)} roles; give --role once for each config, in their order")
     if len(roles) > count:

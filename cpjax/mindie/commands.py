@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from cpjax.errors import InputError
-from cpjax.mindie.check import Checked, check_files
-from cpjax.mindie.config import printable
+from cpjax.mindie.check import Checked, check_files, setting_of
 from cpjax.mindie.deployment import MOST_CARDS, read_deployment
-from cpjax.mindie.models import family, geometry, parse_geometry
+from cpjax.mindie.models import geometry, parse_geometry
 from cpjax.mindie.rules import VERSIONS
+from cpjax.mindie.text_file import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,15 +27,18 @@ app = typer.Typer(
     help="A MindIE config.json, checked and explained.",
 )
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json, or the vendor's fragment of one")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="config.json, the vendor's fragment of one, or user_config.json")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Nodes = Annotated[int | None, typer.Option(help="servers in the rank table (default: as the file implies)")]
 Tokens = Annotated[int | None, typer.Option(help="tokens of the prompt (default: maxInputTokenLen)")]
 RoleOption = Annotated[list[str] | None, typer.Option("--role", help="hybrid, prefill or decode; once for each CONFIG")]
-Hardware = Annotated[str | None, typer.Option(help="800i-a2 or 800i-a3")]
+OneRole = Annotated[str | None, typer.Option("--role", help="of a user_config.json: prefill or decode")]
+Hardware = Annotated[str | None, typer.Option(help='"Atlas 800I A2" or "Atlas 800I A3", or 800i-a2 and 800i-a3')]
 Dtype = Annotated[str | None, typer.Option(help="float16 or bfloat16 (default: as the weights' config.json says)")]
 Async = Annotated[bool, typer.Option("--async-scheduling", help="MINDIE_ASYNC_SCHEDULING_ENABLE=1 is set")]
-Version = Annotated[str, typer.Option("--mindie-version", help=f"of the documentation: {', '.join(VERSIONS)}")]
+Version = Annotated[str, typer.Option("--mindie-version", help=f"of MindIE: {', '.join(VERSIONS)}")]
 
 
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -112,6 +115,7 @@ def ranks(
         str | None, typer.Option("--geometry", metavar="HEADS,NOPE,ROPE,VALUE", help="of a model not known here")
     ] = None,
     nodes: Nodes = None,
+    role: OneRole = None,
     as_json: Json = False,
     picture: Annotated[Path | None, typer.Option("--draw", metavar="FILE", help="draw the cards: .svg or .png")] = None,
 ) -> None:
@@ -122,13 +126,15 @@ def ranks(
     from cpjax.mindie.layout import as_json as layout_json
     from cpjax.mindie.layout import lay_out
 
-    deployment = read_deployment(config, nodes)
+    deployment = read_deployment(config, nodes, role)
     if deployment.world_size > MOST_CARDS:
         raise InputError(
             f"{deployment.where('worldSize')} is {deployment.world_size}; at most {MOST_CARDS} are printed"
         )
-    name = deployment.model_name
-    known = parse_geometry(geometry_option) if geometry_option else geometry(name) if family(name) else None
+    identity = setting_of(deployment).identity
+    known = parse_geometry(geometry_option) if geometry_option else None
+    if known is None and identity.has_latents:
+        known = geometry(identity, deployment.model_name)
     layout = lay_out(
         deployment,
         deployment.max_input_token_len if tokens is None else tokens,
@@ -157,7 +163,10 @@ def ranks(
 @user_errors
 def link(
     prefill: Annotated[Path, typer.Argument(metavar="PREFILL", help="config of the prefill instance")],
-    decode: Annotated[Path, typer.Argument(metavar="DECODE", help="config of the decode instance")],
+    decode: Annotated[
+        Path | None,
+        typer.Argument(metavar="DECODE", help="of the decode instance; PREFILL may be user_config.json alone"),
+    ] = None,
     tokens: Tokens = None,
     nodes: Nodes = None,
     as_json: Json = False,
@@ -166,9 +175,9 @@ def link(
 
     Example: cpjax mindie link examples/prefill-cp2.json examples/decode.json --tokens 1305
     """
-    from cpjax.mindie.link import inverted, link_map, transfers
+    from cpjax.mindie.link import inverted, link_map, read_pair, transfers
 
-    p, d = read_deployment(prefill, nodes), read_deployment(decode, nodes)
+    p, d = read_pair(prefill, decode, nodes)
     length = p.max_input_token_len if tokens is None else tokens
     links = link_map(p.sizes.tp, d.sizes.tp, p.sizes.sp, p.sizes.cp)
     pulled = transfers(p.sizes, d.sizes, length, p.backend.ScheduleConfig.cacheBlockSize)
@@ -209,11 +218,12 @@ def enable(
     from cpjax.mindie.enable import enable as turn_on
 
     options = {"hardware": hardware, "dtype": dtype, "async_scheduling": async_scheduling, "version": mindie_version}
+    # Of a user_config.json the prefill part comes first, and CP is for it only.
     checked = check_files([config], roles=role or (), nodes=nodes, **options)[0]
     enabled = turn_on(checked.setting, cp)
-    if output is not None:
-        _write_new(output, enabled.text)
     old = checked.setting.deployment.file.text
+    if output is not None and enabled.text != old:
+        _write_new(output, enabled.text)
     name = printable(output or config)
     diff = difflib.unified_diff(old.splitlines(), enabled.text.splitlines(), printable(config), name, lineterm="")
     if as_json:
@@ -224,7 +234,9 @@ def enable(
     for line in diff:
         typer.echo(line)
     if enabled.text == old:
-        typer.echo(f"{name}: context parallelism is on already, with cp {cp}; nothing to change")
+        typer.echo(
+            f"{printable(config)}: context parallelism is on already, with cp {cp}; nothing to change, nothing written"
+        )
         return
     for finding in enabled.warnings:
         typer.echo(f"warning {finding.rule}: {finding.found}; {finding.says}; {finding.fix}")

@@ -1,17 +1,25 @@
 """A config file comes in: found, small enough, UTF-8, JSON, and with exactly one ModelDeployConfig and ModelConfig."""
 
-import os
+import functools
 import re
-import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpjax.errors import InputError
 from cpjax.mindie import json_text
-from cpjax.mindie.json_text import json_path, kind, shown
+from cpjax.mindie.json_text import Place, json_path, kind, shown
+from cpjax.mindie.text_file import printable, read_text
 
-LARGEST = 1 << 20
-"""Bytes. A server config has about five thousand."""
+MARK = "\ufeff"
+
+MOTOR = {"prefill": "mindie_server_prefill_config", "decode": "mindie_server_decode_config"}
+"""Role → the key of MindIE-Motor's user_config.json that holds the part of a server config for it."""
+
+NEW_MOTOR = "motor_deploy_config"
+"""What version v2.0 of that file has in place of deploy_config (README.md of MindIE-pyMotor)."""
+
+OLD = ("OtherParam", "WorkFlowParam", "ModelDeployParam", "ScheduleParam")
+"""Sections of a config from before 1.0.RC3 (build/service/upgrade_info.json of MindIE-Motor)."""
 
 
 class ConfigFile(NamedTuple):
@@ -20,9 +28,13 @@ class ConfigFile(NamedTuple):
     path: Path
     text: str  # as in the file, byte-order mark included
     document: dict[str, Any]
-    at: json_text.Path
-    is_fragment: bool  # the bare `"ModelDeployConfig" : {…}` of the vendor's pages: braces were added to read it
-    warnings: tuple[str, ...]
+    at: json_text.Path = ()
+    before: str = ""  # what was put round the bare `"ModelDeployConfig" : {…}` of a page, to read it
+    after: str = ""
+    is_fragment: bool = False
+    warnings: tuple[str, ...] = ()
+    root: json_text.Path = ()  # where ServerConfig and BackendConfig stand
+    role: str | None = None  # which part of MindIE-Motor's user_config.json it is
 
     @property
     def deploy(self) -> dict[str, Any]:
@@ -34,14 +46,33 @@ class ConfigFile(NamedTuple):
         """The only entry of `ModelConfig`."""
         return self.deploy["ModelConfig"][0]
 
+    def as_json(self, text: str) -> str:
+        """The text as JSON: without mark and last comma, and with what makes a fragment an object."""
+        body = text.removeprefix(MARK)
+        if self.is_fragment and body.rstrip().endswith(","):
+            body = body.rstrip()[:-1]
+        return self.before + body + self.after
+
     @property
-    def backend(self) -> dict[str, Any]:
-        """The object `BackendConfig`, empty where the file has none."""
-        return self.document.get("BackendConfig", {})
+    def shift(self) -> int:
+        """How far a position in `text` is behind the same one in `as_json(text)`."""
+        return int(self.text.startswith(MARK)) - len(self.before)
+
+    def place(self, path: json_text.Path) -> Place:
+        """Where a value stands in the file; of one that is not there, where the object stands that lacks it."""
+        found = _starts(self.as_json(self.text))
+        path = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in found), ())
+        body = self.text.removeprefix(MARK)
+        return json_text.place(body, max(0, found.get(path, 0) - len(self.before)))
 
 
-def read_config(path: Path) -> ConfigFile:
-    """Read a server's `config.json`, an object with `ModelDeployConfig`, or the bare `"ModelDeployConfig" : {…}`.
+@functools.lru_cache(maxsize=4)
+def _starts(text: str) -> dict[json_text.Path, int]:
+    return json_text.starts(text)
+
+
+def read_configs(path: Path) -> list[ConfigFile]:
+    """Read a server's `config.json`, a fragment of one, or the prefill and decode parts of MindIE-Motor's file.
 
     A UTF-8 byte-order mark is accepted with a warning, because the server's parser (nlohmann/json) skips it.
 
@@ -49,96 +80,113 @@ def read_config(path: Path) -> ConfigFile:
       InputError: one line with the file, the place in it, what was found, the rule and the fix.
     """
     try:
-        return _read_config(path)
+        return _read_configs(path)
     except InputError as error:
         raise InputError(f"{printable(path)}: {error}") from None
 
 
-def _read_config(path: Path) -> ConfigFile:
+def read_config(path: Path, role: str | None = None) -> ConfigFile:
+    """The same, one of them. Of MindIE-Motor's file it is the part for `role`.
+
+    Raises:
+      InputError: the file has two parts and no role is given, or has no part for it.
+    """
+    found = read_configs(path)
+    if found[0].role is None:
+        return found[0]
+    for file in found:
+        if file.role == role:
+            return file
+    parts = " and ".join(str(file.role) for file in found)
+    raise InputError(f"{printable(path)}: is a user_config.json with {parts}; say which is meant with --role")
+
+
+def _read_configs(path: Path) -> list[ConfigFile]:
     text = read_text(path)
     warnings = ()
-    if text.startswith("\ufeff"):
+    if text.startswith(MARK):
         warnings = ("the file begins with a byte-order mark; the server skips it, other readers may not: remove it",)
-    body = text.removeprefix("\ufeff")
-    is_fragment = re.match(r'\s*"(?:[^"\\]|\\.)*"\s*:', body) is not None
-    if is_fragment:
-        document = json_text.parse("{" + body + "}", added=1)
-    elif not body.strip():
+    file = _parsed(ConfigFile(path, text, {}, warnings=warnings))
+    old = [key for key in OLD if key in file.document]
+    if old:
+        raise InputError(
+            f"$ has {', '.join(old)}: it is a config from before MindIE 1.0.RC3, whose fields had other names; convert "
+            f"it with the newer MindIE's upgrade tool ({file.place((old[0],))})"
+        )
+    if NEW_MOTOR in file.document:
+        raise InputError(
+            f"$ has {NEW_MOTOR}: it is a user_config.json of version v2.0, which is not known here; give one of v1.0, "
+            f"which has {' and '.join(MOTOR.values())}, or a server's config.json ({file.place((NEW_MOTOR,))})"
+        )
+    parts = [(role, key) for role, key in MOTOR.items() if key in file.document]
+    if not parts:
+        return [file._replace(at=_place(file))]
+    for _, key in parts:
+        _expect(file, (key,), dict, "an object")
+    found = [file._replace(root=(key,), role=role) for role, key in parts]
+    return [part._replace(at=_place(part)) for part in found]
+
+
+_MEMBER = re.compile(r'\s*"(?:[^"\\]|\\.)*"\s*:')
+
+
+def _parsed(file: ConfigFile) -> ConfigFile:
+    """The file with its document, whole or one of the fragments that the vendor's pages print.
+
+    They print `"ModelDeployConfig" : {…}`, with or without a comma at the end, `"ModelConfig" : […]`, and its entry.
+    """
+    body = file.text.removeprefix(MARK)
+    if not body.strip():
         raise InputError("is empty; a config is a JSON object with ModelDeployConfig")
-    else:
-        document = json_text.parse(body)
+    if _MEMBER.match(body):
+        file = file._replace(before="{", after="}", is_fragment=True)
+    elif re.match(r'\s*\{\s*"(modelInstanceType|modelName)"', body):
+        file = file._replace(before='{"ModelConfig":[', after="]}", is_fragment=True)
+    elif body.rstrip().endswith(",") and '"ServerConfig"' not in body:
+        file = file._replace(is_fragment=True)
+    document = json_text.parse(file.as_json(file.text), added=len(file.before))
     if not isinstance(document, dict):
         raise InputError(
             f"$ is {_described(document)}; a config is an object, a whole server config or one with ModelDeployConfig"
         )
-    return ConfigFile(path, text, document, _place(document), is_fragment, warnings)
+    return file._replace(document=document)
 
 
-def read_text(path: Path) -> str:
-    """The text of a regular UTF-8 file of at most `LARGEST` bytes; the size is looked at before anything is read.
-
-    Raises:
-      InputError: without the file's name, which the caller adds.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"is a {_file_kind(status.st_mode)}; give a config file")
-        if status.st_size > LARGEST:
-            raise InputError(f"has {status.st_size} bytes; a config has a few thousand, and at most {LARGEST} are read")
-        with open(path, "rb") as file:
-            data = file.read(LARGEST + 1)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError("does not exist") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if len(data) > LARGEST:
-        raise InputError(f"grows while it is read; at most {LARGEST} bytes are")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        hint = "it looks like UTF-16; " if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise InputError(
-            f"is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); {hint}save it as UTF-8"
-        ) from None
-
-
-def _file_kind(mode: int) -> str:
-    return "directory" if stat.S_ISDIR(mode) else "device, pipe or socket"
-
-
-def _place(document: dict[str, Any]) -> json_text.Path:
+def _place(file: ConfigFile) -> json_text.Path:
     """Where `ModelDeployConfig` is, after checking that it is there once and has one ModelConfig."""
-    backend = document.get("BackendConfig", {})
-    _expect(backend, dict, ("BackendConfig",), "an object")
-    places = [("ModelDeployConfig",)] if "ModelDeployConfig" in document else []
-    places += [("BackendConfig", "ModelDeployConfig")] if "ModelDeployConfig" in backend else []
+    root, backend = _descend(file.document, file.root), (*file.root, "BackendConfig")
+    if "BackendConfig" in root:
+        _expect(file, backend, dict, "an object")
+    places = [file.root] if "ModelConfig" in root else []
+    places += [(*file.root, "ModelDeployConfig")] if "ModelDeployConfig" in root else []
+    places += [(*backend, "ModelDeployConfig")] if "ModelDeployConfig" in root.get("BackendConfig", {}) else []
     if not places:
-        found = ", ".join(shown(key, 30) for key in list(document)[:5]) or "no key"
+        found = ", ".join(shown(key, 30) for key in list(root)[:5]) or "no key"
         raise InputError(
-            f"$ has no ModelDeployConfig, neither here nor in BackendConfig (it has {found}); give a server's "
-            'config.json or the fragment "ModelDeployConfig" : {…}'
+            f"{json_path(file.root)} has no ModelDeployConfig, neither here nor in BackendConfig (it has {found}); "
+            'give a server\'s config.json or the fragment "ModelDeployConfig" : {…}'
         )
     if len(places) > 1:
-        raise InputError("has ModelDeployConfig in $ and in $.BackendConfig; keep the one that is meant")
+        raise InputError(f"has ModelDeployConfig in {' and in '.join(json_path(at[:-1]) for at in places)}; keep one")
     at = places[0]
-    deploy = _descend(document, at)
-    _expect(deploy, dict, at, "an object")
+    deploy = _expect(file, at, dict, "an object")
     if "ModelConfig" not in deploy:
         raise InputError(f"{json_path(at)} has no ModelConfig; it must have one, a list with one object")
-    models = deploy["ModelConfig"]
-    _expect(models, list, (*at, "ModelConfig"), "a list with one object")
+    models = _expect(file, (*at, "ModelConfig"), list, "a list with one object")
     if len(models) != 1:
-        raise InputError(f"{json_path((*at, 'ModelConfig'))} has {len(models)} entries; it must have exactly one model")
-    _expect(models[0], dict, (*at, "ModelConfig", 0), "an object")
+        raise InputError(
+            f"{json_path((*at, 'ModelConfig'))} has {len(models)} entries; it must have exactly one model "
+            f"({file.place((*at, 'ModelConfig'))})"
+        )
+    _expect(file, (*at, "ModelConfig", 0), dict, "an object")
     return at
 
 
-def _expect(value: Any, wanted: type, path: json_text.Path, rule: str) -> None:
+def _expect(file: ConfigFile, path: json_text.Path, wanted: type, rule: str) -> Any:
+    value = _descend(file.document, path)
     if not isinstance(value, wanted):
-        raise InputError(f"{json_path(path)} is {_described(value)}; it must be {rule}")
+        raise InputError(f"{json_path(path)} is {_described(value)}; it must be {rule} ({file.place(path)})")
+    return value
 
 
 def _described(value: Any) -> str:
@@ -149,8 +197,3 @@ def _descend(value: Any, path: json_text.Path) -> Any:
     for step in path:
         value = value[step]
     return value
-
-
-def printable(path: Path) -> str:
-    """A path for a message of one line."""
-    return str(path) if str(path).isprintable() else repr(str(path))

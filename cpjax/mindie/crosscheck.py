@@ -5,17 +5,18 @@ from pathlib import Path
 
 from cpjax.crosscheck.files.case import Case, gaussian_case, latent_case
 from cpjax.errors import InputError
+from cpjax.mindie.check import check, setting_of
 from cpjax.mindie.decode import LATENT, decode_case
-from cpjax.mindie.deployment import read_deployment
+from cpjax.mindie.deployment import Deployment, read_deployment
 from cpjax.mindie.models import Geometry, local_heads, parse_geometry
 from cpjax.mindie.models import geometry as geometry_of
+from cpjax.mindie.text_file import printable
 
 EXAMPLE = Path(__file__).with_name("deepseek-r1-cp2.json")
 """The vendor's example; examples/deepseek-r1-cp2.json is a link to it."""
 
 MOST_TOKENS = 2048
 MOST_CP = 64
-DOCUMENTED_CP = (1, 2)
 PRECISION = {"spec": "flash_fp16", "npu": "ring_mla_fp16"}
 
 
@@ -39,17 +40,16 @@ def cases_of(
       latent: of the prompt the latent is given, of which each rank makes keys and values, as in MindIE.
 
     Raises:
-      InputError: what cannot be read or computed.
+      InputError: what cannot be read or computed, and what `cpjax mindie check` refuses.
     """
-    deployment = read_deployment(EXAMPLE if config is None else config)
-    shape = geometry_of(deployment.model_name) if geometry is None else parse_geometry(geometry)
+    deployment = _accepted(EXAMPLE if config is None else config)
+    identity = setting_of(deployment).identity
+    shape = geometry_of(identity, deployment.model_name) if geometry is None else parse_geometry(geometry)
     sizes = deployment.sizes
     heads = local_heads(shape.heads, sizes.tp)
     remarks = list(deployment.warnings)
     if sizes.cp > MOST_CP:
         raise InputError(f"{deployment.path}: cp is {sizes.cp}; at most {MOST_CP} ranks are computed here")
-    if sizes.cp not in DOCUMENTED_CP:
-        remarks.append(f"cp is {sizes.cp}; the vendor documents {' and '.join(map(str, DOCUMENTED_CP))}")
     if tokens is not None and not 1 <= tokens <= deployment.max_seq_len:
         raise InputError(f"--tokens is {tokens}; it must be from 1 to the config's maxSeqLen, {deployment.max_seq_len}")
     tokens = min(deployment.max_input_token_len, MOST_TOKENS) if tokens is None else tokens
@@ -87,6 +87,19 @@ def cases_of(
         raise InputError(f"{deployment.path}: cp·sp is {cache_ranks}; at most {MOST_CP} ranks are computed here")
     cases.append(decode_case(f"{name}-{tokens}-decode", shape, tokens, cache_ranks, seed, about | {"sp": sizes.sp}))
     return cases, remarks
+
+
+def _accepted(config: Path) -> Deployment:
+    """The deployment, of MindIE-Motor's file the prefill one, if MindIE takes it: a verdict on another is no use."""
+    deployment = read_deployment(config, role="prefill")
+    errors = [finding for finding in check(setting_of(deployment)) if finding.level == "error"]
+    if errors:
+        named = "; ".join(f"{finding.rule} ({finding.found})" for finding in errors[:4])
+        raise InputError(
+            f"{printable(config)}: MindIE does not take this config: {named}; see cpjax mindie check. Case files "
+            "(docs/formats.md) may have any sizes"
+        )
+    return deployment
 
 
 def _of_latents(cases: list[Case], shape: Geometry, seed: int) -> list[Case]:

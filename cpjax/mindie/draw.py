@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from cpjax.errors import InputError
-from cpjax.mindie.config import printable
 from cpjax.mindie.layout import Card, Layout, short
+from cpjax.mindie.text_file import printable
 
 _CHUNKS = ("#cfe3f5", "#fde3c2", "#d8efd3", "#f3d6e4")
 

@@ -36,10 +36,8 @@ def with_number(file: ConfigFile, text: str, path: Path, key: str, number: int) 
 
 def _spans(file: ConfigFile, text: str) -> dict[Path, Span]:
     """Where each value stands in the text itself, with its byte-order mark and without the braces of a fragment."""
-    mark = int(text.startswith("\ufeff"))
-    shift = mark - int(file.is_fragment)
-    body = "{" + text[mark:] + "}" if file.is_fragment else text[mark:]
-    return {path: (start + shift, end + shift) for path, (start, end) in json_text.spans(body).items()}
+    shift = file.shift
+    return {path: (start + shift, end + shift) for path, (start, end) in json_text.spans(file.as_json(text)).items()}
 
 
 def _with_member(text: str, spans: dict[Path, Span], parent: Path, key: str, value: Any) -> str:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 from cpjax.errors import InputError
 from cpjax.mindie import edit, json_text
 from cpjax.mindie.check import Finding, check
-from cpjax.mindie.config import ConfigFile, printable
+from cpjax.mindie.config import ConfigFile
 from cpjax.mindie.deployment import MOST_CARDS, PARALLEL, Deployment, parse_deployment
-from cpjax.mindie.rules import Setting
+from cpjax.mindie.rules import NOT_LISTED, Setting
+from cpjax.mindie.text_file import printable
 
 
 class Change(NamedTuple):
@@ -30,8 +31,9 @@ class Enabled(NamedTuple):
 def enable(setting: Setting, cp: int = 2) -> Enabled:
     """Turn CP on with the fewest changed fields: dp becomes 1, tp worldSize / cp, sp tp, and the MoE sizes must fit.
 
-    Besides sizes only two things are changed, if they stand in the way: num_speculative_tokens becomes 1 (hybrid), and
-    enable_nz true (prefix cache). Order, formatting and all other fields stay as they are.
+    With backend torch sp becomes 1. Besides sizes only two things are changed, if they stand in the way:
+    num_speculative_tokens becomes 1 (hybrid), and enable_nz true (prefix cache). Order, formatting and all other fields
+    stay as they are. A config in which CP is on already, validly, stays as it is.
 
     Raises:
       InputError: no such edit makes a config that keeps all rules; it names those that stay broken.
@@ -48,7 +50,8 @@ def enable(setting: Setting, cp: int = 2) -> Enabled:
     for changes in _candidates(deployment, cp):
         text = _edited(setting, changes)
         broken = check(setting._replace(deployment=_again(deployment, text)))
-        errors = [finding for finding in broken if finding.level == "error"]
+        # A warning that the page may not list this model is no ground to turn CP on.
+        errors = [finding for finding in broken if finding.level == "error" or (changes and finding.rule in NOT_LISTED)]
         if not errors:
             return Enabled(text, changes, broken)
         if not fewest or len(errors) < len(fewest):
@@ -60,18 +63,18 @@ def enable(setting: Setting, cp: int = 2) -> Enabled:
 def _candidates(deployment: Deployment, cp: int) -> list[list[Change]]:
     """All settings of the sizes that may do, those with the fewest changes first."""
     world, tp = deployment.world_size, deployment.world_size // cp
-    fixed = {"dp": 1, "cp": cp, "sp": tp, "tp": tp, "pp": 1}
+    fixed = {"dp": 1, "cp": cp, "sp": 1 if deployment.is_torch else tp, "tp": tp, "pp": 1}
     now = {field: getattr(deployment, field) for field in PARALLEL}
-    optional = ("dp", "pp")  # 1 is what they are when they are not set
+    optional = ("dp", "pp", "sp")  # 1 is what they are when they are not set
     must = [
         Change(field, now[field], size)
         for field, size in fixed.items()
-        if now[field] != size and not (field in optional and now[field] is None)
+        if now[field] != size and not (field in optional and size == 1 and now[field] is None)
     ]
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     found = []
     for moe_ep, moe_tp in product({now["moe_ep"], *divisors}, {now["moe_tp"], *divisors}):
-        ep, mt = moe_ep or 1, moe_tp or tp
+        ep, mt = moe_ep or 1, moe_tp or (world if deployment.is_torch else tp)
         fits = ep * mt == world
         goes = not (now["moe_ep"] is not None and moe_ep is None) and not (now["moe_tp"] is not None and moe_tp is None)
         if fits and goes:
@@ -103,9 +106,9 @@ def _with_one_draft_token(file: ConfigFile, text: str, at: json_text.Path) -> st
 def _again(deployment: Deployment, text: str) -> Deployment:
     """The deployment that an edited text describes."""
     file = deployment.file
-    body = text.removeprefix("\ufeff")
-    document = json_text.parse("{" + body + "}" if file.is_fragment else body)
-    return parse_deployment(file._replace(text=text, document=document), deployment.nodes)
+    document = json_text.parse(file.as_json(text))
+    nodes = None if file.role else deployment.nodes  # MindIE-Motor's file says it
+    return parse_deployment(file._replace(text=text, document=document), nodes)
 
 
 HOW_TO_START = """Start the service with the new config (a running one must be restarted):

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpjax.errors import InputError
 
@@ -14,6 +14,17 @@ Span = tuple[int, int]
 
 DEEPEST = 64
 """Levels of nesting; a config has about ten."""
+
+
+class Place(NamedTuple):
+    """Where something stands in a text, counted from 1 as editors do."""
+
+    line: int
+    column: int
+
+    def __str__(self) -> str:  # noqa: D105
+        return f"line {self.line}, column {self.column}"
+
 
 _KEY_ENDS = re.compile(r"\s*:")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{},:]|[^][{},:"\s]+', re.DOTALL)
@@ -28,9 +39,9 @@ def parse(text: str, added: int = 0) -> Any:
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
-        column = error.colno - (added if error.lineno == 1 else 0)
-        said = error.msg[0].lower() + error.msg[1:]
-        raise InputError(f"is not JSON: {said} (line {error.lineno}, column {column})") from None
+        said, at = _explained(text, error)
+        line, column = place(text, at)
+        raise InputError(f"is not JSON: {said} ({Place(line, column - (added if line == 1 else 0))})") from None
     except RecursionError:
         raise InputError(_TOO_DEEP) from None
     except InputError:
@@ -39,6 +50,45 @@ def parse(text: str, added: int = 0) -> Any:
         raise InputError("has an integer of thousands of digits; no field of a config takes one") from None
     spans(text)
     return value
+
+
+_FOREIGN = {
+    "//": "a comment, which JSON does not have; the server refuses it too: take it out",
+    "/*": "a comment, which JSON does not have; the server refuses it too: take it out",
+    "#": "a comment, which JSON does not have; the server refuses it too: take it out",
+    "...": "dots in place of what a page leaves out; put the fields in, or take the dots out",
+    "…": "dots in place of what a page leaves out; put the fields in, or take the dots out",
+    "'": "a single quote; JSON has double quotes",
+    "“": "a typographic quote; JSON has the plain double quote",
+    "”": "a typographic quote; JSON has the plain double quote",
+    "<": "a placeholder; put the value in",
+    "$": "a placeholder; put the value in",
+    "True": "True; JSON has true",
+    "False": "False; JSON has false",
+    "None": "None; JSON has null",
+    "，": "a full-width comma; JSON has the plain one",
+    "：": "a full-width colon; JSON has the plain one",
+}
+"""What people write in JSON that is none, and what to do about it."""
+
+
+def _explained(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
+    """What is wrong and where. The parser stops behind a comma that is one too many; the comma is what is wrong."""
+    at = error.pos + len(text[error.pos :]) - len(text[error.pos :].lstrip())
+    before = text[:at].rstrip()
+    if text[at : at + 1] in ("}", "]") and before.endswith(","):
+        return "a comma before the closing bracket; the server refuses it too: take it out", len(before) - 1
+    if error.msg == "Extra data" and text[at : at + 1] == ",":
+        return "a comma behind the end; take it out", at
+    for mark, said in _FOREIGN.items():
+        if text.startswith(mark, at):
+            return said, at
+    return error.msg[0].lower() + error.msg[1:], error.pos
+
+
+def place(text: str, at: int) -> Place:
+    """Line and column of a position."""
+    return Place(text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at))
 
 
 def spans(text: str) -> dict[Path, Span]:
@@ -51,7 +101,21 @@ def spans(text: str) -> dict[Path, Span]:
       InputError: a key stands twice in one object (parsers then keep one of the two, and not all the same one), or
         more than `DEEPEST` levels.
     """
+    return _scan(text)[0]
+
+
+def starts(text: str) -> dict[Path, int]:
+    """Where a reader looks for each value: at its key, or at the value itself in a list.
+
+    >>> starts('{"a": [1, 23]}')[("a",)], starts('{"a": [1, 23]}')[("a", 1)]
+    (1, 10)
+    """
+    return _scan(text)[1]
+
+
+def _scan(text: str) -> tuple[dict[Path, Span], dict[Path, int]]:
     found: dict[Path, Span] = {}
+    keys: dict[Path, int] = {}
     open_at: list[int] = []  # where each enclosing object or list begins
     path: list[str | int] = []  # of the value that comes next
     for token in _TOKEN.finditer(text):
@@ -71,12 +135,12 @@ def spans(text: str) -> dict[Path, Span]:
         elif path and path[-1] == "" and text[open_at[-1]] == "{" and _KEY_ENDS.match(text, end):
             path[-1] = json.loads(word)
             if tuple(path) in found:
-                line = text.count("\n", 0, start) + 1
-                raise InputError(f"has the key {shown(path[-1])} twice in one object (line {line}); keep one")
+                raise InputError(f"has the key {shown(path[-1])} twice in one object ({place(text, start)}); keep one")
             found[tuple(path)] = (start, end)  # taken by the key until its value is known
+            keys[tuple(path)] = start
         else:
             found[tuple(path)] = (start, end)
-    return found
+    return found, {path: keys.get(path, start) for path, (start, _) in found.items()}
 
 
 def shown(value: Any, length: int = 60) -> str:

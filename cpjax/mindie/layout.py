@@ -4,8 +4,12 @@ Two constructors make all groups (mapping.py of Ascend/MindIE-LLM): a contiguous
 strided one is every (W/g)-th rank, W the number of cards.
 
     attn_tp, attn_inner_sp, moe_tp      contiguous      share the heads, the cache, the experts' matrices
-    attn_cp, moe_ep                     strided         share the sequence, the experts
+    attn_dp, attn_cp, moe_ep            strided         share the requests, the sequence, the experts
+    mlp_tp, lm_head_tp                  all ranks       share the dense layers' matrices, the vocabulary
     attn_prefix_cache_cp                all ranks       fetch a cached prefix from each other
+
+With backend torch (parallel_info_manager.py) mlp_tp and lm_head_tp are tp neighbours. Not here: the other lm_head_tp
+that atb_llm makes where DP_PARTITION_UP_ENABLE is set, which no config says.
 """
 
 import math
@@ -66,15 +70,19 @@ def strided(world: int, size: int) -> Groups:
     return [list(range(start, world, world // size)) for start in range(world // size)]
 
 
-def groups(sizes: Sizes) -> dict[str, Groups]:
+def groups(sizes: Sizes, is_torch: bool = False) -> dict[str, Groups]:
     """All groups of each kind; each kind partitions the world. Every rank creates them in this order, kind by kind."""
     world = sizes.world_size
+    dense = sizes.tp if is_torch else world
     return {
+        "attn_dp": strided(world, sizes.dp),
         "attn_tp": contiguous(world, sizes.tp),
         "attn_cp": strided(world, sizes.cp),
         "attn_inner_sp": contiguous(world, sizes.sp),
         "moe_ep": strided(world, sizes.moe_ep),
         "moe_tp": contiguous(world, sizes.moe_tp),
+        "mlp_tp": contiguous(world, dense),
+        "lm_head_tp": contiguous(world, dense),
         "attn_prefix_cache_cp": contiguous(world, world),
     }
 
@@ -98,7 +106,7 @@ def lay_out(deployment: Deployment, tokens: int, heads: int | None = None, block
     padded = -(-tokens // (2 * sizes.cp)) * 2 * sizes.cp if sizes.cp > 1 else tokens
     owners = block_ranks(tokens, sizes.cp * sizes.sp, block)
     cards = [_card(sizes, rank, share, padded, owners) for rank in range(sizes.world_size)]
-    return Layout(sizes, groups(sizes), cards, tokens, padded, block)
+    return Layout(sizes, groups(sizes, deployment.is_torch), cards, tokens, padded, block)
 
 
 def _refuse_misfits(sizes: Sizes) -> None:

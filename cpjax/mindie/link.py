@@ -11,10 +11,12 @@ hold: the block that is only partly filled has to be the last. It is, because a 
 rank that has any (kv_cache.py). Whoever changes one of the two rules must change both.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 from cpjax.errors import InputError
-from cpjax.mindie.deployment import Sizes
+from cpjax.mindie.deployment import Deployment, Sizes, read_deployment
+from cpjax.mindie.text_file import printable
 from cpjax.partition.kv_cache import BLOCK, block_ranks
 
 
@@ -26,6 +28,32 @@ class Transfer(NamedTuple):
     slot: int  # its place among the prompt's blocks there
     target: int  # its place among the prompt's blocks on the decode rank
     tokens: int
+
+
+def read_pair(prefill: Path, decode: Path | None, nodes: int | None = None) -> tuple[Deployment, Deployment]:
+    """The two deployments: of two configs, or (decode None) of MindIE-Motor's user_config.json.
+
+    Raises:
+      InputError: what cannot be read; or the decode side has what only a prefill side may have, as when the two are
+        exchanged.
+    """
+    p = read_deployment(prefill, nodes, "prefill")
+    if decode is None and p.file.role is None:
+        raise InputError(f"{printable(prefill)}: is the config of one instance; give that of the decode instance too")
+    d = read_deployment(prefill if decode is None else decode, nodes, "decode")
+    found = [f"{size} {getattr(d.sizes, size)}" for size in ("cp", "sp") if getattr(d.sizes, size) > 1]
+    found += ["prefix_cache"] * ("prefix_cache" in d.plugins)
+    if found:
+        raise InputError(
+            f"{printable(d.path)}: has {', '.join(found)}, which only a prefill node may have (context_parallel.md, "
+            "sequence_parallel.md, prefix_cache.md); if the two configs are exchanged, give the prefill one first"
+        )
+    if p.is_distributed and not d.is_distributed:
+        raise InputError(
+            f"{printable(p.path)}: has distributedEnable, as decode nodes do, and {printable(d.path)} has not; if the "
+            "two configs are exchanged, give the prefill one first"
+        )
+    return p, d
 
 
 def link_map(tp_p: int, tp_d: int, sp_p: int = 1, cp_p: int = 1) -> dict[int, list[int]]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from cpjax.mindie.check import Checked, Finding
-from cpjax.mindie.config import printable
-from cpjax.mindie.rules import PAIRS, RULES
+from cpjax.mindie.rules import PAIRS, RULES, VERSIONS, Rule
+from cpjax.mindie.text_file import printable
 
 
 def findings_text(checked: Checked) -> Iterator[str]:
@@ -14,9 +14,9 @@ def findings_text(checked: Checked) -> Iterator[str]:
     for finding in checked.findings:
         mark = "error  " if finding.level == "error" else "warning"
         yield f"{mark} {finding.rule}: {finding.found}"
-        yield f"        at    {finding.path}"
+        yield f"        at    {name}:{finding.line}:{finding.column}  {finding.path}"
         yield f"        rule  {finding.says}"
-        yield f"        from  {finding.source}; {who(finding)}"
+        yield f"        from  {finding.source}; {who(finding, setting.version)}"
         yield f"        fix   {finding.fix}"
     for note in checked.notes:
         yield f"note    {note}"
@@ -30,9 +30,12 @@ def findings_text(checked: Checked) -> Iterator[str]:
     yield f"{name}: refused, {_count(errors, 'error')}, {_count(warnings, 'warning')}; {told} ({known})"
 
 
-def who(finding: Finding) -> str:
-    """Who enforces a rule."""
-    return "enforced by the server" if finding.enforced else "only documented, the server does not check it"
+def who(finding: Finding, version: str = VERSIONS[-1]) -> str:
+    """Who enforces a rule. Only the code of head was seen."""
+    if not finding.enforced:
+        return "only documented, the server does not check it"
+    unseen = "" if version == VERSIONS[-1] else f" of head; the code of {version} was not seen"
+    return f"enforced by the server{unseen}"
 
 
 def _count(findings: list[Finding], what: str) -> str:
@@ -41,9 +44,10 @@ def _count(findings: list[Finding], what: str) -> str:
 
 def rules_markdown() -> Iterator[str]:
     """All rules as a Markdown table; the one in docs/mindie.md is this."""
-    yield "| rule | field | level | the server | what it says | source |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| rule | field | level | the server | versions | what it says | source |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for rule in (*RULES, *PAIRS):
         server = "checks it" if rule.enforced else "does not check it"
         says = rule.says.replace("|", "\\|")
-        yield f"| `{rule.name}` | `{rule.field}` | {rule.level} | {server} | {says} | {rule.source} |"
+        versions = rule.versions if isinstance(rule, Rule) else "all"
+        yield f"| `{rule.name}` | `{rule.field}` | {rule.level} | {server} | {versions} | {says} | {rule.source} |"

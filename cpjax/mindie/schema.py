@@ -1,9 +1,9 @@
 """The fields of a config that mean something here, with the types that the server reads them into.
 
 Types are the machine's (int32, uint32): what does not fit one cannot be read. Whether a *value* is allowed is for the
-rules (rules.py). Strict: true is no number, "2" is none, and neither is 2.0. Fields that are not here are kept, and
-named. Source: docs/zh/user_guide/user_manual/service_parameter_configuration.md, src/server/conf/config.json and
-src/config_manager/model_deploy_config.cpp of Ascend/MindIE-LLM.
+rules (rules/). Strict: true is no number, "2" is none, and neither is 2.0. Fields that are not here are kept, and
+named (known.py). Source: docs/zh/user_guide/user_manual/service_parameter_configuration.md, src/server/conf/config.json
+and src/config_manager of Ascend/MindIE-LLM; of `Motor`, examples of Ascend/MindIE-Motor.
 """
 
 from typing import Annotated, Any
@@ -34,9 +34,16 @@ class ParallelOptions(Section):
     dense_mlp_local_tp: Int32 | None = None
 
 
+class StreamOptions(Section):
+    """`models.deepseekv2.stream_options`."""
+
+    micro_batch: bool | None = None
+
+
 class DeepseekV2(Section):
     """`models.deepseekv2`."""
 
+    stream_options: StreamOptions = StreamOptions()
     kv_cache_options: KvCacheOptions = KvCacheOptions()
     parallel_options: ParallelOptions = ParallelOptions()
 
@@ -50,7 +57,7 @@ class Models(Section):
 class PluginParams(Section):
     """What `plugin_params` holds, as a JSON string or as an object."""
 
-    plugin_type: str = ""
+    plugin_type: str | None = None
     num_speculative_tokens: Int32 | None = None
 
 
@@ -66,12 +73,12 @@ class Model(Section):
     cpuMemSize: UInt32 | None = Field(None, description="GB")
     trustRemoteCode: bool | None = None
     dp: Int32 | None = Field(None, description="data parallel; default 1")
-    cp: Int32 | None = Field(None, description="context parallel: 1 or 2; default 1")
+    cp: Int32 | None = Field(None, description="context parallel: 1 or 2; backend torch: up to 32; default 1")
     sp: Int32 | None = Field(None, description="sequence parallel: 1 or tp; default 1")
     tp: Int32 | None = Field(None, description="tensor parallel; default worldSize")
     pp: Int32 | None = Field(None, description="pipeline parallel; default 1")
     moe_ep: Int32 | None = Field(None, description="expert parallel of the MoE layers")
-    moe_tp: Int32 | None = Field(None, description="tensor parallel of the MoE layers; default tp, or worldSize")
+    moe_tp: Int32 | None = Field(None, description="tensor parallel of the MoE layers; default tp; torch: worldSize")
     plugin_params: Any = Field(
         None, description='such as {"plugin_type":"mtp,prefix_cache","num_speculative_tokens":1}'
     )
@@ -112,23 +119,95 @@ class Schedule(Section):
     supportSelectBatch: bool = False
     maxQueueDelayMicroseconds: UInt32 = 5000
     maxFirstTokenWaitTime: UInt32 = 2500
+    maxN: UInt32 | None = None
+    maxBeamWidth: UInt32 | None = Field(default=None, description="older name of maxN")
+    policyType: UInt32 | None = None
+    stageSelectPolicy: UInt32 | None = None
+    prefillExpectedTime: UInt32 | None = None
+    decodeExpectedTime: UInt32 | None = None
+    maxNumPartialPrefills: UInt32 | None = None
+    maxLongPartialPrefills: UInt32 | None = None
+    longPrefillTokenThreshold: UInt32 | None = None
+    splitChunkTokens: UInt32 | None = None
+    bufferResponseEnabled: bool = False
+    distributedEnable: bool = Field(
+        default=False, description="each process serves one data-parallel rank of a larger world"
+    )
+
+
+class KvPool(Section):
+    """`BackendConfig.kvPoolConfig`."""
+
+    backend: str | None = None
+    configPath: str | None = None
+    asyncWrite: bool = False
 
 
 class Backend(Section):
     """`BackendConfig`, without ModelDeployConfig, which may stand elsewhere."""
 
+    backendName: str | None = None
+    tokenizerProcessNumber: UInt32 | None = None
     npuDeviceIds: list[list[UInt32]] | None = None
     multiNodesInferEnabled: bool = False
+    multiNodesInferPort: UInt32 = 1120
     modelInstanceNumber: UInt32 | None = None
+    interNodeTLSEnabled: bool = False
+    interNodeTlsCaFiles: Any = None
+    interNodeTlsCrlFiles: Any = None
+    kvPoolConfig: KvPool = KvPool()
     ScheduleConfig: Schedule = Schedule()
 
 
-class Server(Section):
-    """`ServerConfig`: only what decides how attention is deployed."""
+class HealthCheck(Section):
+    """`ServerConfig.HealthCheckConfig`."""
 
+    npuUsageThreshold: UInt32 | None = None
+
+
+class Server(Section):
+    """`ServerConfig`: what decides how attention is deployed, and what the server checks before it starts."""
+
+    ipAddress: str | None = None
+    managementIpAddress: str | None = None
+    allowAllZeroIpListening: bool = False
+    port: UInt32 | None = None
+    managementPort: UInt32 | None = None
+    metricsPort: UInt32 | None = None
+    interCommTLSEnabled: bool = False
+    interCommPort: UInt32 | None = None
+    maxLinkNum: UInt32 | None = None
+    tokenTimeout: UInt32 | None = None
+    e2eTimeout: UInt32 | None = None
+    maxRequestLength: UInt32 | None = None
+    maxJsonDepth: UInt32 | None = None
+    httpsEnabled: bool = False
+    tlsCaFile: Any = None
+    tlsCrlFiles: Any = None
+    openAiSupport: str | None = None
     inferMode: str = "standard"
-    layerwiseDisaggregated: bool = False
     distDPServerEnabled: bool = False
+    HealthCheckConfig: HealthCheck = HealthCheck()
+    layerwiseDisaggregated: bool = False
+    layerwiseDisaggregatedRoleType: str | None = None
+    layerwiseDisaggregatedMasterIpAddress: str | None = None
+    layerwiseDisaggregatedSlaveIpAddress: Any = None
+    layerwiseDisaggregatedDataPort: UInt32 | None = None
+    layerwiseDisaggregatedCrtlPort: Any = None
+
+
+class Motor(Section):
+    """`deploy_config` of MindIE-Motor's user_config.json: how many instances, pods and NPUs."""
+
+    p_instances_num: UInt32 | None = None
+    d_instances_num: UInt32 | None = None
+    single_p_instance_pod_num: UInt32 | None = None
+    single_d_instance_pod_num: UInt32 | None = None
+    p_pod_npu_num: UInt32 | None = None
+    d_pod_npu_num: UInt32 | None = None
+    prefill_distribute_enable: Int32 | None = None
+    decode_distribute_enable: Int32 | None = None
+    hardware_type: str | None = None
 
 
 class _BackendFile(Backend):
@@ -143,31 +222,3 @@ class ConfigJson(Section):
     ServerConfig: Server = Server()
     BackendConfig: _BackendFile | None = None
     ModelDeployConfig: Deploy | None = None
-
-
-KNOWN = {
-    "": "Version ServerConfig BackendConfig ModelDeployConfig LogConfig EnableDynamicAdjustTimeoutConfig",
-    "ServerConfig": """
-        ipAddress managementIpAddress port managementPort metricsPort allowAllZeroIpListening maxLinkNum
-        httpsEnabled fullTextEnabled tlsCaPath tlsCaFile tlsCert tlsPk tlsPkPwd tlsCrlPath tlsCrlFiles
-        managementTlsCaFile managementTlsCert managementTlsPk managementTlsPkPwd managementTlsCrlPath
-        managementTlsCrlFiles metricsTlsCaFile metricsTlsCert metricsTlsPk metricsTlsPkPwd metricsTlsCrlPath
-        metricsTlsCrlFiles interCommTLSEnabled interCommPort interCommTlsCaPath interCommTlsCaFiles
-        interCommTlsCert interCommPk interCommPkPwd interCommTlsCrlPath interCommTlsCrlFiles openAiSupport
-        tokenTimeout e2eTimeout layerwiseDisaggregatedRoleType layerwiseDisaggregatedMasterIpAddress
-        layerwiseDisaggregatedSlaveIpAddress layerwiseDisaggregatedDataPort layerwiseDisaggregatedCrtlPort
-        HealthCheckConfig kmcKsfMaster kmcKsfStandby
-    """,
-    "BackendConfig": """
-        backendName tokenizerProcessNumber multiNodesInferPort interNodeTLSEnabled
-        interNodeTlsCaPath interNodeTlsCaFiles interNodeTlsCert interNodeTlsPk interNodeTlsPkPwd
-        interNodeTlsCrlPath interNodeTlsCrlFiles interNodeKmcKsfMaster interNodeKmcKsfStandby kvPoolConfig
-        ModelDeployConfig
-    """,
-    "deepseekv2": """
-        ep_level enable_init_routing_cutoff topk_scaling_factor alltoall_ep_buffer_scale_factors eplb h3p
-        communication_backend mix_shared_routing
-    """,
-    "models": "layerwiseDisaggregatedMasterDeviceNum layerwiseDisaggregatedSlaveDeviceNum",
-}
-"""Fields of the vendor's own configs and pages that are fine and say nothing about how attention is deployed."""

@@ -54,6 +54,7 @@ def test_every_format_is_read_and_the_order_found(tmp_path, arrays, fmt):
     assert "agrees" in said.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["bsnd", "bnsd", "tnd"])
 def test_layouts_are_found_by_trying(tmp_path, arrays, layout):
     change = {"bsnd": lambda x: x, "bnsd": lambda x: x.swapaxes(1, 2), "tnd": lambda x: x[0]}[layout]
@@ -62,6 +63,7 @@ def test_layouts_are_found_by_trying(tmp_path, arrays, layout):
     assert f"taken as {layout}" in said.output
 
 
+@pytest.mark.slow
 def test_ranks_are_joined_and_a_swapped_rank_is_wrong(tmp_path, arrays):
     rows = order("zigzag", arrays["query"].shape[1], 2).reshape(2, -1)
     files = {}
@@ -90,6 +92,7 @@ def test_query_and_key_in_two_parts(tmp_path, arrays):
     assert run(files, *words).exit_code == 0
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_diagnosed(tmp_path, arrays):
     arrays["lse"] = arrays["lse"] / np.float32(np.log(2))
     said = run(saved(tmp_path, arrays, "npy"), "--order", "ring")
@@ -249,6 +252,7 @@ def test_inputs_that_are_no_numbers_are_refused(tmp_path, arrays, name, number):
     assert said.output.count("\n") == 1, said.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "lse"])
 def test_a_nan_in_a_result_is_wrong_and_not_refused(tmp_path, arrays, name):
     arrays[name][0, 3] = np.nan

@@ -1,63 +1,7 @@
-"""For each rule the smallest config that breaks it and the smallest that keeps it, and which rules break together.
+"""For each rule the smallest config that breaks it and the smallest that keeps it, and which rules break together."""
 
-A change is `field: value` on `BASE`, which breaks nothing. `Deploy.`, `Backend.`, `Schedule.` and `Server.` name
-another section than ModelConfig, `--` an option; `...` takes a field away. `with_` are the rules that such a config
-cannot help breaking too. `topics` is what the rule looks at: cases that share no topic do not touch each other,
-except that one with `+cp` or `+split` needs cp, or cp or sp, to be on.
-"""
-
-import copy
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
-
-BASE: dict[str, Any] = {
-    "ModelDeployConfig": {
-        "maxSeqLen": 2560,
-        "maxInputTokenLen": 2048,
-        "ModelConfig": [
-            {
-                "modelName": "DeepSeek-R1_w8a8",
-                "modelWeightPath": "no/such/folder",
-                "worldSize": 16,
-                "cpuMemSize": 5,
-                "npuMemSize": -1,
-                "backendType": "atb",
-                "trustRemoteCode": False,
-                "dp": 1,
-                "cp": 2,
-                "sp": 8,
-                "tp": 8,
-                "moe_ep": 16,
-                "moe_tp": 1,
-            }
-        ],
-    }
-}
-OPTIONS: dict[str, Any] = {"dtype": "float16"}
-
-
-class Case(NamedTuple):
-    topics: str
-    breaks: dict[str, Any]
-    keeps: Mapping[str, Any] = MappingProxyType({})
-    with_: tuple[str, ...] = ()
-
-
-def plugins(names: str, tokens: int | None = None, **more) -> dict[str, Any]:
-    given = {"plugin_type": names} | ({} if tokens is None else {"num_speculative_tokens": tokens})
-    return {"plugin_params": given, **more}
-
-
-NZ = {"models": {"deepseekv2": {"kv_cache_options": {"enable_nz": True}}}}
-MIX = {"Schedule.templateType": "Mix"}
-DP2 = {"cp": 1, "dp": 2}
-NO_SP = {"cp": 1, "sp": 1, "tp": 16}
-CARDS = list(range(16))
-
-
-def option(**parallel_options: int) -> dict[str, Any]:
-    return {"models": {"deepseekv2": {"parallel_options": parallel_options}}}
+from mindie_build import DP2, LA, MIX, NO_SP, NZ, Case, option, plugins
+from mindie_startup_cases import STARTUP
 
 
 def compatible(names: list[str]) -> bool:
@@ -67,10 +11,17 @@ def compatible(names: list[str]) -> bool:
     cp = min(CASES[name].breaks.get("cp", 2) for name in names)
     sp = min(CASES[name].breaks.get("sp", 8) for name in names)
     is_on = {"+cp": cp > 1, "+split": cp > 1 or sp > 1}
+    if "alone" in topics:
+        return len(names) == 1
     return len(topics) == len(set(topics)) and all(is_on[need] for need in needs)
 
 
-CASES: dict[str, Case] = {
+MICRO = {"models": {"deepseekv2": {"stream_options": {"micro_batch": True}}}}
+LONG = {"Deploy.maxSeqLen": 128000}
+TORCH = {"backendType": "torch", **DP2, "sp": 1}
+V32 = {"backendType": "torch", "modelName": "DeepSeek-V3.2_w8a8", "sp": 1}
+
+CASES: dict[str, Case] = STARTUP | {
     # sizes
     "dp-at-least-1": Case("sizes", {"dp": -1}, with_=("world-product",)),
     "cp-at-least-1": Case("sizes", {"cp": 0}, with_=("world-product",)),
@@ -114,10 +65,39 @@ CASES: dict[str, Case] = {
     ),
     "dense-divides-world": Case("sizes models", option(dense_mlp_local_tp=12), option(dense_mlp_local_tp=16)),
     "dense-above-tp": Case("sizes models", option(dense_mlp_local_tp=8), option(dense_mlp_local_tp=16)),
+    # sizes with backend torch
+    "torch-sizes-divide": Case(
+        "sizes backend", TORCH | {"sp": 3}, TORCH | {"moe_ep": 8, "moe_tp": 2}, with_=("torch-decode-without-sp",)
+    ),
+    "torch-moe-product": Case("sizes backend", TORCH | {"moe_tp": ...}, TORCH | {"moe_ep": ..., "moe_tp": ...}),
+    "torch-world-product": Case("sizes backend", TORCH | {"tp": 4}, TORCH | {"tp": 4, "dp": 4}),
+    "torch-without-pp": Case("sizes backend", TORCH | {"pp": 2}, TORCH | {"pp": 1}),
+    "torch-decode-without-sp": Case("sizes backend role", TORCH | {"sp": 8}, TORCH | {"sp": 1}),
+    "torch-sp-undocumented": Case(
+        "sizes backend role plugins", TORCH | {"sp": 8, "--roles": ["prefill"]}, TORCH | {"--roles": ["prefill"]}
+    ),
+    "torch-cp-without-dp": Case("sizes backend model version", V32 | {"dp": 2, "tp": 4}, V32 | {"cp": 4, "tp": 4}),
+    "torch-cp-alone": Case("sizes backend model version async", V32 | {"--async_scheduling": True}, V32),
     # features
     "model-supported": Case(
-        "model version +split", {"modelName": "DeepSeek-V3_w8a8"}, {"modelName": "DeepSeek-V3_w4a8"}
+        "model version +split", {"modelName": "DeepSeek-V3_w8a16"}, {"modelName": "DeepSeek-V3_w4a8"}
     ),
+    "model-known": Case("model +split", {"modelName": "r1"}, {"modelName": "r1", "modelWeightPath": "a/ds_r1_w8a8/"}),
+    "cp-first-seen": Case("alone", {"--version": "2.0.RC2"}, {"--version": "2.0.RC2", **NO_SP}),
+    "v3-w8a8-disputed": Case(
+        "model version +split", {"modelName": "DeepSeek-V3_w8a8"}, {"modelName": "DeepSeek-V3_w8a8", **NO_SP}
+    ),
+    "v32-needs-torch": Case(
+        "model version backend sizes",
+        {"modelName": "DeepSeek-V3.2_w8a8"},
+        {"modelName": "DeepSeek-V3.2_w8a8", "backendType": "torch", "sp": 1},
+    ),
+    "v32-without-w4a8": Case(
+        "model version backend sizes",
+        {"modelName": "DeepSeek-V3.2_w4a8", **TORCH},
+        {"modelName": "DeepSeek-V3.2_w8a8", **TORCH},
+    ),
+    "cp-with-torch": Case("model backend sizes", {"backendType": "torch", "sp": 1}, TORCH),
     "quantisation-known": Case("model +split", {"modelName": "DeepSeek-R1"}),
     "w4a8-disputed": Case(
         "model version +cp", {"modelName": "ds_r1_w4a8"}, {"modelName": "ds_r1_w4a8", "--version": "2.3.0"}
@@ -160,13 +140,18 @@ CASES: dict[str, Case] = {
     "mtp-tokens-documented": Case(
         "role plugins", {"--roles": ["prefill"], **plugins("mtp", 3)}, {"--roles": ["prefill"], **plugins("mtp", 2)}
     ),
-    "mtp-alone": Case("plugins version", plugins("mtp,la", 1), plugins("la")),
+    "mtp-alone": Case("plugins version", plugins("mtp,la", 1, **LA), plugins("la", **LA)),
+    "mtp-long-disputed": Case(
+        "plugins version lengths", plugins("mtp", 1) | LONG, plugins("mtp", 1) | LONG | {"Deploy.maxSeqLen": 65536}
+    ),
     "mtp-without-lora": Case("plugins lora", plugins("mtp", 1) | {"Deploy.maxLoras": 1}, {"Deploy.maxLoras": 1}),
     "prefix-cache-needs-nz": Case("plugins models model sizes", plugins("prefix_cache"), plugins("prefix_cache") | NZ),
-    "prefix-cache-without-splitfuse": Case(
-        "plugins models model template sizes", plugins("prefix_cache,splitfuse") | NZ | MIX, plugins("splitfuse") | MIX
+    "prefix-cache-with-splitfuse": Case(
+        "plugins models model template sizes",
+        plugins("prefix_cache,splitfuse") | NZ | MIX | NO_SP,
+        plugins("splitfuse") | MIX | NO_SP,
     ),
-    "prefix-cache-without-dp": Case(
+    "prefix-cache-with-dp": Case(
         "plugins models model sizes", plugins("prefix_cache") | NZ | DP2, plugins("prefix_cache") | NZ | {"dp": 1}
     ),
     "prefix-cache-without-lora": Case(
@@ -175,95 +160,46 @@ CASES: dict[str, Case] = {
         {"Deploy.LoraModules": [{}]},
     ),
     "async-alone": Case(
-        "plugins async role", plugins("la") | {"--async_scheduling": True}, {"--async_scheduling": True}
+        "plugins async role", plugins("la", **LA) | {"--async_scheduling": True}, {"--async_scheduling": True}
     ),
     "async-with-splitfuse": Case(
-        "plugins async template role",
-        plugins("splitfuse") | MIX | {"--async_scheduling": True},
-        plugins("splitfuse") | MIX,
+        "plugins async template role sizes",
+        plugins("splitfuse") | MIX | NO_SP | {"--async_scheduling": True},
+        plugins("splitfuse") | MIX | NO_SP,
     ),
     "async-on-decode": Case(
         "role async plugins", {"--roles": ["prefill"], "--async_scheduling": True}, {"--async_scheduling": True}
     ),
-    "splitfuse-needs-mix": Case("plugins template", plugins("splitfuse"), plugins("splitfuse") | MIX),
+    "splitfuse-needs-mix": Case(
+        "plugins template sizes", plugins("splitfuse") | NO_SP, plugins("splitfuse") | NO_SP | MIX
+    ),
+    "splitfuse-chunks": Case(
+        "plugins template sizes",
+        plugins("splitfuse") | NO_SP | MIX | {"Schedule.splitChunkTokens": 0},
+        plugins("splitfuse") | NO_SP | MIX | {"Schedule.splitChunkTokens": 1},
+    ),
+    "splitfuse-without-cp": Case(
+        "plugins template sizes", plugins("splitfuse") | MIX, plugins("splitfuse") | MIX | NO_SP
+    ),
+    "splitfuse-without-lora": Case(
+        "plugins template sizes lora",
+        plugins("splitfuse") | MIX | NO_SP | {"Deploy.maxLoras": 1},
+        {"Deploy.maxLoras": 1},
+    ),
+    "splitfuse-without-async-write": Case(
+        "plugins template sizes pool version",
+        plugins("splitfuse") | MIX | NO_SP | {"Backend.kvPoolConfig": {"asyncWrite": True}},
+        {"Backend.kvPoolConfig": {"asyncWrite": True}},
+    ),
+    "micro-batch-without-cp": Case("models sizes", MICRO, MICRO | NO_SP),
     "layerwise-without-prefix-cache": Case(
-        "plugins models model sizes layerwise",
+        "plugins models model sizes layerwise template backend nodes",
         plugins("prefix_cache") | NZ | NO_SP | {"Server.layerwiseDisaggregated": True},
         plugins("prefix_cache") | NZ | NO_SP | {"Server.layerwiseDisaggregated": False},
     ),
     "layerwise-without-cp": Case(
-        "sizes layerwise plugins",
+        "sizes layerwise plugins template backend nodes",
         {"Server.layerwiseDisaggregated": True},
         {"Server.layerwiseDisaggregated": True, **NO_SP},
     ),
-    # fields one by one
-    "required-fields": Case("required", {"trustRemoteCode": ...}),
-    "model-name": Case("model sizes", {"modelName": "llama 65b", **NO_SP}, {"modelName": "llama_65b", **NO_SP}),
-    "instance-type": Case("instance", {"modelInstanceType": "Mock"}, {"modelInstanceType": "StandardMock"}),
-    "backend-type": Case("backend", {"backendType": "vllm"}, {"backendType": "torch"}),
-    "npu-mem-size": Case("memory", {"npuMemSize": 0}, {"npuMemSize": 8}),
-    "world-size": Case(
-        "sizes model",
-        {"modelName": "a", "worldSize": 2**20 + 1, "cp": 1, "sp": 1, "tp": -1, "moe_ep": -1, "moe_tp": -1},
-        {"modelName": "a", "worldSize": 2**20, "cp": 1, "sp": 1, "tp": -1, "moe_ep": -1, "moe_tp": -1},
-    ),
-    "cards-are-world": Case(
-        "cards sizes nodes", {"Backend.npuDeviceIds": [CARDS[:8]]}, {"Backend.npuDeviceIds": [CARDS]}
-    ),
-    "cards-of-a-node": Case(
-        "cards sizes nodes",
-        {"Backend.multiNodesInferEnabled": True, "Backend.npuDeviceIds": [CARDS[:8]]},
-        {"Backend.multiNodesInferEnabled": True, "Backend.npuDeviceIds": [CARDS[:8]], "worldSize": 8},
-    ),
-    "cards-once": Case(
-        "cards sizes nodes", {"Backend.npuDeviceIds": [[*CARDS[:15], 0]]}, {"Backend.npuDeviceIds": [CARDS]}
-    ),
-    "instance-number": Case(
-        "cards sizes nodes",
-        {"Backend.npuDeviceIds": [CARDS], "Backend.modelInstanceNumber": 2},
-        {"Backend.npuDeviceIds": [CARDS, CARDS], "Backend.modelInstanceNumber": 2},
-    ),
-    "max-seq-len": Case("lengths", {"Deploy.maxSeqLen": 0}),
-    "max-input-token-len": Case("lengths", {"Deploy.maxInputTokenLen": 0}, {"Deploy.maxInputTokenLen": 1}),
-    "input-within-sequence": Case("lengths", {"Deploy.maxInputTokenLen": 2561}, {"Deploy.maxInputTokenLen": 2560}),
-    "lengths-aligned": Case("lengths sizes", {"Deploy.maxSeqLen": 2561}, {"Deploy.maxSeqLen": 2564}),
-    "truncation": Case("truncation version", {"Deploy.truncation": 2}, {"Deploy.truncation": True}),
-    "truncation-was-bool": Case(
-        "truncation version", {"Deploy.truncation": 0, "--version": "2.3.0"}, {"Deploy.truncation": 0}
-    ),
-    "plugin-params-length": Case(
-        "plugins", {"plugin_params": "{" + 1023 * " " + "}"}, {"plugin_params": "{" + 1022 * " " + "}"}
-    ),
-    "cacheBlockSize-range": Case("block model", {"Schedule.cacheBlockSize": 129}, with_=("cache-block-is-128",)),
-    "cache-block-is-128": Case("block model", {"Schedule.cacheBlockSize": 64}, {"Schedule.cacheBlockSize": 128}),
-    "maxPrefillTokens-range": Case("prefill", {"Schedule.maxPrefillTokens": 0}, {"Schedule.maxPrefillTokens": 4}),
-    "maxBatchSize-range": Case("batch", {"Schedule.maxBatchSize": 819201}, {"Schedule.maxBatchSize": 819200}),
-    "prefillPolicyType-range": Case(
-        "prefill policy", {"Schedule.prefillPolicyType": 1}, {"Schedule.prefillPolicyType": 0}
-    ),
-    "decodePolicyType-range": Case("decode policy", {"Schedule.decodePolicyType": 1}, {"Schedule.decodePolicyType": 0}),
-    "no-swap": Case("swap sizes", {"Schedule.maxPreemptCount": 1}, {"Schedule.maxPreemptCount": 1, **NO_SP}),
 }
-
-
-def build(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The document and the options of some changes."""
-    document, options = copy.deepcopy(BASE), dict(OPTIONS)
-    deploy = document["ModelDeployConfig"]
-    for name, value in changes.items():
-        section, _, field = name.rpartition(".")
-        if name.startswith("--"):
-            options[name[2:]] = value
-            continue
-        target = {
-            "": lambda: deploy["ModelConfig"][0],
-            "Deploy": lambda: deploy,
-            "Backend": lambda: document.setdefault("BackendConfig", {}),
-            "Schedule": lambda: document.setdefault("BackendConfig", {}).setdefault("ScheduleConfig", {}),
-            "Server": lambda: document.setdefault("ServerConfig", {}),
-        }[section]()
-        if value is ...:
-            del target[field]
-        else:
-            target[field] = copy.deepcopy(value)
-    return document, options

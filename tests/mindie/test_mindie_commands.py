@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mindie_cases import CASES, build
+from mindie_build import DP2, build
+from mindie_cases import CASES
 from typer.main import get_command
 
 from cpjax.mindie.commands import app
@@ -25,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "deepseek-r1-cp2.json"
 PAIR = [str(ROOT / "examples" / name) for name in ("prefill-cp2.json", "decode.json")]
 COMMAND = get_command(app)
+FEW = 24
+"""As real processes, each of which starts Python; what the bytes do is asked of all the others, in this process."""
 FUZZED = int(os.environ.get("CPJAX_FUZZED_FILES", "10000"))
 
 
@@ -60,7 +63,8 @@ def test_check_says_what_is_wrong_and_ends_with_1(tmp_path):
     result = run("check", path, "--dtype", "float16")
     assert result.exit_code == 1
     assert "error   cp-needs-sp: cp 2, sp 1" in result.stdout
-    assert "at    $.ModelDeployConfig.ModelConfig[0].sp" in result.stdout
+    column = path.read_text().index('"sp"') + 1
+    assert f"at    {path}:1:{column}  $.ModelDeployConfig.ModelConfig[0].sp" in result.stdout
     assert "fix   set sp to tp" in result.stdout
     assert "refused, 2 errors, 0 warnings; the server would not catch 2 of them" in result.stdout.splitlines()[-1]
 
@@ -78,8 +82,33 @@ def test_check_as_json():
     result = run("check", EXAMPLE, "--json", "--dtype", "bfloat16", "--hardware", "800i-a2")
     (one,) = json.loads(result.stdout)
     assert (result.exit_code, one["accepted"], one["role"], one["sizes"]["cp"]) == (1, False, "hybrid", 2)
-    assert [finding["rule"] for finding in one["errors"]] == ["fp16-only", "cards-of-a-server"]
-    assert one["errors"][0].keys() == {"rule", "level", "path", "found", "says", "fix", "source", "enforced"}
+    assert [finding["rule"] for finding in one["errors"]] == ["cards-of-a-server", "fp16-only"]
+    assert one["errors"][0].keys() == {"rule", "level", "path", "found", "says", "fix", "source", "enforced"} | {
+        "file", "line", "column",
+    }  # fmt: skip
+    lines = EXAMPLE.read_text().splitlines()
+    for finding in one["errors"]:
+        assert finding["file"] == str(EXAMPLE)
+        at = lines[finding["line"] - 1][finding["column"] - 1 :]
+        assert at.startswith(json.dumps(finding["path"].rpartition(".")[2]))
+
+
+def test_a_finding_says_of_which_version_the_code_was_seen(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(build({"Server.port": 80})[0]))
+    for options, said in (((), "server_config.cpp; enforced by the server\n"), (("--mindie-version", "2.3.0"), OLDER)):
+        result = run("check", path, "--dtype", "float16", *options)
+        assert (result.exit_code, said in result.stdout) == (1, True), result.stdout
+
+
+OLDER = "enforced by the server of head; the code of 2.3.0 was not seen\n"
+
+
+def test_rules_say_their_versions():
+    table = run("rules").stdout
+    assert "| `cp-1-or-2` | `cp` | error | does not check it | since 2.1.RC1 | cp is 1 or 2 |" in table
+    assert "| `cards-of-a-node` | `npuDeviceIds` | warning | checks it | before head |" in table
+    assert "| `hybrid-listed-2.1` | `plugin_params` | error | does not check it | 2.1.RC1 |" in table
 
 
 def test_unknown_fields_are_named(tmp_path):
@@ -205,7 +234,10 @@ def test_enable_of_what_is_on_already_changes_nothing():
 def test_enable_refuses_where_no_edit_can(tmp_path, without_cp):
     path = tmp_path / "other.json"
     for changes, options, message in [
-        ({"modelName": "llama_65b"}, (), "model-supported"),
+        ({"modelName": "llama_65b", **DP2}, (), "model-known"),
+        ({"modelName": "DeepSeek-V3_w8a8", **DP2}, (), "v3-w8a8-disputed"),
+        ({"modelName": "DeepSeek-R1", **DP2}, (), "quantisation-known"),
+        ({"backendType": "torch", "sp": 1, **DP2}, (), "cp-with-torch"),
         ({}, ("--dtype", "bf16"), "fp16-only"),
         ({}, ("--role", "decode"), "decode-without-cp"),
         ({}, ("--hardware", "300i-duo"), "hardware-supported"),
@@ -341,6 +373,7 @@ def fuzzed(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         yield ("check", "ranks", "enable")[number % 3], fuzzed_file(rng)
 
 
+@pytest.mark.slow
 def test_fuzzed_files_end_in_one_line_and_exit_2(tmp_path):
     """10,000 files that are no config, through the command's entry function."""
     path = tmp_path / "config.json"
@@ -353,6 +386,7 @@ def test_fuzzed_files_end_in_one_line_and_exit_2(tmp_path):
         assert lines[0].isprintable()
 
 
+@pytest.mark.slow
 def test_damaged_configs_end_without_a_traceback(tmp_path):
     """The example with bytes exchanged, left out or doubled may still be a config: then it is one with a verdict."""
     rng, path, example = random.Random(2), tmp_path / "config.json", EXAMPLE.read_bytes()
@@ -383,11 +417,11 @@ def process(*arguments: object) -> subprocess.Popen:
 @pytest.mark.process
 def test_fuzzed_files_as_real_processes(tmp_path):
     running = []
-    for number, (command, content) in enumerate(fuzzed(100, seed=3)):
+    for number, (command, content) in enumerate(fuzzed(FEW, seed=3)):
         path = tmp_path / f"{number}.json"
         path.write_bytes(content)
         running.append(process(command, path))
-        if len(running) == 4 or number == 99:
+        if len(running) == 4 or number == FEW - 1:
             for one in running:
                 out, err = one.communicate(timeout=120)
                 assert (one.returncode, out, len(err.splitlines())) == (2, "", 1), err

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from cpjax.errors import InputError
 from cpjax.mindie import json_text
-from cpjax.mindie.config import LARGEST, read_config
+from cpjax.mindie.config import read_config
 from cpjax.mindie.deployment import Sizes, read_deployment
-from cpjax.mindie.models import Geometry, family, geometry, local_heads, parse_geometry, quantisation
+from cpjax.mindie.models import Geometry, family, geometry, identify, local_heads, parse_geometry, quantisation
+from cpjax.mindie.text_file import LARGEST
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepseek-r1-cp2.json"
 MODEL = "$.BackendConfig.ModelDeployConfig.ModelConfig[0]"
@@ -77,8 +78,31 @@ def test_cp_3_is_read_because_reading_is_not_checking(put):
 
 UNREADABLE = {
     "is empty": b" \n",
-    "is not JSON: expecting property name enclosed in double quotes (line 2, column 1)": b'{"a": 1,\n}',
-    "is not JSON: expecting value (line 1, column 40)": b'"ModelDeployConfig":{"ModelConfig":[{},]}',
+    "a comma before the closing bracket; the server refuses it too: take it out (line 1, column 8)": b'{"a": 1,\n}',
+    "a comma before the closing bracket; the server refuses it too: take it out (line 1, column 39)": (
+        b'"ModelDeployConfig":{"ModelConfig":[{},]}'
+    ),
+    "is not JSON: a comment, which JSON does not have; the server refuses it too: take it out (line 2, column 8)": (
+        b'{\n"a": 1 // one\n, "b": 2}'
+    ),
+    "a comment, which JSON does not have; the server refuses it too: take it out (line 1, column 10)": (
+        b'{"a": 1, /* b */ "c": 2}'
+    ),
+    "a comment, which JSON does not have; the server refuses it too: take it out (line 1, column 7)": b'{"a": # b\n1}',
+    "dots in place of what a page leaves out; put the fields in, or take the dots out (line 3, column 3)": (
+        b'{\n"a": 1,\n  ...\n}'
+    ),
+    "a single quote; JSON has double quotes (line 1, column 2)": b"{'a': 1}",
+    "a placeholder; put the value in (line 1, column 7)": b'{"a": <cards>}',
+    "True; JSON has true (line 1, column 7)": b'{"a": True}',
+    "is not JSON: expecting ',' delimiter (line 2, column 1)": b'{"a": 1\n"b": 2}',
+    "a comma behind the end; take it out (line 1, column 37)": b'{"ServerConfig": {}, "Version": "a"},',
+    "$ has motor_deploy_config: it is a user_config.json of version v2.0, which is not known here": (
+        b'{"version": "v2.0",\n"motor_deploy_config": {}}'
+    ),
+    "$ has ModelDeployParam, ScheduleParam: it is a config from before MindIE 1.0.RC3": (
+        b'{"ModelDeployParam": {}, "ScheduleParam": {}}'
+    ),
     "$ is the list []; a config is an object": b"[]",
     "$ is null": b"null",
     "$ is the number 3": b"3",
@@ -87,7 +111,7 @@ UNREADABLE = {
     "it looks like UTF-16": '{"ModelDeployConfig": {}}'.encode("utf-16"),
     "is nested too deeply": b"[" * 100_000,
     "is nested too deeply to": b'{"a":' * 100 + b"1" + b"}" * 100,
-    'has the key "cp" twice in one object (line 3)': b'{"a": {"cp": 1,\n"b": "cp",\n"cp": 2}}',
+    'has the key "cp" twice in one object (line 3, column 1)': b'{"a": {"cp": 1,\n"b": "cp",\n"cp": 2}}',
     'has the key "a" twice': b'{"a": 1, "\\u0061": 2}',
     "has the number NaN": b'{"a": NaN}',
     "has the number -Infinity": b'{"a": -Infinity}',
@@ -240,11 +264,37 @@ def test_what_is_given_is_what_is_read(tmp_path_factory, given_sizes):
 )
 def test_names_mean_one_model_or_none(name, model, bits):
     assert (family(name), quantisation(name)) == (model, bits)
+    identity = identify(name, None, None)
     if model is None:
         with pytest.raises(InputError, match="--geometry HEADS,NOPE,ROPE,VALUE"):
-            geometry(name)
+            geometry(identity, name)
     else:
-        assert geometry(name) == Geometry(128, 128, 64, 128)
+        assert identity.models == (model,)
+        assert geometry(identity, name) == Geometry(128, 128, 64, 128)
+
+
+THREE = ("DeepSeek-R1", "DeepSeek-V3", "DeepSeek-V3.1")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "model_type", "models"),
+    [
+        ("deepseek", "/data/DeepSeek-R1_w8a8/", None, ("DeepSeek-R1",)),
+        ("deepseek", "C:\\data\\ds_v3_w8a8", None, ("DeepSeek-V3",)),
+        ("DeepSeek-R1", "/data/DeepSeek-V3.1_w8a8", None, ("DeepSeek-V3.1",)),  # the label is free text
+        ("DeepSeek-R1", "/data/weights", None, ("DeepSeek-R1",)),
+        ("deepseek", "/data/weights", None, None),
+        ("deepseek", "/data/weights", "deepseek_v3", THREE),
+        ("deepseek", "/data/r1_w8a8dyn", "deepseek_v3", ("DeepSeek-R1",)),
+        ("deepseek", "/data/r1_w8a8dyn", None, None),
+        ("DeepSeek-R1", "/data/r1", "qwen2", ("qwen2",)),
+        ("DeepSeek-R1", None, "deepseek_v32", ("DeepSeek-V3.2",)),
+        ("DeepSeek-V3.2-Exp", None, None, ("DeepSeek-V3.2",)),
+        ("DeepSeek-V3.20", None, None, None),
+    ],
+)
+def test_the_model_is_that_of_the_weights_then_of_their_path_then_of_the_name(name, path, model_type, models):
+    assert identify(name, path, model_type).models == models
 
 
 def test_a_geometry_can_be_given():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from mindie_cases import build
+from mindie_build import build
 
 from cpjax.errors import InputError
 from cpjax.mindie.check import check, setting_of
@@ -22,7 +22,10 @@ from cpjax.partition.kv_cache import block_ranks, tokens_per_rank
 from cpjax.partition.layout import order
 
 SIXTEEN = Sizes(world_size=16, dp=1, cp=2, sp=8, tp=8, pp=1, moe_ep=16, moe_tp=1)
-KINDS = ["attn_tp", "attn_cp", "attn_inner_sp", "moe_ep", "moe_tp", "attn_prefix_cache_cp"]
+KINDS = [
+    *("attn_dp", "attn_tp", "attn_cp", "attn_inner_sp", "moe_ep", "moe_tp", "mlp_tp", "lm_head_tp"),
+    "attn_prefix_cache_cp",
+]
 
 
 def test_the_groups_of_the_vendors_sixteen_cards():
@@ -33,6 +36,11 @@ def test_the_groups_of_the_vendors_sixteen_cards():
     assert found["attn_cp"] == [[rank, rank + 8] for rank in range(8)]
     assert found["moe_ep"] == found["attn_prefix_cache_cp"] == [list(range(16))]
     assert found["moe_tp"] == [[rank] for rank in range(16)]
+    assert found["attn_dp"] == found["moe_tp"]
+    assert found["mlp_tp"] == found["lm_head_tp"] == [list(range(16))]
+    torch = groups(SIXTEEN._replace(dp=2, cp=1), is_torch=True)
+    assert torch["mlp_tp"] == torch["lm_head_tp"] == torch["attn_tp"] == halves
+    assert torch["attn_dp"] == [[rank, rank + 8] for rank in range(8)]
     two = groups(SIXTEEN._replace(moe_ep=8, moe_tp=2))
     assert two["moe_tp"] == [[rank, rank + 1] for rank in range(0, 16, 2)]
     assert two["moe_ep"] == [list(range(0, 16, 2)), list(range(1, 16, 2))]
@@ -40,11 +48,11 @@ def test_the_groups_of_the_vendors_sixteen_cards():
 
 def test_the_json_of_a_rank():
     nine = as_json(lay_out(in_memory({}), 2048, 128))[9]
-    second = list(range(8, 16))
+    second, every = list(range(8, 16)), list(range(16))
     assert nine == {
         "rank": 9,
-        "groups": dict(zip(KINDS, [second, [1, 9], second, list(range(16)), [9], list(range(16))], strict=True)),
-        "index": dict(zip(KINDS, [1, 1, 1, 9, 0, 9], strict=True)),
+        "groups": dict(zip(KINDS, [[9], second, [1, 9], second, every, [9], every, every, every], strict=True)),
+        "index": dict(zip(KINDS, [0, 1, 1, 1, 9, 0, 9, 9, 9], strict=True)),
     }
 
 
@@ -72,7 +80,7 @@ def any_sizes(draw) -> dict[str, int]:
 
 def in_memory(changes: dict) -> Deployment:
     document = build(changes)[0]
-    return parse_deployment(ConfigFile(Path("config.json"), "", document, ("ModelDeployConfig",), False, ()))
+    return parse_deployment(ConfigFile(Path("config.json"), "", document, ("ModelDeployConfig",)))
 
 
 def accepted(sizes: dict[str, int]) -> Deployment:
@@ -100,6 +108,7 @@ def test_what_check_accepts_is_laid_out_without_conflict(sizes, tokens):
 def test_cards_are_in_a_group_together_exactly_if_their_coordinates_say_so(sizes, tokens):
     layout = lay_out(accepted(sizes), tokens, 128)
     same = {
+        "attn_dp": lambda card: card.rank % (len(layout.cards) // layout.sizes.dp),
         "attn_tp": lambda card: (card.dp, card.cp, card.pp),
         "attn_cp": lambda card: (card.dp, card.tp, card.pp),
         "moe_ep": lambda card: (

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mindie_cases import CASES, OPTIONS, build, compatible, plugins
+from mindie_build import OPTIONS, build, plugins
+from mindie_cases import CASES, compatible
+from mindie_startup_cases import RANGES
 
 from cpjax.errors import InputError
 from cpjax.mindie.check import Checked, check_files
@@ -48,6 +50,15 @@ def test_the_smallest_passing_config_keeps_all_rules(tmp_path, name):
     one = checked(tmp_path, CASES[name].keeps)
     assert name not in names(one)
     assert one.of("error") == []
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_range_has_two_ends(tmp_path, name):
+    low, high, more = RANGES[name]
+    rule = f"{name.rpartition('.')[2]}-range"
+    for number, is_broken in ((low, False), (high, False), (high + 1, True), (low - 1, True)):
+        if number >= 0:  # no field of these can be read below 0
+            assert (rule in names(checked(tmp_path, {name: number} | more))) == is_broken, number
 
 
 @st.composite
@@ -99,7 +110,7 @@ def test_several_violations_at_once(tmp_path):
     changes = {"dp": 2, "sp": 4, "moe_ep": 8, **plugins("mtp,prefix_cache", 3)}
     assert names(checked(tmp_path, changes)) == {
         "cp-without-dp", "world-product", "sp-is-tp", "cp-sp-is-tp", "moe-product", "hybrid-mtp-is-1",
-        "mtp-tokens-documented", "prefix-cache-needs-nz", "prefix-cache-without-dp",
+        "mtp-tokens-documented", "prefix-cache-needs-nz", "prefix-cache-with-dp",
     }  # fmt: skip
 
 
@@ -167,7 +178,7 @@ def test_arguments_that_are_not_understood(tmp_path):
     for arguments, message in [
         ({"roles": ["master"]}, 'role "master" is not known'),
         ({"roles": ["prefill", "decode"]}, "1 config and 2 roles"),
-        ({"version": "9.9"}, 'mindie-version "9.9" is not known; known are 2.1.RC1, 2.3.0, head'),
+        ({"version": "9.9"}, 'mindie-version "9.9" is not known; known are 1.0.RC1, 1.0.RC2, 1.0.RC3, '),
         ({"dtype": "int3"}, 'dtype "int3" is not known'),
         ({"nodes": 0}, "nodes is 0"),
     ]:

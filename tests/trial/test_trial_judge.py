@@ -63,6 +63,7 @@ def misses(one: Bench, *faults: str, with_lse: bool) -> list[str]:
     return [fault for fault, result in wrong.items() if asked(one, result, with_lse=with_lse).passed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["flash_fp16", "ring_mla_fp16"])
 @pytest.mark.parametrize(("mean", "with_lse"), [(0.0, False), (1.0, True)])
 def test_one_key_of_131_072_with_flat_logits(profile, mean, with_lse):
@@ -89,6 +90,7 @@ ALWAYS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 @pytest.mark.parametrize("logits", ["flat", "normal"])
 @pytest.mark.parametrize("profile", ["flash_fp16", "ring_mla_fp16", "float32"])

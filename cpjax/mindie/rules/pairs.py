@@ -23,6 +23,14 @@ def _differ(a: object, b: object) -> str | None:
     return f"{a} and {b}" if a != b else None
 
 
+def _other_model(a: Setting, b: Setting) -> str | None:
+    """Two models that are surely not one; labels may differ."""
+    one, two = a.identity, b.identity
+    if one.models is None or two.models is None or set(one.models) & set(two.models):
+        return None
+    return _differ(one.name, two.name)
+
+
 def _same_role(a: Setting, b: Setting) -> str | None:
     if a.role != b.role:
         return None
@@ -44,9 +52,8 @@ PAIRS: tuple[PairRule, ...] = (
              "make one tp a multiple of the other", "model_wrapper/utils/config.py, generate_link_map", _link),
     PairRule("pair-same-sizes", "tp", "error", False, "all prefill nodes have the same dp, cp, sp and tp, and all "
              "decode nodes", "give them the same sizes", "model_wrapper/utils/config.py, a comment", _same_role),
-    PairRule("pair-same-model", "modelName", "error", False, "prefill and decode nodes serve the same model",
-             "give them the same modelName", "what is sent is one model's cache",
-             lambda a, b: _differ(a.deployment.model_name, b.deployment.model_name)),
+    PairRule("pair-same-model", "modelWeightPath", "error", False, "prefill and decode nodes serve the same model",
+             "give them the same weights", "what is sent is one model's cache", _other_model),
     PairRule("pair-same-block", "cacheBlockSize", "error", False, "prefill and decode nodes have the same blocks",
              "give them the same", "what is sent are whole blocks",
              lambda a, b: _differ(a.deployment.backend.ScheduleConfig.cacheBlockSize,

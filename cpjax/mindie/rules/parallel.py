@@ -1,7 +1,9 @@
-"""Sizes: how dp, cp, sp, tp, pp, moe_ep and moe_tp must fit together and fill the world."""
+"""Sizes: how dp, cp, sp, tp, pp, moe_ep and moe_tp must fit together and fill the world. (Backend torch: torch.py.)"""
+
+from collections.abc import Callable
 
 from cpjax.mindie.deployment import PARALLEL as SIZES
-from cpjax.mindie.models import GEOMETRIES, family
+from cpjax.mindie.models import GEOMETRIES
 from cpjax.mindie.rules.rule import CP_PAGE, DEPLOY, MAPPING, Rule, Setting, found, value
 
 
@@ -30,21 +32,21 @@ def _option(s: Setting, name: str) -> int:
     return max(1, getattr(s.model.models.deepseekv2.parallel_options, name) or 1)
 
 
-def _heads(s: Setting) -> int:
-    return GEOMETRIES[family(s.deployment.model_name) or "DeepSeek-R1"].heads
+def _atb(broken: Callable[[Setting], str | None]) -> Callable[[Setting], str | None]:
+    """The rule holds where atb_llm maps ranks to groups, not with backend torch."""
+    return lambda s: None if s.is_torch else broken(s)
 
 
 # fmt: off
-PARALLEL: tuple[Rule, ...] = (
-    *map(_at_least_1, SIZES),
+PARALLEL: tuple[Rule, ...] = (*map(_at_least_1, SIZES), *(rule._replace(broken=_atb(rule.broken)) for rule in (
     Rule("cp-1-or-2", "cp", "error", False, "cp is 1 or 2", "set cp to 2 (on) or 1 (off)", CP_PAGE,
-         lambda s: found(s.sizes.cp > 2, s, "cp")),
+         lambda s: found(s.sizes.cp > 2, s, "cp"), "2.1.RC1"),
     Rule("cp-without-dp", "dp", "error", True, "cp > 1 needs dp = 1", "set dp to 1", f"{MAPPING}; {CP_PAGE}",
          lambda s: found(s.is_cp and s.sizes.dp > 1, s, "cp", "dp")),
     Rule("cp-needs-sp", "sp", "error", False, "cp > 1 needs sp > 1: CP cannot be enabled alone", "set sp to tp",
-         f"{CP_PAGE}, since 2.3.0", lambda s: found(s.since("2.3.0") and s.is_cp and s.sizes.sp == 1, s, "cp", "sp")),
-    Rule("cp-sp-is-tp", "sp", "error", False, "cp > 1 needs sp = tp", "set sp to tp", f"{CP_PAGE}, since 2.3.0",
-         lambda s: found(s.since("2.3.0") and s.is_cp and s.sizes.sp != s.sizes.tp, s, "sp", "tp")),
+         CP_PAGE, lambda s: found(s.is_cp and s.sizes.sp == 1, s, "cp", "sp"), "2.3.0"),
+    Rule("cp-sp-is-tp", "sp", "error", False, "cp > 1 needs sp = tp", "set sp to tp", CP_PAGE,
+         lambda s: found(s.is_cp and s.sizes.sp != s.sizes.tp, s, "sp", "tp"), "2.3.0"),
     Rule("sp-is-tp", "sp", "error", True, "sp > 1 needs sp = tp", "set sp to tp, or to 1 (off)", MAPPING,
          lambda s: found(s.sizes.sp > 1 and s.sizes.sp != s.sizes.tp, s, "sp", "tp")),
     Rule("world-product", "worldSize", "error", True, "cp · dp · tp = worldSize (of all nodes)",
@@ -69,7 +71,8 @@ PARALLEL: tuple[Rule, ...] = (
          lambda s: found(s.sizes.pp == 1 and not _fits_a_node(s, s.sizes.tp), s, "tp", "world_size")),
     Rule("tp-divides-heads", "tp", "error", False, "tp divides the model's query heads, 128",
          "make tp a power of 2, at most 128", "num_attention_heads of the model",
-         lambda s: found(s.is_deepseek and s.sizes.tp > 0 and _heads(s) % s.sizes.tp != 0, s, "tp")),
+         lambda s: found(s.is_deepseek and s.sizes.tp > 0 and GEOMETRIES["DeepSeek-R1"].heads % s.sizes.tp != 0,
+                         s, "tp")),
     Rule("moe-product", "moe_ep", "error", True, "moe_ep > 1 needs moe_ep · moe_tp = worldSize",
          "set moe_ep to worldSize and moe_tp to 1", MAPPING,
          lambda s: found(s.sizes.pp == 1 and s.sizes.moe_ep > 1
@@ -106,5 +109,5 @@ PARALLEL: tuple[Rule, ...] = (
          "take dense_mlp_local_tp out", MAPPING,
          lambda s: value(1 < _option(s, "dense_mlp_local_tp") <= s.sizes.tp and s.sizes.tp > 1,
                          f"dense_mlp_local_tp {_option(s, 'dense_mlp_local_tp')}, tp {s.sizes.tp}")),
-)
+)))
 # fmt: on
