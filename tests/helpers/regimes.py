@@ -297,17 +297,21 @@ def fine_maximum() -> Regime:
 
 
 @cache
-def coarse_rescale() -> Regime:
-    """A second tile whose maximum is 4 to 5 higher than the first one's, a finer number: one exponent for all."""
-    some = rng(23)
-    scores = some.uniform(-0.1, 0.1, (ROWS, 1024))
+def coarse_rescale(before: int, top: float, tile: int) -> Regime:
+    """`before` keys near 0.1, and then one from `top` on: where a tile ends there, one exponent is rounded for all.
+
+    The old maximum is a finer number than the difference, and the values are +1 before and −1 for the new maximum.
+    """
+    some = rng(23, before, tile)
+    scores = some.uniform(-0.1, 0.1, (ROWS, 2 * before))
     scores[:, 0] = some.uniform(0.2, 0.24, ROWS)
-    scores[:, 512:] = -8
-    scores[:, 512] = some.uniform(4.5, 5, ROWS)
-    value = np.full((ROWS, 1024, 2), 1.0)
-    value[:, 512] = -1
+    scores[:, before:] = -8
+    scores[:, before] = some.uniform(top, top + 0.5, ROWS)
+    value = np.full((ROWS, 2 * before, 2), 1.0)
+    value[:, before] = -1
     scores, value = alone(scores, value, -60.0)
-    return Regime(one_row(scores, value), "ring_mla_fp16")
+    arithmetic = replace(ARITHMETIC["ring_mla_fp16"], tile=tile)
+    return Regime(one_row(scores, value), "ring_mla_fp16", arithmetic=arithmetic)
 
 
 @cache
