@@ -11,7 +11,9 @@
     lse = ln Σ + m               float32
 
 Documented are the formats of scores and probabilities; that the steps between follow the scores' format, and that tiles
-are 512 keys wide, is read from npu_ring_mla, which the vendor built of the same parts. Long decodes split the keys over
+are 512 keys wide, is read from npu_ring_mla, which the vendor built of the same parts. A single query of a padded batch,
+and head dim 512, are computed as under 0 whatever is asked: A2's tiling of these kernels (incre_flash_attention_tiling.cpp)
+reads the flag only for quantised caches and to choose a data path, and the kernels' scores are float32. Long decodes split the keys over
 cores and merge in float32, in an order that depends on the number of cores; here they are one pass.
 
     rows                                           out               lse
@@ -19,7 +21,7 @@ cores and merge in float32, in an order that depends on the number of cores; her
     the mask alone shows no key, no repair         mean of values    −3.4e38
     a request without keys, one query a request    0                 −3.4e38   (incremental kernel)
     a request without keys, more queries           0                 +inf
-    no keys at all (S = 0)                         0                 NaN here: not documented
+    no keys at all (S = 0)                         0                 +inf      (V4, August 2026)
     beyond actual_seq_qlen                         0                 −inf
 """
 
@@ -110,10 +112,7 @@ def _request(call: Call, request: int, query: list[Tensor], key: list[Tensor], v
 
 
 def _lse_without_keys(call: Call) -> float:
-    if 0 in call.value.shape:
-        return torch.nan
-    one_token = not call.is_packed and call.query[0].shape[1] == 1
-    return LOWEST if one_token else torch.inf
+    return LOWEST if call.one_token and 0 not in call.value.shape else torch.inf
 
 
 def _stages(call: Call, dtype: torch.dtype) -> Stages:
