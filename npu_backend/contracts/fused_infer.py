@@ -159,7 +159,7 @@ def check_outputs(operator: str, results: tuple[Tensor, Tensor], given: list[Ten
     refusal = Refusal(operator)
     refusal.require(len(given) == 2, f"out has {len(given)} tensors, must have 2: attention_out and softmax_lse")
     for name, x, like in zip(("attention_out", "softmax_lse"), given, results, strict=True):
-        if name == "softmax_lse" and like.numel() == 0:
+        if name == "softmax_lse" and like.shape == (0,):
             continue  # not asked for: any tensor may stand in its place, and stays as it is
         refusal.parameter(
             x.shape == like.shape and x.dtype == like.dtype,

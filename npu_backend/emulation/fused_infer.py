@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_backend.contracts.fused_infer import NAMES_OF_V1, Call, check
+from npu_backend.contracts.fused_infer import NAMES_OF_V1, Call, check, check_outputs
 from npu_backend.contracts.layouts import laid_out
 from npu_backend.contracts.sparse import Visible
 from npu_backend.emulation.flash import EXACT, Hide, Stages, attend, finish, heads_first
@@ -56,6 +56,50 @@ def npu_fused_infer_attention_score_v2(
       RuntimeError: see `npu_backend.contracts.fused_infer`.
     """
     return _compute(check("npu_fused_infer_attention_score_v2", query, key, value, **options))
+
+
+def npu_fused_infer_attention_score_out(
+    query: Tensor, key: Tensor, value: Tensor, *, out: list[Tensor], workspace: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """v1 into given tensors, attention_out and softmax_lse, as graph mode calls it; the workspace is not used."""
+    del workspace
+    results = npu_fused_infer_attention_score(query, key, value, **options)
+    return _written("npu_fused_infer_attention_score.out", results, out)
+
+
+def npu_fused_infer_attention_score_v2_out(
+    query: Tensor, key: Tensor, value: Tensor, *, out: list[Tensor], workspace: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """v2 into given tensors."""
+    del workspace
+    results = npu_fused_infer_attention_score_v2(query, key, value, **options)
+    return _written("npu_fused_infer_attention_score_v2.out", results, out)
+
+
+def npu_fused_infer_attention_score_get_max_workspace(
+    query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> Tensor:
+    """Checks the call, as graph mode asks before it captures one. A CPU kernel needs no workspace: `[0]`."""
+    renamed = {NAMES_OF_V1.get(name, name): given for name, given in options.items()}
+    check("_npu_fused_infer_attention_score_get_max_workspace", query, key, value, **renamed)
+    return query.new_empty(0)
+
+
+def npu_fused_infer_attention_score_v2_get_max_workspace(
+    query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> Tensor:
+    """The same for v2."""
+    check("_npu_fused_infer_attention_score_v2_get_max_workspace", query, key, value, **options)
+    return query.new_empty(0)
+
+
+@torch.no_grad()
+def _written(operator: str, results: tuple[Tensor, Tensor], out: list[Tensor]) -> tuple[Tensor, Tensor]:
+    check_outputs(operator, results, out)
+    for given, result in zip(out, results, strict=True):
+        if result.numel():  # an lse that was not asked for leaves the tensor in its place as it is
+            given.copy_(result)
+    return out[0], out[1]
 
 
 @torch.no_grad()

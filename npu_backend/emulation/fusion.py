@@ -27,7 +27,6 @@ LOWEST = torch.finfo(torch.float32).min
 Result = tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]
 
 
-@torch.no_grad()
 def npu_fusion_attention(*args: Any, **options: Any) -> Result:
     """The CPU kernel: out in the layout of the inputs, softmax max and sum, an empty tensor, seed, offset, numels.
 
@@ -37,7 +36,12 @@ def npu_fusion_attention(*args: Any, **options: Any) -> Result:
     Raises:
       RuntimeError: see `npu_backend.contracts.fusion`.
     """
-    call = check(*args, **options)
+    return attention(check(*args, **options))
+
+
+@torch.no_grad()
+def attention(call: Call) -> Result:
+    """A checked call of any version, computed."""
     query, value = call.query, call.value
     out = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
     maximum, total = torch.zeros(query.shape[:-1]), torch.zeros(query.shape[:-1])  # [B, S, N] or [T, N]
