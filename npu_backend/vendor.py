@@ -1,8 +1,8 @@
 """The vendor's operators by name: torch_npu's own where it is installed, declared here where it is not.
 
-Either way CPU kernels of ours are registered for them, and their derivatives where there are any, so `torch.ops.atb.npu_ring_mla` runs on tensors of any device
-that is there. torch_npu has to be imported before anything is declared: it declares its operators itself, and a second
-definition of a name aborts the process.
+Either way CPU kernels of ours are registered for them, and their derivatives where there are any, so
+`torch.ops.atb.npu_ring_mla` runs on tensors of any device that is there. torch_npu has to be imported before anything
+is declared: it declares its operators itself, and a second definition of a name aborts the process.
 """
 
 import importlib

@@ -111,9 +111,9 @@ BACK = {
 def error_bounds(tensors, hidden, scale, unit):
     """How far correct staged gradients may be from the exact ones, per element.
 
-    The forward's out is off by at most (3 unit + f) Σ p|v|, so delta by Σ |dy| of that; p is off by f p, and rounded; ds
-    is off by p times the error of delta and f of what is in dp and delta, and rounded; sums of float32 count as f of what
-    is summed.
+    The forward's out is off by at most (3 unit + f) Σ p|v|, so delta by Σ |dy| of that; p is off by f p, and rounded;
+    ds is off by p times the error of delta and f of what is in dp and delta, and rounded; sums of float32 count as f of
+    what is summed.
     """
     q, k, v, dy = (x.double() for x in tensors)
     group = q.shape[2] // k.shape[2]
@@ -168,8 +168,9 @@ def masks(seed, b, n, t, s):
 
 @examples(0.4)
 @given(
-    SEEDS, st.integers(0, 6), st.integers(1, 2), st.integers(1, 20), st.integers(1, 40), st.sampled_from(((1, 1), (2, 1), (4, 2))),
-    st.sampled_from(((16, 16), (24, 8), (192, 128))), st.sampled_from(sorted(LAY)), st.sampled_from(sorted(UNIT, key=str)),
+    SEEDS, st.integers(0, 6), st.integers(1, 2), st.integers(1, 20), st.integers(1, 40),
+    st.sampled_from(((1, 1), (2, 1), (4, 2))), st.sampled_from(((16, 16), (24, 8), (192, 128))),
+    st.sampled_from(sorted(LAY)), st.sampled_from(sorted(UNIT, key=str)),
 )  # fmt: skip
 def test_gradients_are_those_of_dense_attention(seed, mask, b, t, s, heads, dims, layout, dtype):
     tensors = drawn(seed, b, t, s, *heads, *dims, dtype=dtype)
@@ -215,9 +216,7 @@ def test_what_no_request_computes_is_poisoned():
     q, key, value, dy = (x[0] for x in drawn(0, 1, 5, 6, dtype=torch.float32))
     ends = {"actual_seq_qlen": [2, 4, 0], "actual_seq_kvlen": [0, 5, 0]}
     out, maximum, total, *_ = FUSION(q, key, value, 2, "TND", **ends)
-    dq, dk, dv, *_ = GRAD(
-        q, key, value, dy, 2, "TND", softmax_max=maximum, softmax_sum=total, attention_in=out, **ends
-    )
+    dq, dk, dv, *_ = GRAD(q, key, value, dy, 2, "TND", softmax_max=maximum, softmax_sum=total, attention_in=out, **ends)
     assert dq[:2].isnan().all()
     assert dq[2:4].isfinite().all()
     assert dq[4:].isnan().all()
@@ -241,7 +240,7 @@ def test_without_keys_or_queries_there_is_nothing_but_zeros():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_bits_are_those_of_the_naive_staged_twin(dtype):
-    """Two queries, two keys, two columns of dy: no float32 sum has more than two terms, so none depends on its order."""
+    """Two queries, two keys, two columns of dy: float32 sums have two terms at most, and do not depend on an order."""
     b, n, h, v = 30, 2, 16, 16
     rng = np.random.default_rng(1)
     q, key = (torch.from_numpy(rng.integers(-24, 25, size=(b, 2, n, h)) / 8).to(dtype) for _ in range(2))
@@ -332,7 +331,7 @@ def test_a_gradient_of_a_mean_of_all_values_is_refused_and_of_zeros_is_zero():
     for leaf in (q, key, value):
         leaf.requires_grad_()
     options = {"atten_mask": mask, "sparse_mode": 1, "scale": 0.3}
-    with pytest.raises(RuntimeError, match="a query saw no key.*inner_precise=2"):
+    with pytest.raises(RuntimeError, match=r"a query saw no key.*inner_precise=2"):
         FUSION(q, key, value, 2, "BSND", **options)[0].backward(dy)
     FUSION(q, key, value, 2, "BSND", inner_precise=2, **options)[0].backward(dy)
     hidden = mask[None, None]

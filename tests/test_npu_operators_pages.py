@@ -51,16 +51,24 @@ def keys_of(cache, table, length):
 # --- FIA
 
 
-DIMS = {"64": (64, 64, 0), "128": (128, 128, 0), "192/128": (192, 128, 0), "rope": (128, 128, 64), "latent": (512, 512, 64)}
+DIMS = {
+    "64": (64, 64, 0),
+    "128": (128, 128, 0),
+    "192/128": (192, 128, 0),
+    "rope": (128, 128, 64),
+    "latent": (512, 512, 64),
+}
 
 
 @examples(0.5)
 @given(
     SEEDS, st.sampled_from(sorted(DIMS)), st.sampled_from(sorted(LAY)), st.sampled_from(sorted(STORED)),
-    st.sampled_from((16, 48, 128, 1024)), st.lists(st.integers(0, 150), min_size=1, max_size=3), st.sampled_from((1, 2, 5)),
-    st.booleans(), st.sampled_from((torch.float16, torch.bfloat16)),
+    st.sampled_from((16, 48, 128, 1024)), st.lists(st.integers(0, 150), min_size=1, max_size=3),
+    st.sampled_from((1, 2, 5)), st.booleans(), st.sampled_from((torch.float16, torch.bfloat16)),
 )  # fmt: skip
-def test_any_layout_of_queries_goes_with_any_layout_of_the_cache(seed, dims, layout, stored, block, lengths, t, causal, dtype):
+def test_any_layout_of_queries_goes_with_any_layout_of_the_cache(
+    seed, dims, layout, stored, block, lengths, t, causal, dtype
+):
     width, v_width, rope = DIMS[dims]
     if dims == "latent" and layout.startswith("NTD"):
         return
@@ -126,8 +134,8 @@ def test_masks_over_pages_cover_all_that_the_pages_hold(seed, t, kind, is_latent
 
 @pytest.mark.parametrize(
     ("shape", "t"),
-    [((5, 9), 5), ((16, 16), 5), ((32, 32), 5), ((1, 5, 9), 5), ((2, 16, 32), 5), ((1, 1, 5, 16), 5), ((2, 1, 16, 9), 5),
-     ((2, 9), 1), ((2, 16), 1), ((2, 1, 32), 1), ((2, 1, 1, 9), 1)],
+    [((5, 9), 5), ((16, 16), 5), ((32, 32), 5), ((1, 5, 9), 5), ((2, 16, 32), 5), ((1, 1, 5, 16), 5),
+     ((2, 1, 16, 9), 5), ((2, 9), 1), ((2, 16), 1), ((2, 1, 32), 1), ((2, 1, 1, 9), 1)],
 )  # fmt: skip
 def test_masks_may_be_rounded_up_and_have_a_batch_axis_or_not(shape, t):
     generator = torch.Generator().manual_seed(0)
@@ -164,7 +172,9 @@ def test_head_dims_and_ratios_of_the_document_of_2026(dims, heads, layout, dtype
     out = out.transpose(0, 1) if layout == "NTD" else out
     visible = np.ones((1, 5, 9), bool)
     want, _ = dense(*(x.double().numpy() for x in (q, k, v)), scale=0.1, visible=visible)
-    assert (abs(out.double().numpy().reshape(want.shape) - want) <= (0.02 if dtype == torch.bfloat16 else 2e-3) * 4).all()
+    assert (
+        abs(out.double().numpy().reshape(want.shape) - want) <= (0.02 if dtype == torch.bfloat16 else 2e-3) * 4
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -203,7 +213,9 @@ def test_out_writes_what_would_be_returned(version, has_lse):
     names = ("num_heads", "softmax_lse_flag") if version == "" else ("num_query_heads", "return_softmax_lse")
     options = dict(zip(names, (2, has_lse), strict=True)) | {"input_layout": "BSND"}
     operator = getattr(torch.ops.npu, f"npu_fused_infer_attention_score{version}")
-    workspace = getattr(torch.ops.npu, f"_npu_fused_infer_attention_score{version}_get_max_workspace")(q, k, v, **options)
+    workspace = getattr(torch.ops.npu, f"_npu_fused_infer_attention_score{version}_get_max_workspace")(
+        q, k, v, **options
+    )
     assert workspace.dtype == q.dtype
     want = operator(q, k, v, **options)
     out = [torch.full_like(want[0], torch.nan), torch.full((2, 2, 4, 1) if has_lse else (1,), 7.0)]
@@ -230,7 +242,7 @@ def test_out_refuses_other_tensors(out, phrase):
 
 def test_the_workspace_form_refuses_what_the_call_would():
     q = torch.zeros(1, 4, 2, 64).half()
-    with pytest.raises(RuntimeError, match="_get_max_workspace: .*sparse_mode 3 needs atten_mask"):
+    with pytest.raises(RuntimeError, match=r"_get_max_workspace: .*sparse_mode 3 needs atten_mask"):
         torch.ops.npu._npu_fused_infer_attention_score_get_max_workspace(
             q, q, q, num_heads=2, input_layout="BSND", sparse_mode=3
         )
@@ -308,7 +320,7 @@ REFUSALS = {
     "offset shape": ({"seq_offset": torch.zeros(3).int()}, r"seq_offset is \(3,\), must be \[2\]"),
     "offset dtype": ({"seq_offset": torch.zeros(2).long()}, "seq_offset is torch.int64"),
     "offset negative": ({"seq_offset": torch.tensor([-1, 0]).int()}, "must not be negative"),
-    "table too short": ({"seq_offset": torch.tensor([0, 4]).int()}, "5 tokens from 4 on, block_tables holds 2 blocks of 4"),
+    "table too short": ({"seq_offset": torch.tensor([0, 4]).int()}, "5 tokens from 4 on, block_tables holds 2 blocks"),
     "block id": ({"block_tables": TABLE + 3}, r"ids must be 0 to 2 \(unsafe\)"),
     "block id −1": ({"block_tables": TABLE - 1}, r"ids must be 0 to 2 \(unsafe\)"),
 }  # fmt: skip

@@ -4,8 +4,8 @@
     npu_fusion_attention   [m, n], [1 or B, 1 or N, m, n]; TND: [maxSq, maxSkv], of which each request reads its corner
     FIA                    [1 or B, m, n], [1 or B, 1, m, n]; [m, n] or, for single queries, [B, n]
 
-FIA takes m and n rounded up to 16 or 32, and with pages any n that covers them. It takes two dims in BSH, BSND, BNSD and
-BNSD_BSND, without rope and with equal head dims (aclnnFusedInferAttentionScoreV4, August 2026).
+FIA takes m and n rounded up to 16 or 32, and with pages any n that covers them. It takes two dims in BSH, BSND, BNSD
+and BNSD_BSND, without rope and with equal head dims (aclnnFusedInferAttentionScoreV4, August 2026).
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """What npu::npu_fused_infer_attention_score and _v2 accept, under the argument names of v2.
 
 Sources: op-plugin FusedInferAttentionScore{,V2}KernelNpuOpApi.cpp, its meta functions and documents, and
-aclnnFusedInferAttentionScoreV4.md of ops-transformer. Where they differ the newest is followed, of August 2026; refusals
-that come from it say so. What belongs together is in files of its own:
+aclnnFusedInferAttentionScoreV4.md of ops-transformer. Where they differ the newest is followed, of August 2026;
+refusals that come from it say so. What belongs together is in files of its own:
 
     fused_infer_dims.py    head dims, numbers of heads, layouts, inner_precise
     fused_infer_pages.py   paged caches
@@ -195,7 +195,7 @@ def _parts(
 
 
 def _paged_keys(table: Tensor, block_size: int, kv_lengths: list[int], one_token: bool) -> int:
-    """How many keys a mask has to cover: all that the table can name, or of more queries what the longest request has."""
+    """How many keys a mask has to cover: all that the table can name; of more queries, what the longest request has."""
     blocks = table.shape[1] if one_token else max(-(-n // block_size) for n in kv_lengths)
     return blocks * block_size
 

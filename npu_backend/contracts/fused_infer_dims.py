@@ -8,8 +8,8 @@ a call is refused if neither allows it.
 
     head dims (query and key, value)     heads on key heads            layouts                        from
     512 with rope 64, 512                N of 1, 2, 4 … 128 on 1       LATENT_LAYOUTS                 V4, torch
-    128 with rope 64, 128                any ratio                     PREFILL_LAYOUTS                V4; torch: up to 64
-    packed 64, 128; 192 with 128         any ratio                     TND, NTD, NTD_TND              V4; torch: 64 for MHA
+    128 with rope 64, 128                any ratio                     PREFILL_LAYOUTS                V4; torch: ≤ 64
+    packed 64, 128; 192 with 128         any ratio                     TND, NTD, NTD_TND              V4, torch
     packed 192, 192                      as many, no pages             TND                            torch
     packed D up to 256                   fewer key heads               TND, inner_precise 0           V4
     padded D up to 512                   any ratio                     all; see TURNED_LAYOUTS        V4, torch

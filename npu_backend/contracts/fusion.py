@@ -1,8 +1,8 @@
-"""What npu::npu_fusion_attention accepts (op-plugin FlashAttentionKernelNpuOpApi.cpp; torch_npu-npu_fusion_attention.md).
+"""What npu::npu_fusion_attention accepts.
 
-The document is that of 2026. Of it are: a mask for each head; with packed tokens one mask of the longest request, of which
-every request reads its corner; that sparse_mode counts for nothing without a mask; and trailing zeros in the lengths of
-a pack, whose requests are not computed.
+Sources: op-plugin FlashAttentionKernelNpuOpApi.cpp and torch_npu-npu_fusion_attention.md of 2026. From the latter are:
+a mask for each head; with packed tokens one mask of the longest request, of which every request reads its corner; that
+sparse_mode counts for nothing without a mask; trailing zeros in the lengths of a pack, whose requests are not computed.
 """
 
 from typing import NamedTuple

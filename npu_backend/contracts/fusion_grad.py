@@ -1,7 +1,9 @@
-"""What npu::npu_fusion_attention_grad accepts (op-plugin FlashAttentionKernelNpuOpApi.cpp; aclnnFlashAttentionScoreGrad.md).
+"""What npu::npu_fusion_attention_grad accepts.
 
-The arguments are those of npu_fusion_attention, whose contract holds, and what that returned. The signature lets softmax_max,
-softmax_sum and attention_in be left out; what would be computed then is documented nowhere, and it is refused.
+Sources: op-plugin FlashAttentionKernelNpuOpApi.cpp; aclnnFlashAttentionScoreGrad.md and
+aclnnFlashAttentionUnpaddingScoreGrad.md of ops-transformer, August 2026. The arguments are those of
+npu_fusion_attention, whose contract holds, and what that returned. The signature lets softmax_max, softmax_sum and
+attention_in be left out; what would be computed then is documented nowhere, and it is refused.
 """
 
 from typing import Any, NamedTuple
@@ -56,7 +58,9 @@ def check(
     for name, x in (("dy", dy), ("attention_in", attention_in)):
         refusal.parameter(x.dim() == query.dim(), f"{name} has {x.dim()} dims, query {query.dim()}")
         refusal.parameter(x.dtype == query.dtype, f"{name} is {x.dtype}, query {query.dtype}: must be the same dtype")
-        fits = x.numel() == torch.Size(shape).numel() and (input_layout not in ("BSH", "SBH") or x.shape[2] % head_num == 0)
+        fits = x.numel() == torch.Size(shape).numel() and (
+            input_layout not in ("BSH", "SBH") or x.shape[2] % head_num == 0
+        )
         laid = tokens_first(x, input_layout, head_num) if fits else x
         refusal.parameter(laid.shape == shape, f"{name} is {tuple(x.shape)}, must have the tokens and heads of query")
         outs.append(laid)

@@ -1,7 +1,7 @@
 """What npu::npu_gather_pa_kv_cache accepts (aclnnGatherPaKvCache.md of ops-transformer, August 2026; Atlas A2 and A3).
 
-It has taken the place of atb::npu_paged_cache_load in vLLM-Ascend. A cache in NZ format is told by the format of the NPU's
-tensor, which a CPU tensor does not have: here caches are `[blocks, block, heads, dim]`.
+It has taken the place of atb::npu_paged_cache_load in vLLM-Ascend. A cache in NZ format is told by the format of the
+NPU's tensor, which a CPU tensor does not have: here caches are `[blocks, block, heads, dim]`.
 """
 
 from itertools import pairwise

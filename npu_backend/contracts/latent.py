@@ -1,8 +1,8 @@
 """What atb::npu_multi_head_latent_attention accepts.
 
-Sources: op-plugin MultiHeadLatentAttentionAtb.cpp; ATB's host checks, multi_latent_attention_operation.cpp. Of the cache
-modes krope_ctkv lies `[blocks, block, 1, 512]` and `[blocks, block, 1, 64]`, nzcache `[blocks, 32, block, 16]` and
-`[blocks, 4, block, 16]` in the queries' dtype, which is the same numbers in another order.
+Sources: op-plugin MultiHeadLatentAttentionAtb.cpp; ATB's host checks, multi_latent_attention_operation.cpp. Of the
+cache modes krope_ctkv lies `[blocks, block, 1, 512]` and `[blocks, block, 1, 64]`, nzcache `[blocks, 32, block, 16]`
+and `[blocks, 4, block, 16]`: the same numbers, in the queries' dtype, in another order.
 """
 
 from typing import Any, NamedTuple
@@ -76,9 +76,7 @@ def check(
     return Call((q_nope, q_rope), cache, list(context_lens), blocks, qk_scale, has_lse)
 
 
-def _check_tensors(
-    q_nope: Tensor, q_rope: Tensor, ctkv: Tensor, k_rope: Tensor, heads: int, is_nz: bool
-) -> None:
+def _check_tensors(q_nope: Tensor, q_rope: Tensor, ctkv: Tensor, k_rope: Tensor, heads: int, is_nz: bool) -> None:
     dtype = q_nope.dtype
     _refusal.not_implemented(dtype != torch.int8, "int8")
     _refusal.require(dtype in (torch.float16, torch.bfloat16), f"q_nope is {dtype}, must be float16 or bfloat16")

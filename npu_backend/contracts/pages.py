@@ -1,8 +1,8 @@
 """Caches in blocks, as several operators take them: how the tokens of a block lie, and which blocks a request has.
 
-    ND     [blocks, block, K·D] or [blocks, block, K, D]     tokens first
-    BNBD   [blocks, K, block, D]                             heads first
-    NZ     [blocks, K, D/16, block, 16]                      the head dim in slices of 16: 32 bytes of FP16 or BF16
+ND     [blocks, block, K·D] or [blocks, block, K, D]     tokens first
+BNBD   [blocks, K, block, D]                             heads first
+NZ     [blocks, K, D/16, block, 16]                      the head dim in slices of 16: 32 bytes of FP16 or BF16
 """
 
 from torch import Tensor
@@ -12,7 +12,7 @@ SLICE = 16
 
 
 def from_nz(x: Tensor) -> Tensor:
-    """`[blocks, D/16, block, 16]` or `[blocks, K, D/16, block, 16]` as `[blocks, block, D]`, `[blocks, block, K, D]`."""
+    """Tokens first: `[blocks, D/16, block, 16]` as `[blocks, block, D]`, and with K after the blocks the same."""
     if x.dim() == 4:
         return x.transpose(1, 2).flatten(2)
     return x.permute(0, 3, 1, 2, 4).flatten(3)

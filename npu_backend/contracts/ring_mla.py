@@ -164,7 +164,10 @@ def _check_mask(mask: Tensor, dtype: torch.dtype) -> None:
     safe = tuple(mask.shape[-2:]) == (MASK_PITCH, MASK_PITCH) and mask.is_contiguous()
     _require(safe, f"current mask shape is unsupported! {tuple(mask.shape)}; only contiguous 512x512 masks are safe")
     # unsafe: the kernels read the first mask of a batch for every request, so the others must say the same.
-    _require(torch.equal(mask, _first(mask).expand_as(mask)), "the masks of the batch differ: only the first is read (unsafe)")
+    _require(
+        torch.equal(mask, _first(mask).expand_as(mask)),
+        "the masks of the batch differ: only the first is read (unsafe)",
+    )
     # unsafe: the FP16 kernel adds the values, the BF16 kernel multiplies them by -3e38; any others are not a mask.
     mask = _first(mask)
     above = torch.ones_like(mask, dtype=torch.bool).triu(1)

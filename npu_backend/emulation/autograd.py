@@ -1,7 +1,7 @@
 """Backward through the CPU kernels: right, or an error.
 
-PyTorch lets an operator without a registered derivative pass with a warning, and leaves `.grad` at None. So every operator
-has an autograd kernel for CPU tensors:
+PyTorch lets an operator without a registered derivative pass with a warning, and leaves `.grad` at None. So every
+operator has an autograd kernel for CPU tensors:
 
     npu_fusion_attention, _v2, _v3    its gradient is computed by the operator that the vendor has for it
     all others                        the backward raises: the vendor's have none either
@@ -63,8 +63,8 @@ def _run(name: str, *args: Any, **options: Any) -> Any:
         return results
     if written:
         raise RuntimeError(
-            f"{name} writes into the tensors it is given and has no derivative, but one of its arguments requires grad; "
-            "call it under torch.no_grad()"
+            f"{name} writes into the tensors it is given and has no derivative, but one of its arguments requires "
+            "grad; call it under torch.no_grad()"
         )
     return _NoDerivative.apply(name, spec, *leaves)
 
@@ -119,8 +119,8 @@ class _Differentiable(torch.autograd.Function):
         query, key, value, out, maximum, total = ctx.saved_tensors
         if ((maximum == LOWEST) & (total != -LOWEST)).any():
             raise RuntimeError(
-                f"{ctx.name}: a query saw no key; its output is a mean of all values, of which the vendor's gradient is "
-                "not the derivative: mask otherwise, or give inner_precise=2, which makes such rows 0"
+                f"{ctx.name}: a query saw no key; its output is a mean of all values, of which the vendor's gradient "
+                "is not the derivative: mask otherwise, or give inner_precise=2, which makes such rows 0"
             )
         options = {key: x for key, x in ctx.options.items() if key not in NOT_OF_THE_GRADIENT}
         options["scale_value"] = options.pop("scale", 1.0)

@@ -8,9 +8,9 @@
     dq    = scale Σ ds k                    ds rounded to `probability`, the sum in compute, then × scale
     dk    = scale Σ ds q                    the same
 
-That is the vendor's order (FAG算子设计介绍.md of ops-transformer; its kernels' vec_op.h stores p and ds in the dtype of the
-inputs for the cube, and everything else in float32). m and l are those of all keys, so of any part of the keys the part
-of the gradient comes out: the blocks of a ring need only be added.
+That is the vendor's order (docs/FAG算子设计介绍.md of flash_attention_score_grad in ops-transformer; its
+kernels' vec_op.h stores p and ds in the dtype of the inputs for the cube, and everything else in float32). m and l are
+those of all keys, so of any part of the keys the part of the gradient comes out: a ring need only add its blocks.
 """
 
 from collections.abc import Callable
@@ -77,6 +77,6 @@ def attend_backward(
 
 
 def _over_rows(left: Tensor, right: Tensor, kv_heads: int) -> Tensor:
-    """`left` `[N, rows, columns]` transposed times `right` `[N, rows, x]`, summed over the heads that share a key head."""
+    """`left` `[N, rows, columns]`ᵀ times `right` `[N, rows, x]`, summed over the heads that share a key head."""
     left, right = (x.reshape(kv_heads, -1, x.shape[2]) for x in (left, right))
     return torch.bmm(left.transpose(1, 2), right)

@@ -11,10 +11,11 @@
     lse = ln Σ + m               float32
 
 Documented are the formats of scores and probabilities; that the steps between follow the scores' format, and that tiles
-are 512 keys wide, is read from npu_ring_mla, which the vendor built of the same parts. A single query of a padded batch,
-and head dim 512, are computed as under 0 whatever is asked: A2's tiling of these kernels (incre_flash_attention_tiling.cpp)
-reads the flag only for quantised caches and to choose a data path, and the kernels' scores are float32. Long decodes split the keys over
-cores and merge in float32, in an order that depends on the number of cores; here they are one pass.
+are 512 keys wide, is read from npu_ring_mla, which the vendor built of the same parts. A single query of a padded
+batch, and head dim 512, are computed as under 0 whatever is asked: A2's tiling of these kernels
+(incre_flash_attention_tiling.cpp) reads the flag only for quantised caches and to choose a data path, and the kernels'
+scores are float32. Long decodes split the keys over cores and merge in float32, in an order that depends on the number
+of cores; here they are one pass.
 
     rows                                           out               lse
     the mask's band shows no key; or repair asked  0                 +inf

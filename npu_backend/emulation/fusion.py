@@ -5,11 +5,11 @@
     p·v, rescaling, division                  float32, then the dtype of the inputs
 
 That is what is documented; tiles of 512 keys are assumed. Hidden scores are replaced by −3.4e38, so a row whose mask
-hides every key is the mean of all values, with maximum −3.4e38 and sum n; under inner_precise 2 it is 0, −3.4e38 and +3.4e38.
-Rows that the band alone leaves without a key get the same unasked: where the operator can tell that there are such rows
-it turns inner_precise 2 on by itself (its document of 2026, with sparse_mode 3 and more queries than keys as example).
-Without any key, or any query, a kernel of its own writes zeros. Of a packed sequence without keys beside others that
-have some nothing is documented; here its rows hold NaN, as do tokens of a pack that no request computes.
+hides every key is the mean of all values, with maximum −3.4e38 and sum n; under inner_precise 2 it is 0, −3.4e38 and
++3.4e38. Rows that the band alone leaves without a key get the same unasked: where the operator can tell that there are
+such rows it turns inner_precise 2 on by itself (its document of 2026, with sparse_mode 3 and more queries than keys as
+example). Without any key, or any query, a kernel of its own writes zeros. Of a packed sequence without keys beside
+others that have some nothing is documented; here its rows hold NaN, as do tokens of a pack that no request computes.
 """
 
 from typing import Any

@@ -21,9 +21,7 @@ from npu_backend.emulation.mode import is_exact
 Gradient3 = tuple[Tensor, Tensor, Tensor]
 
 
-def npu_fusion_attention_grad(
-    *args: Any, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+def npu_fusion_attention_grad(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """The CPU kernel: dq, dk, dv in the layout and dtype of query, key, value; of pse undefined; of sink `[0]`.
 
     Raises:

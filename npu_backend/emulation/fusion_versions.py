@@ -1,8 +1,8 @@
 """npu_fusion_attention_v2 and _v3 with their gradients, on a CPU: the kernels of v1 under other names and types.
 
 v2 spells pre_tokens and next_tokens, and can do what v1 cannot (a rotary part of its own, other kinds of pse, which are
-not implemented here); it gives back the seed and the offset it was given. v3 takes lengths as tensors of int64, and gives
-its seed and offset as tensors, which only dropout fills: here they are 0.
+not implemented here); it gives back the seed and the offset it was given. v3 takes lengths as tensors of int64, and
+gives its seed and offset as tensors, which only dropout fills: here they are 0.
 """
 
 from typing import Any
