@@ -473,7 +473,7 @@ def _autoload(): pass
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [(None, "not installed 24"), (BROKEN, "libhccl.so: cannot open shared object file 13"), (PRESENT, "None 12")],
+    [(None, "not installed 24"), (BROKEN, "libhccl.so: cannot open shared object file 24"), (PRESENT, "None 23")],
 )
 def test_operator_is_there_whether_torch_npu_is_absent_broken_or_present(tmp_path, source, says):
     if source is not None:

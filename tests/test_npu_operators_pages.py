@@ -74,6 +74,8 @@ def test_any_layout_of_queries_goes_with_any_layout_of_the_cache(
         return
     n, k = (4, 1) if dims == "latent" else (4, 2)
     is_packed = layout in ("TND", "NTD", "NTD_TND")
+    if dims == "192/128" and not is_packed:  # other sizes are refused
+        block = 128 if t > 1 else min(block, 512)
     caches, table = paged(seed, lengths, block, k, (width, v_width, *([rope] if rope else [])), dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     q, q_rope = (torch.randn(len(lengths), t, n, d, generator=generator).to(dtype) for d in (width, 64))
