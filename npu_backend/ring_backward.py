@@ -65,9 +65,8 @@ def ring_backward(
     mine = held_by(shard, device)
     query = torch.from_numpy(shard.query).to(device)
     side = _Queries(query, torch.where(real, dy, 0), carried)
-    halves: tuple[Tensor, Tensor] = tuple(
-        torch.from_numpy(x).to(device) for x in indices(ring.requests.chunk_lengths, ring.cp)[:2]
-    )
+    first, last, *_ = (torch.from_numpy(x).to(device) for x in indices(ring.requests.chunk_lengths, ring.cp))
+    halves = first, last
     dq = torch.zeros_like(query, dtype=sums)
     link = Link(ring.rank, ring.cp, report, ring.digest)
     arrivals = travel(ring.exchange, link, mine)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from npu_backend.emulation.mode import arithmetic
+from npu_backend.emulation.mode import Mode, arithmetic
 from npu_backend.families import FAMILIES
 from npu_backend.packing import held_rows
 from npu_backend.rank import join
@@ -26,7 +26,7 @@ class Training(NamedTuple):
     requests: Requests
     is_causal: bool
     cp: int
-    mode: str = "staged"
+    mode: Mode = "staged"
     sums: str = "float32"
 
 

@@ -27,7 +27,7 @@ from npu_backend.shard import PAD, Requests
 ROOT = Path(__file__).parents[1]
 
 
-def training(seed, cp, lengths, *, is_pack, is_causal, dtype=np.float32, heads=(4, 2), **options) -> Training:
+def training(seed, cp, lengths, *, is_pack, is_causal, dtype: type = np.float32, heads=(4, 2), **options) -> Training:
     """Requests of these lengths, one a row or all in one; each is padded as it must be, and once more."""
     rng, unit = np.random.default_rng(seed), 2 * cp
     if is_pack:

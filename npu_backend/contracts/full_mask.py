@@ -20,7 +20,7 @@ class Pairs(NamedTuple):
 
     batch: int
     rows: int
-    count: int
+    columns: int
 
 
 def fusion_mask(refusal: Refusal, mask: Tensor, pairs: Pairs, heads: int, is_packed: bool) -> Tensor:

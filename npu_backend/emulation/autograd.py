@@ -115,8 +115,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, maximum, total = ctx.saved_tensors
+        dy = gradients[0]  # all other results have none
         if ((maximum == LOWEST) & (total != -LOWEST)).any():
             raise RuntimeError(
                 f"{ctx.name}: a query saw no key; its output is a mean of all values, of which the vendor's gradient "

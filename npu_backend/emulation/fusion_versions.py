@@ -36,7 +36,7 @@ def npu_fusion_attention_grad_v2(
     """Gradients of query, key, value; `[0]` of pse and of the rotary parts; undefined of sink."""
     name = "npu_fusion_attention_grad_v2"
     dq, dk, dv = gradients(fusion_grad.check(name, *args, **_as_v1(name, options)))
-    return dq, dk, dv, *(dq.new_empty(0) for _ in range(3)), None
+    return dq, dk, dv, dq.new_empty(0), dq.new_empty(0), dq.new_empty(0), None
 
 
 def npu_fusion_attention_v3(
@@ -46,7 +46,8 @@ def npu_fusion_attention_v3(
     name = "npu_fusion_attention_v3"
     given = dict(zip(POSITIONAL_OF_V3, args, strict=False)) | options
     call = fusion.check(query, key, value, head_num, input_layout, operator=name, **_lists(name, given))
-    return *attention(call)[:4], *(torch.zeros(1, dtype=torch.int64) for _ in range(2))
+    seed, offset = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+    return *attention(call)[:4], seed, offset
 
 
 def npu_fusion_attention_grad_v3(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
