@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from npu_backend.decode import LSES, MERGES, Decoding
+from npu_backend.decode import ENGINES, LSES, MERGES, Decoding
 from npu_backend.errors import InputError, RankError
 from npu_backend.families import FAMILIES
 from npu_backend.rank import Settings
@@ -70,6 +70,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="decode: without-maximum is MindIE's, it overflows at lse 88.7; default: attention-update",
     )
     command.add_argument(
+        "--engine", choices=ENGINES, default="mindie", help="decode: whose cache and exchange; default: mindie"
+    )
+    command.add_argument(
+        "--interleave",
+        type=int,
+        default=1,
+        metavar="N",
+        help="decode, vllm-ascend: tokens that follow each other on one rank; default: 1",
+    )
+    command.add_argument(
         "--profile", action="store_true", help="write seconds of computing and waiting per step into the results"
     )
     command.add_argument(
@@ -89,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     arguments = _arguments(argv)
     try:
-        decoding = Decoding(arguments.lse, arguments.merge)
+        decoding = Decoding(arguments.lse, arguments.merge, arguments.engine, arguments.interleave)
         settings = Settings(_exchange(arguments), arguments.operators, arguments.profile, decoding)
         outcomes = run(
             arguments.cases, arguments.results, device=arguments.device, timeout=arguments.timeout, settings=settings

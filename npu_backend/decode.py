@@ -9,6 +9,9 @@ rank if at least cp blocks stand before it (AllocateBlocksForTokenIdsSmallRankFi
 new tokens are in the cache already and count as the prompt's; blocks that a long decode appends elsewhere are not
 modelled.
 
+vLLM-Ascend does both in another way (`engine`): token i of a request is on rank (i // interleave) mod cp, and its ranks
+exchange by heads (decode_by_heads.py).
+
 Of several new tokens each is passed as a request of its own, which sees the rank's tokens up to its own position: these
 are the first so many of the rank, so no operator needs a mask.
 """
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from npu_backend.contracts.latent import LATENT
-from npu_backend.errors import RankError
+from npu_backend.decode_by_heads import check_tags, exchange_by_heads
 from npu_backend.exchange import Held, Link, Report
 from npu_backend.families import Family, merge_all
 from npu_backend.files import Case
@@ -31,6 +34,7 @@ from npu_backend.prefix import BLOCK
 
 MERGES = ("attention-update", "without-maximum")
 LSES = ("float32", "float16")
+ENGINES = ("mindie", "vllm-ascend")
 
 
 class Decoding(NamedTuple):
@@ -38,14 +42,20 @@ class Decoding(NamedTuple):
 
     lse: str = "float32"  # or "float16": how lse travels
     merge: str = "attention-update"  # or "without-maximum": Σ e^lse out / Σ e^lse, which overflows at lse 88.7
+    engine: str = "mindie"  # or "vllm-ascend": whose cache and exchange
+    interleave: int = 1  # vllm-ascend: tokens that follow each other on one rank, its cp_kv_cache_interleave_size
 
 
-def held_tokens(length: int, rank: int, cp: int) -> np.ndarray:
+def held_tokens(length: int, rank: int, cp: int, decoding: Decoding = Decoding()) -> np.ndarray:  # noqa: B008
     """The positions of a request of so many tokens that a rank's cache holds, ascending.
 
     >>> [held_tokens(1305, rank, cp=8).size for rank in range(8)]
     [256, 256, 128, 128, 128, 128, 128, 153]
+    >>> held_tokens(9, 1, 2, Decoding(engine="vllm-ascend", interleave=2))
+    array([2, 3, 6, 7])
     """
+    if decoding.engine == "vllm-ascend":
+        return np.flatnonzero(np.arange(length) // decoding.interleave % cp == rank)
     blocks = -(-length // BLOCK)
     owner = np.arange(blocks) % cp
     if blocks > cp:
@@ -53,10 +63,10 @@ def held_tokens(length: int, rank: int, cp: int) -> np.ndarray:
     return np.flatnonzero(np.repeat(owner == rank, BLOCK)[:length])
 
 
-def seen_lengths(case: Case, rank: int) -> tuple[int, ...]:
+def seen_lengths(case: Case, rank: int, decoding: Decoding = Decoding()) -> tuple[int, ...]:  # noqa: B008
     """Of each query of the case, how many of the rank's tokens it sees: the first so many."""
     lengths = np.bincount(case.kv_segment[0])
-    held = [held_tokens(int(n), rank, case.cp) for n in lengths]
+    held = [held_tokens(int(n), rank, case.cp, decoding) for n in lengths]
     places = zip(case.q_segment[0], case.q_position[0], strict=True)
     return tuple(int(np.searchsorted(held[i], p, side="right")) for i, p in places)
 
@@ -74,26 +84,26 @@ def decode_attention(
     """
     started = time.perf_counter()
     report("compute", 0)
-    mine = partial_of(case, rank, family, device)
+    mine = partial_of(case, rank, family, device, decoding)
     computed = time.perf_counter()
     link = Link(rank, case.cp, report, case.digest)
+    tags = [torch.tensor(_tag(case, r, decoding), dtype=torch.int32, device=device) for r in range(case.cp)]
+    if decoding.engine == "vllm-ascend":
+        merged = exchange_by_heads(link, mine, tags)
+        by_token = Partial(merged.out.transpose(0, 1), merged.lse.transpose(0, 1))
+        return by_token, computed - started, sum(link.waited)
     lse = mine.lse.half() if decoding.lse == "float16" else mine.lse
-    sent = Held((mine.out, lse), torch.tensor(_tag(case, rank), dtype=torch.int32, device=device))
+    sent = Held((mine.out, lse), tags[rank])
     arrived = link.gather(sent) if case.cp > 1 else [sent]
-    for sender, (_, tag) in enumerate(arrived):
-        if tag.tolist() != _tag(case, sender):
-            raise RankError(
-                f"step 0: a wrong partial; in the place of rank {sender} is rank {int(tag[0])}'s, which saw "
-                f"{tag[1:].tolist()} tokens and not {_tag(case, sender)[1:]}"
-            )
+    check_tags(arrived, tags)
     merged = merge([Partial(out, lse.float()) for (out, lse), _ in arrived], decoding.merge)
     by_token = Partial(merged.out.transpose(0, 1), merged.lse.transpose(0, 1))
     return by_token, computed - started, sum(link.waited)
 
 
-def _tag(case: Case, rank: int) -> list[int]:
+def _tag(case: Case, rank: int, decoding: Decoding) -> list[int]:
     """What travels with a partial: whose it is, and how many tokens each query saw there."""
-    return [rank, *seen_lengths(case, rank)]
+    return [rank, *seen_lengths(case, rank, decoding)]
 
 
 def merge(partials: list[Partial], how: str) -> Partial:
@@ -111,14 +121,21 @@ def merge(partials: list[Partial], how: str) -> Partial:
     return Partial(out.half(), total.log())
 
 
-def partial_of(case: Case, rank: int, family: Family, device: torch.device) -> Partial:
+def partial_of(
+    case: Case,
+    rank: int,
+    family: Family,
+    device: torch.device,
+    decoding: Decoding = Decoding(),  # noqa: B008
+) -> Partial:
     """Attention of all queries over the tokens that this rank holds, `[T, 1, N, V]`: each query a request."""
     query = torch.from_numpy(case.query[0][:, None]).to(device)
-    seen = seen_lengths(case, rank)
+    seen = seen_lengths(case, rank, decoding)
     if not any(seen):
         return nothing(query, case.value_dim)
     starts = np.cumsum((0, *np.bincount(case.kv_segment[0])))
-    rows = [start + held_tokens(int(n), rank, case.cp) for start, n in zip(starts, np.diff(starts), strict=False)]
+    counts = zip(starts, np.diff(starts), strict=False)
+    rows = [start + held_tokens(int(n), rank, case.cp, decoding) for start, n in counts]
     if family.name == "ring_mla":
         return _over_pages(case, query, rows, seen)
     most = max(seen)

@@ -103,6 +103,24 @@ class Link:
         found = enumerate(zip(*everybody, strict=True))
         return [self._opened(x, mine.places.shape, 0, sender=rank, sent=0) for rank, x in found]
 
+    def deal(self, parts: list[Held]) -> list[Held]:
+        """Give `parts[r]` to rank r, all of one shape; what every rank had for this one, by rank. Errors as of `wait`."""
+        self.report("wait", 0)
+        started = time.perf_counter()
+        arrived = []
+        try:
+            for same in zip(*(self._stamped(part, 0) for part in parts), strict=True):
+                leaving = torch.stack(same)
+                arriving = torch.empty_like(leaving)
+                dist.all_to_all_single(arriving, leaving)
+                arrived.append(arriving)
+        except RuntimeError as error:
+            raise _link_error(0, "of all ranks", error) from error
+        torch.get_device_module(parts[0].places.device).synchronize()
+        self.waited.append(time.perf_counter() - started)
+        found = enumerate(zip(*arrived, strict=True))
+        return [self._opened(x, parts[0].places.shape, 0, sender=rank, sent=0) for rank, x in found]
+
     def _stamped(self, held: Held, step: int) -> tuple[Tensor, ...]:
         return Stamp(self.case, self.rank, step).before(held.places), *(x.contiguous() for x in held.rows)
 

@@ -141,7 +141,9 @@ def _decode(case: Case, result_path: Path, device: torch.device, report: Report,
         about |= {"seconds_per_step": seconds, "seconds": max(map(sum, seconds)), "decode": settings.decoding._asdict()}
         about["operators"] = list(decode_operators(family, settings.decoding))
         precision = decode_precision(family, settings.decoding)
-        write_result(result_path, case, list(results), precision=precision, order="ascending", about=about)
+        # `ascending` names MindIE's chunks (docs/formats.md).
+        order = "ascending" if settings.decoding.engine == "mindie" else "unknown"
+        write_result(result_path, case, list(results), precision=precision, order=order, about=about)
 
 
 def decode_precision(family: Family, decoding: Decoding) -> str:
@@ -159,10 +161,23 @@ def check_decoding(case: Case, settings: Settings) -> None:
     """Refuse what does not go with decode, before anything is started.
 
     Raises:
-      InputError: --profile, or a profile of precision that these operators and options do not have.
+      InputError: --profile, options that do not go together, a profile of precision that they do not have.
     """
     if settings.profile:
         raise InputError(f"{case.name}: --profile times the steps of prefill; decode has one exchange, leave it out")
+    decoding, heads = settings.decoding, case.query.shape[2]
+    if decoding.engine == "vllm-ascend":
+        if settings.operators != "fia" or decoding[:2] != Decoding()[:2]:
+            raise InputError(
+                f"{case.name}: --engine vllm-ascend goes with --operators fia, and merges float32 by attention-update; "
+                f"not with {settings.operators}, lse {decoding.lse}, merge {decoding.merge}: leave these out"
+            )
+        if heads % case.cp:
+            raise InputError(
+                f"{case.name}: {heads} heads; --engine vllm-ascend deals them out to {case.cp} ranks: take a multiple"
+            )
+    if decoding.interleave < 1:
+        raise InputError(f"{case.name}: --interleave {decoding.interleave}; it is a number of tokens, 1 or more")
     computes = decode_precision(FAMILIES[settings.operators], settings.decoding)
     wanted = case.precision.get("npu", computes)
     if wanted != computes:

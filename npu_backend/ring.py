@@ -92,8 +92,8 @@ def ring_attention(
         clock.compute.append(ended - arrived)
         clock.waited.append(sum(link.waited[waits:]))
     parts = [ring.family.finish(x) for chunk in queries for x in carried[chunk]]
-    out, lse = (torch.cat(x, dim=1).index_select(1, recovery) for x in zip(*parts, strict=True))
-    return Partial(out, lse), clock, made
+    joined = (torch.cat(x, dim=1).index_select(1, recovery) for x in zip(*parts, strict=True))
+    return type(parts[0])(*joined), clock, made
 
 
 def held_by(shard: Shard, device: torch.device) -> Held:

@@ -1,8 +1,8 @@
 """The vendor's operators by name: torch_npu's own where it is installed, declared here where it is not.
 
-Either way CPU kernels of ours are registered for them, so `torch.ops.atb.npu_ring_mla` runs on tensors of any device
-that is there. torch_npu has to be imported before anything is declared: it declares its operators itself, and a second
-definition of a name aborts the process.
+Either way CPU kernels of ours are registered for them, and their derivatives where there are any, so
+`torch.ops.atb.npu_ring_mla` runs on tensors of any device that is there. torch_npu has to be imported before anything
+is declared: it declares its operators itself, and a second definition of a name aborts the process.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import importlib.util
 
 import torch
 
-from npu_backend.emulation import KERNELS
+from npu_backend.emulation import KERNELS, autograd_kernel
 from npu_backend.errors import InputError
 from npu_backend.schemas import SCHEMAS
 
@@ -48,6 +48,7 @@ def _register() -> tuple[list[torch.library.Library], frozenset[str]]:
             library.define(schema.partition("::")[2])
             missing.add(name)
         library.impl(local, KERNELS[name], "CPU")
+        library.impl(local, autograd_kernel(name), "AutogradCPU")
     return list(libraries.values()), frozenset(missing)
 
 

@@ -1,10 +1,16 @@
-"""What npu::npu_fusion_attention accepts (op-plugin FlashAttentionKernelNpuOpApi.cpp, its documents)."""
+"""What npu::npu_fusion_attention accepts.
 
-from typing import Any, NamedTuple
+Sources: op-plugin FlashAttentionKernelNpuOpApi.cpp and torch_npu-npu_fusion_attention.md of 2026. From the latter are:
+a mask for each head; with packed tokens one mask of the longest request, of which every request reads its corner; that
+sparse_mode counts for nothing without a mask; trailing zeros in the lengths of a pack, whose requests are not computed.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from npu_backend.contracts.full_mask import Pairs, fusion_mask
 from npu_backend.contracts.layouts import ends_to_lengths, tokens_first
 from npu_backend.contracts.refuse import Refusal
 from npu_backend.contracts.sparse import FAR, Sparse, check_sparse
@@ -12,7 +18,6 @@ from npu_backend.contracts.sparse import FAR, Sparse, check_sparse
 COPIES = 8
 """The softmax maximum and sum are stored eight times each: one 32-byte block."""
 DIMS = {"BSH": 3, "SBH": 3, "BSND": 4, "BNSD": 4, "TND": 3}
-_refusal = Refusal("npu_fusion_attention")
 
 
 class Call(NamedTuple):
@@ -58,15 +63,17 @@ def check(
     softmax_layout: str = "",
     sink: Tensor | None = None,
     dropout_mask: Tensor | None = None,
-    **others: Any,  # seed and offset, which only dropout reads
+    seed: int = 0,
+    offset: int = 0,
+    operator: str = "npu_fusion_attention",
 ) -> Call:
-    """The call, checked; arguments as in the schema ("tockens" is the vendor's spelling).
+    """The call, checked; arguments as in the schema ("tockens" is the vendor's spelling), and who makes it.
 
     Raises:
       RuntimeError: what the vendor refuses, and what is not implemented here.
     """
-    del gen_mask_parallel, sync, others
-    refusal, is_packed = _refusal, input_layout == "TND"
+    del gen_mask_parallel, sync, seed, offset  # only dropout reads them, and there is none with keep_prob 1
+    refusal, is_packed = Refusal(operator), input_layout == "TND"
     refusal.require(head_num > 0, f"head_num must > 0, but got {head_num}")
     refusal.require(0 < keep_prob <= 1, f"The keep_prob value must be in range of (0, 1], but got {keep_prob}")
     refusal.require(padding_mask is None, "padding_mask must be None: it is reserved")
@@ -81,24 +88,29 @@ def check(
     refusal.not_implemented(sparse_mode <= 4, f"sparse_mode {sparse_mode}")
     refusal.not_implemented(keep_prob == 1, "dropout")
     refusal.only_defaults({"pse": pse, "prefix": prefix, "sink": sink, "dropout_mask": dropout_mask})
-    refusal.not_implemented(inner_precise in (0, 2), f"inner_precise {inner_precise}")
+    refusal.parameter(inner_precise in (0, 1, 2), f"inner_precise is {inner_precise}, must be 0, 1 or 2")  # 1 is 0
     refusal.parameter(softmax_layout in ("", "TND"), f"softmax_layout {softmax_layout!r}, must be empty or TND")
-    parts = _check_tensors(query, key, value, head_num, input_layout)
-    lengths = _packed(parts, actual_seq_qlen, actual_seq_kvlen) if is_packed else _padded(parts)
-    shape = None if is_packed else (parts[0].shape[0], parts[0].shape[1], parts[1].shape[1])
+    parts = _check_tensors(refusal, query, key, value, head_num, input_layout)
+    lengths = _packed(refusal, parts, actual_seq_qlen, actual_seq_kvlen) if is_packed else _padded(refusal, parts)
     if atten_mask is not None:
         refusal.parameter(
             atten_mask.dtype in (torch.bool, torch.uint8), f"atten_mask is {atten_mask.dtype}, must be bool or uint8"
         )
-        refusal.parameter(atten_mask.dim() in (2, 4), f"atten_mask has {atten_mask.dim()} dims, must be 2 or 4")
-        is_per_head = atten_mask.dim() == 4 and atten_mask.shape[1] != 1
-        refusal.not_implemented(not is_per_head, "a mask per head")
-    sparse = check_sparse(refusal, sparse_mode, atten_mask, pre_tockens, next_tockens, shape)
+    else:
+        sparse_mode = 0  # without a mask the mode counts for nothing, and everything is computed
+
+    def full(mask: Tensor) -> Tensor:
+        pairs = Pairs(len(lengths[0]), max(lengths[0]), max(lengths[1]))
+        return fusion_mask(refusal, mask, pairs, head_num, is_packed)
+
+    sparse = check_sparse(refusal, sparse_mode, atten_mask, pre_tockens, next_tockens, full)
     return Call(*parts, *lengths, input_layout, sparse, scale, inner_precise == 2, softmax_layout == "TND")
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, heads: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    refusal, dims = _refusal, DIMS[layout]
+def _check_tensors(
+    refusal: Refusal, query: Tensor, key: Tensor, value: Tensor, heads: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = DIMS[layout]
     floats = (torch.float16, torch.bfloat16, torch.float32)
     for name, x in (("query", query), ("key", key), ("value", value)):
         refusal.parameter(x.dim() == dims, f"{name} has {x.dim()} dims, layout {layout} has {dims}")
@@ -129,23 +141,33 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, heads: int, layout
     return q, k, v
 
 
-def _padded(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[list[int], list[int]]:
+def _padded(refusal: Refusal, parts: tuple[Tensor, Tensor, Tensor]) -> tuple[list[int], list[int]]:
     query, key, _ = parts
     batch = query.shape[0]
-    _refusal.parameter(key.shape[0] == batch, f"{batch} requests in query, {key.shape[0]} in key")
+    refusal.parameter(key.shape[0] == batch, f"{batch} requests in query, {key.shape[0]} in key")
     return [query.shape[1]] * batch, [key.shape[1]] * batch
 
 
 def _packed(
-    parts: tuple[Tensor, Tensor, Tensor], q_ends: list[int] | None, kv_ends: list[int] | None
+    refusal: Refusal, parts: tuple[Tensor, Tensor, Tensor], q_ends: list[int] | None, kv_ends: list[int] | None
 ) -> tuple[list[int], list[int]]:
     if not q_ends or not kv_ends:
-        raise RuntimeError(f"{_refusal.operator}: the size of actual_seq_qlen and actual_seq_kvlen cannot be empty.")
+        raise RuntimeError(f"{refusal.operator}: the size of actual_seq_qlen and actual_seq_kvlen cannot be empty.")
     lengths = []
     for name, ends, x in (("actual_seq_qlen", q_ends, parts[0]), ("actual_seq_kvlen", kv_ends, parts[1])):
-        counts = ends_to_lengths(list(ends))
-        _refusal.parameter(all(n >= 0 for n in counts), f"{name} {list(ends)} must not decrease: it is cumulative")
-        _refusal.parameter(sum(counts) == x.shape[0], f"{name} {list(ends)} must end at the {x.shape[0]} tokens given")
-        lengths.append(counts)
-    _refusal.parameter(len(lengths[0]) == len(lengths[1]), "actual_seq_qlen and actual_seq_kvlen differ in length")
+        used = _without_trailing_zeros(list(ends))
+        counts = ends_to_lengths(used)
+        refusal.parameter(all(n >= 0 for n in counts), f"{name} {list(ends)} must not decrease: it is cumulative")
+        is_cut = len(used) < len(ends)  # then the tokens of the requests that are left out follow
+        fits = sum(counts) <= x.shape[0] if is_cut else sum(counts) == x.shape[0]
+        refusal.parameter(fits, f"{name} {list(ends)} must end at the {x.shape[0]} tokens given")
+        lengths.append(counts + [0] * (len(ends) - len(used)))
+    refusal.parameter(len(lengths[0]) == len(lengths[1]), "actual_seq_qlen and actual_seq_kvlen differ in length")
     return lengths[0], lengths[1]
+
+
+def _without_trailing_zeros(ends: list[int]) -> list[int]:
+    """Requests at the end of a pack that are not to be computed have 0 for their ends."""
+    while len(ends) > 1 and ends[-1] == 0:
+        ends = ends[:-1]
+    return ends

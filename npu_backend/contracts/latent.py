@@ -1,10 +1,16 @@
-"""What atb::npu_multi_head_latent_attention accepts (op-plugin MultiHeadLatentAttentionAtb.cpp; ATB's host checks)."""
+"""What atb::npu_multi_head_latent_attention accepts.
+
+Sources: op-plugin MultiHeadLatentAttentionAtb.cpp; ATB's host checks, multi_latent_attention_operation.cpp. Of the
+cache modes krope_ctkv lies `[blocks, block, 1, 512]` and `[blocks, block, 1, 64]`, nzcache `[blocks, 32, block, 16]`
+and `[blocks, 4, block, 16]`: the same numbers, in the queries' dtype, in another order.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from npu_backend.contracts.pages import SLICE, from_nz
 from npu_backend.contracts.refuse import Refusal
 
 LATENT, ROPE, BLOCK = 512, 64, 128
@@ -55,32 +61,38 @@ def check(
     for name, given, known in choices:
         _refusal.require(given is None or given in known, f"Unsupported {name} value: '{given}'")
     _refusal.not_implemented(calc_type != "calc_type_spec", "calc_type_spec")
-    _refusal.not_implemented(cache_mode in (None, "krope_ctkv"), f"cache_mode {cache_mode}")
+    _refusal.not_implemented(cache_mode != "int8_nzcache", "cache_mode int8_nzcache")
     _refusal.only_defaults(others)
     is_unmasked = mask is None and mask_type in (None, "undefined")
     _refusal.require(is_unmasked, "mask and mask_type are for calc_type_spec only")
     _refusal.require(q_headnum in HEADS, f"headNum is {q_headnum}, must be one of {HEADS}")
     _refusal.require(kv_headnum == 1, f"kvHeadNum is {kv_headnum}, must be 1")
     _refusal.require(0 < qk_scale <= 1, f"qkScale is {qk_scale}, must be in (0, 1]")
-    _check_tensors(q_nope, q_rope, ctkv, k_rope, q_headnum)
-    blocks = _blocks(block_tables, list(context_lens), q_nope.shape[0], ctkv)
+    is_nz = cache_mode == "nzcache"
+    _check_tensors(q_nope, q_rope, ctkv, k_rope, q_headnum, is_nz)
+    cache = (from_nz(ctkv)[:, :, None], from_nz(k_rope)[:, :, None]) if is_nz else (ctkv, k_rope)
+    blocks = _blocks(block_tables, list(context_lens), q_nope.shape[0], cache[0])
     has_lse = calc_type == "calc_type_ring"
-    return Call((q_nope, q_rope), (ctkv, k_rope), list(context_lens), blocks, qk_scale, has_lse)
+    return Call((q_nope, q_rope), cache, list(context_lens), blocks, qk_scale, has_lse)
 
 
-def _check_tensors(q_nope: Tensor, q_rope: Tensor, ctkv: Tensor, k_rope: Tensor, heads: int) -> None:
+def _check_tensors(q_nope: Tensor, q_rope: Tensor, ctkv: Tensor, k_rope: Tensor, heads: int, is_nz: bool) -> None:
     dtype = q_nope.dtype
     _refusal.not_implemented(dtype != torch.int8, "int8")
     _refusal.require(dtype in (torch.float16, torch.bfloat16), f"q_nope is {dtype}, must be float16 or bfloat16")
     for name, x, dims in (("q_nope", q_nope, 3), ("ctkv", ctkv, 4)):
         _refusal.require(x.dim() == dims, f"{name} has {x.dim()} dims, must be {dims} (ERROR_INVALID_TENSOR_DIM_NUM)")
-    tokens, (blocks, block) = q_nope.shape[0], ctkv.shape[:2]
+    tokens, blocks, block = q_nope.shape[0], ctkv.shape[0], ctkv.shape[2 if is_nz else 1]
     _refusal.require(1 <= block <= BLOCK, f"block size {block}, at most {BLOCK}")
+
+    def stored(width: int) -> tuple[int, ...]:
+        return (blocks, width // SLICE, block, SLICE) if is_nz else (blocks, block, 1, width)
+
     expected = (
         ("q_nope", q_nope, (tokens, heads, LATENT)),
         ("q_rope", q_rope, (tokens, heads, ROPE)),
-        ("ctkv", ctkv, (blocks, block, 1, LATENT)),
-        ("k_rope", k_rope, (blocks, block, 1, ROPE)),
+        ("ctkv", ctkv, stored(LATENT)),
+        ("k_rope", k_rope, stored(ROPE)),
     )
     for name, x, shape in expected:
         _refusal.require(x.shape == shape, f"{name} is {tuple(x.shape)}, must be {shape} (ERROR_INVALID_TENSOR_DIM)")

@@ -1,6 +1,7 @@
 """What atb::npu_ring_mla accepts. What it refuses is refused here with the vendor's key phrases.
 
-Sources: op-plugin (op_plugin/ops/atb/RingMlaAtb.cpp) and ascend-transformer-boost (ring_mla_operation.cpp, tiling). Of
+Sources: op-plugin (op_plugin/ops/atb/RingMlaAtb.cpp) and ascend-transformer-boost (ring_mla_operation.cpp, which takes
+masks `[maxSeqLen, maxSeqLen]` and `[batch, maxSeqLen, maxSeqLen]`; tiling). Of
 what the vendor's host code lets through but its kernels misread, only the safe subset is accepted; those refusals are
 marked `unsafe:` below and say so in their text. The vendor raises RuntimeError, so do we.
 """
@@ -21,7 +22,7 @@ class Call(NamedTuple):
     query: tuple[Tensor, Tensor]  # nope [T, N, 128], rope [T, N, 64]
     key: tuple[Tensor, Tensor]  # nope [S, K, 128], rope [S, K, 64]
     value: Tensor  # [S, K, 128]
-    mask: Tensor | None  # [512, 512], or None
+    mask: Tensor | None  # [512, 512], what the kernels read; or None
     q_lengths: list[int]  # per request
     kv_lengths: list[int]
     previous: tuple[Tensor, Tensor] | None  # out [T, N, 128], lse [N, T]; None: first ring
@@ -60,13 +61,20 @@ def check(
     _check_heads(q_nope, k_nope, head_num, kv_head_num)
     _check_tensors(q_nope, q_rope, k_nope, k_rope, value)
     q_lengths, kv_lengths = _lengths(seqlen, q_nope.shape[0], k_nope.shape[0])
+    if mask.dim() == 3:  # its batch is compared before the mask's type is looked at
+        _require(
+            mask.shape[0] == len(q_lengths),
+            f"batch of seqlen and mask should be the same, got {len(q_lengths)} and {mask.shape[0]} "
+            "(ERROR_INVALID_TENSOR_DIM)",
+        )
     if masked:
         _check_masked_lengths(q_lengths, kv_lengths)
         _check_mask(mask, q_nope.dtype)
     previous = None if first else _previous(pre_out, prev_lse, q_nope)
     return Call(
-        (q_nope, q_rope), (k_nope, k_rope), value, mask if masked else None, q_lengths, kv_lengths, previous, qk_scale
-    )
+        (q_nope, q_rope), (k_nope, k_rope), value, _first(mask) if masked else None, q_lengths, kv_lengths, previous,
+        qk_scale,
+    )  # fmt: skip
 
 
 def check_outputs(call: Call, output: Tensor, softmax_lse: Tensor) -> None:
@@ -153,14 +161,25 @@ def _check_mask(mask: Tensor, dtype: torch.dtype) -> None:
     _require(mask.dim() in (2, 3), f"mask has {mask.dim()} dims, must be 2 or 3 (ERROR_INVALID_TENSOR_DIM_NUM)")
     _require(mask.dtype == dtype, f"mask is {mask.dtype}, must be q_nope's {dtype} (ERROR_INVALID_VALUE)")
     # unsafe: other shapes pass the vendor's checks and are then read with a pitch of 512.
-    safe = mask.shape == (MASK_PITCH, MASK_PITCH) and mask.is_contiguous()
-    _require(safe, f"current mask shape is unsupported! {tuple(mask.shape)}; only a contiguous 512x512 mask is safe")
+    safe = tuple(mask.shape[-2:]) == (MASK_PITCH, MASK_PITCH) and mask.is_contiguous()
+    _require(safe, f"current mask shape is unsupported! {tuple(mask.shape)}; only contiguous 512x512 masks are safe")
+    # unsafe: the kernels read the first mask of a batch for every request, so the others must say the same.
+    _require(
+        torch.equal(mask, _first(mask).expand_as(mask)),
+        "the masks of the batch differ: only the first is read (unsafe)",
+    )
     # unsafe: the FP16 kernel adds the values, the BF16 kernel multiplies them by -3e38; any others are not a mask.
+    mask = _first(mask)
     above = torch.ones_like(mask, dtype=torch.bool).triu(1)
     hides = mask <= -10000 if dtype == torch.float16 else mask == 1
     rule = "at most -10000 (added to scores)" if dtype == torch.float16 else "1 (multiplied by -3e38)"
     right = torch.where(above, hides, mask == 0).all()
     _require(bool(right), f"mask values are unsafe: 0 on and below the diagonal, above it {rule} for {dtype}")
+
+
+def _first(mask: Tensor) -> Tensor:
+    """`[512, 512]` of a mask, or of one for each request `[B, 512, 512]`: what the kernels read."""
+    return mask if mask.dim() == 2 else mask[0]
 
 
 def _previous(pre_out: Tensor | None, prev_lse: Tensor | None, q_nope: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,13 @@
     3      2048x2048 triangle            j ≤ i + n − m             (bottom-right)
     4      2048x2048 triangle            i + n − m − pre ≤ j ≤ i + n − m + next
 
-Modes 2 to 4 read the triangle as a pattern of any length. What it must hold (ones above the diagonal, as the vendor's
-examples have it; the prose of its documents says "lower triangular") is checked here, and is not by the vendor.
+Which shapes a mask of modes 0 and 1 may have is a matter of the operator (full_mask.py). Modes 2 to 4 read the triangle
+as a pattern of any length. What it must hold (ones above the diagonal, as the vendor's examples have it; the prose of
+its documents says "lower triangular") is checked here, and is not by the vendor.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ class Visible(NamedTuple):
 
     lower: int | None = None
     upper: int | None = None
-    hidden: Tensor | None = None  # bool [m, n]
+    hidden: Tensor | None = None  # bool [m, n], or [N, m, n] if the heads have masks of their own
 
     def columns(self, rows: slice, count: int) -> tuple[int, int]:
         """The key columns, half-open, outside of which the band shows these rows nothing."""
@@ -38,8 +40,8 @@ class Visible(NamedTuple):
         return first, max(first, last)
 
     def hides(self, rows: slice, columns: slice) -> Tensor | None:
-        """bool `[rows, columns]`, True where a key may not be seen; None if all may."""
-        hidden = None if self.hidden is None else self.hidden[rows, columns]
+        """bool `[rows, columns]`, perhaps per head, True where a key may not be seen; None if all may."""
+        hidden = None if self.hidden is None else self.hidden[..., rows, columns]
         over = torch.arange(columns.start, columns.stop)[None] - torch.arange(rows.start, rows.stop)[:, None]
         if self.upper is not None and columns.stop - 1 > rows.start + self.upper:
             hidden = (over > self.upper) if hidden is None else hidden | (over > self.upper)
@@ -59,7 +61,7 @@ class Sparse(NamedTuple):
     """The mask arguments of a checked call."""
 
     mode: int
-    mask: Tensor | None  # modes 0 and 1: bool, broadcast to [B, m, n]
+    mask: Tensor | None  # modes 0 and 1: bool [B, 1 or N, m, n]
     before: int
     after: int
 
@@ -69,7 +71,8 @@ class Sparse(NamedTuple):
             return Visible()
         if self.mode in (0, 1):
             assert self.mask is not None
-            hidden = self.mask[request, :rows, :count]
+            hidden = self.mask[request, :, :rows, :count]
+            hidden = hidden[0] if hidden.shape[0] == 1 else hidden
             if self.mode == 1:
                 return Visible(hidden=hidden)
             return Visible(_limit(-self.before), _limit(self.after), hidden)
@@ -87,9 +90,9 @@ def _limit(offset: int) -> int | None:
 
 
 def check_sparse(
-    refusal: Refusal, mode: int, mask: Tensor | None, before: int, after: int, shape: tuple[int, int, int] | None
+    refusal: Refusal, mode: int, mask: Tensor | None, before: int, after: int, full: Callable[[Tensor], Tensor]
 ) -> Sparse:
-    """The mask arguments, checked; `shape` is (B, m, n) of the padded batch, None for packed tokens.
+    """The mask arguments, checked; `full` gives a mask of modes 0 and 1 as bool `[B, 1 or N, m, n]`, or refuses it.
 
     Raises:
       RuntimeError: what the operator refuses.
@@ -102,11 +105,7 @@ def check_sparse(
         mask.dtype in (torch.bool, torch.int8, torch.uint8), f"atten_mask is {mask.dtype}, must be bool, int8 or uint8"
     )
     if mode in (0, 1):
-        if shape is None:
-            raise RuntimeError(
-                f"{refusal.operator}: 161002 (bad parameter): packed tokens take sparse_mode {mode} only without mask"
-            )
-        return Sparse(mode, _full(refusal, mask, shape), before, after)
+        return Sparse(mode, full(mask), before, after)
     refusal.parameter(
         tuple(mask.shape[-2:]) == (TRIANGLE, TRIANGLE) and mask.numel() == TRIANGLE**2,
         f"atten_mask is {tuple(mask.shape)}, sparse_mode {mode} needs ({TRIANGLE}, {TRIANGLE})",
@@ -121,14 +120,3 @@ def check_sparse(
 @functools.cache
 def _triangle() -> Tensor:
     return torch.ones(TRIANGLE, TRIANGLE, dtype=torch.bool).triu(1)
-
-
-def _full(refusal: Refusal, mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    batch, rows, count = shape
-    accepted = [(rows, count), (1, rows, count), (batch, rows, count)]
-    accepted += [(1, 1, rows, count), (batch, 1, rows, count)]
-    refusal.parameter(
-        tuple(mask.shape) in accepted,
-        f"atten_mask is {tuple(mask.shape)}, must be {(batch, 1, rows, count)}, or 1 for the batch, or 2-D",
-    )
-    return (mask != 0).reshape(-1, rows, count).expand(batch, rows, count)

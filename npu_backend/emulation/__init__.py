@@ -4,8 +4,24 @@ from collections.abc import Callable
 from typing import Any
 
 from npu_backend.emulation.attention_update import npu_attention_update
-from npu_backend.emulation.fused_infer import npu_fused_infer_attention_score, npu_fused_infer_attention_score_v2
+from npu_backend.emulation.autograd import autograd_kernel
+from npu_backend.emulation.fused_infer import (
+    npu_fused_infer_attention_score,
+    npu_fused_infer_attention_score_get_max_workspace,
+    npu_fused_infer_attention_score_out,
+    npu_fused_infer_attention_score_v2,
+    npu_fused_infer_attention_score_v2_get_max_workspace,
+    npu_fused_infer_attention_score_v2_out,
+)
 from npu_backend.emulation.fusion import npu_fusion_attention
+from npu_backend.emulation.fusion_grad import npu_fusion_attention_grad
+from npu_backend.emulation.fusion_versions import (
+    npu_fusion_attention_grad_v2,
+    npu_fusion_attention_grad_v3,
+    npu_fusion_attention_v2,
+    npu_fusion_attention_v3,
+)
+from npu_backend.emulation.gather_pa_kv_cache import npu_gather_pa_kv_cache, npu_gather_pa_kv_cache_functional
 from npu_backend.emulation.latent import (
     npu_multi_head_latent_attention,
     npu_multi_head_latent_attention_lse,
@@ -17,7 +33,7 @@ from npu_backend.emulation.paged_cache_load import npu_paged_cache_load, npu_pag
 from npu_backend.emulation.ring_attention_update import npu_ring_attention_update
 from npu_backend.emulation.ring_mla import npu_ring_mla, npu_ring_mla_out
 
-__all__ = ["KERNELS", "arithmetic"]
+__all__ = ["KERNELS", "arithmetic", "autograd_kernel"]
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "atb::npu_ring_mla": npu_ring_mla,
@@ -28,10 +44,21 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "atb::npu_multi_head_latent_attention.out": npu_multi_head_latent_attention_out,
     "atb::npu_multi_head_latent_attention.lse": npu_multi_head_latent_attention_lse,
     "atb::npu_multi_head_latent_attention.lse_out": npu_multi_head_latent_attention_lse_out,
+    "npu::npu_gather_pa_kv_cache": npu_gather_pa_kv_cache,
+    "npu::npu_gather_pa_kv_cache_functional": npu_gather_pa_kv_cache_functional,
     "npu::npu_fused_infer_attention_score": npu_fused_infer_attention_score,
+    "npu::npu_fused_infer_attention_score.out": npu_fused_infer_attention_score_out,
+    "npu::_npu_fused_infer_attention_score_get_max_workspace": npu_fused_infer_attention_score_get_max_workspace,
     "npu::npu_fused_infer_attention_score_v2": npu_fused_infer_attention_score_v2,
+    "npu::npu_fused_infer_attention_score_v2.out": npu_fused_infer_attention_score_v2_out,
+    "npu::_npu_fused_infer_attention_score_v2_get_max_workspace": npu_fused_infer_attention_score_v2_get_max_workspace,
     "npu::npu_attention_update": npu_attention_update,
     "npu::npu_fusion_attention": npu_fusion_attention,
+    "npu::npu_fusion_attention_grad": npu_fusion_attention_grad,
+    "npu::npu_fusion_attention_v2": npu_fusion_attention_v2,
+    "npu::npu_fusion_attention_grad_v2": npu_fusion_attention_grad_v2,
+    "npu::npu_fusion_attention_v3": npu_fusion_attention_v3,
+    "npu::npu_fusion_attention_grad_v3": npu_fusion_attention_grad_v3,
     "npu::npu_ring_attention_update": npu_ring_attention_update,
 }
 """By the operator's full name. vendor.py registers them."""

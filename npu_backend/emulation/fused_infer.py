@@ -11,15 +11,18 @@
     lse = ln Σ + m               float32
 
 Documented are the formats of scores and probabilities; that the steps between follow the scores' format, and that tiles
-are 512 keys wide, is read from npu_ring_mla, which the vendor built of the same parts. Long decodes split the keys over
-cores and merge in float32, in an order that depends on the number of cores; here they are one pass.
+are 512 keys wide, is read from npu_ring_mla, which the vendor built of the same parts. A single query of a padded
+batch, and head dim 512, are computed as under 0 whatever is asked: A2's tiling of these kernels
+(incre_flash_attention_tiling.cpp) reads the flag only for quantised caches and to choose a data path, and the kernels'
+scores are float32. Long decodes split the keys over cores and merge in float32, in an order that depends on the number
+of cores; here they are one pass.
 
     rows                                           out               lse
     the mask's band shows no key; or repair asked  0                 +inf
     the mask alone shows no key, no repair         mean of values    −3.4e38
     a request without keys, one query a request    0                 −3.4e38   (incremental kernel)
     a request without keys, more queries           0                 +inf
-    no keys at all (S = 0)                         0                 NaN here: not documented
+    no keys at all (S = 0)                         0                 +inf      (V4, August 2026)
     beyond actual_seq_qlen                         0                 −inf
 """
 
@@ -28,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_backend.contracts.fused_infer import NAMES_OF_V1, Call, check
+from npu_backend.contracts.fused_infer import NAMES_OF_V1, Call, check, check_outputs
 from npu_backend.contracts.layouts import laid_out
 from npu_backend.contracts.sparse import Visible
 from npu_backend.emulation.flash import EXACT, Hide, Stages, attend, finish, heads_first
@@ -54,6 +57,50 @@ def npu_fused_infer_attention_score_v2(
       RuntimeError: see `npu_backend.contracts.fused_infer`.
     """
     return _compute(check("npu_fused_infer_attention_score_v2", query, key, value, **options))
+
+
+def npu_fused_infer_attention_score_out(
+    query: Tensor, key: Tensor, value: Tensor, *, out: list[Tensor], workspace: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """v1 into given tensors, attention_out and softmax_lse, as graph mode calls it; the workspace is not used."""
+    del workspace
+    results = npu_fused_infer_attention_score(query, key, value, **options)
+    return _written("npu_fused_infer_attention_score.out", results, out)
+
+
+def npu_fused_infer_attention_score_v2_out(
+    query: Tensor, key: Tensor, value: Tensor, *, out: list[Tensor], workspace: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """v2 into given tensors."""
+    del workspace
+    results = npu_fused_infer_attention_score_v2(query, key, value, **options)
+    return _written("npu_fused_infer_attention_score_v2.out", results, out)
+
+
+def npu_fused_infer_attention_score_get_max_workspace(
+    query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> Tensor:
+    """Checks the call, as graph mode asks before it captures one. A CPU kernel needs no workspace: `[0]`."""
+    renamed = {NAMES_OF_V1.get(name, name): given for name, given in options.items()}
+    check("_npu_fused_infer_attention_score_get_max_workspace", query, key, value, **renamed)
+    return query.new_empty(0)
+
+
+def npu_fused_infer_attention_score_v2_get_max_workspace(
+    query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> Tensor:
+    """The same for v2."""
+    check("_npu_fused_infer_attention_score_v2_get_max_workspace", query, key, value, **options)
+    return query.new_empty(0)
+
+
+@torch.no_grad()
+def _written(operator: str, results: tuple[Tensor, Tensor], out: list[Tensor]) -> tuple[Tensor, Tensor]:
+    check_outputs(operator, results, out)
+    for given, result in zip(out, results, strict=True):
+        if result.numel():  # an lse that was not asked for leaves the tensor in its place as it is
+            given.copy_(result)
+    return out[0], out[1]
 
 
 @torch.no_grad()
@@ -110,10 +157,7 @@ def _request(call: Call, request: int, query: list[Tensor], key: list[Tensor], v
 
 
 def _lse_without_keys(call: Call) -> float:
-    if 0 in call.value.shape:
-        return torch.nan
-    one_token = not call.is_packed and call.query[0].shape[1] == 1
-    return LOWEST if one_token else torch.inf
+    return LOWEST if call.one_token and 0 not in call.value.shape else torch.inf
 
 
 def _stages(call: Call, dtype: torch.dtype) -> Stages:

@@ -4,10 +4,12 @@
     probabilities, times v                    the dtype of the inputs
     p·v, rescaling, division                  float32, then the dtype of the inputs
 
-That is what is documented; tiles of 512 keys are assumed. Hidden scores are replaced by −3.4e38, so a row that sees no
-key is the mean of all values, with maximum −3.4e38 and sum n; under inner_precise 2 it is 0, −3.4e38 and +3.4e38.
-Without any key, or any query, a kernel of its own writes zeros. Of a packed sequence without keys beside others that
-have some nothing is documented; here its rows hold NaN.
+That is what is documented; tiles of 512 keys are assumed. Hidden scores are replaced by −3.4e38, so a row whose mask
+hides every key is the mean of all values, with maximum −3.4e38 and sum n; under inner_precise 2 it is 0, −3.4e38 and
++3.4e38. Rows that the band alone leaves without a key get the same unasked: where the operator can tell that there are
+such rows it turns inner_precise 2 on by itself (its document of 2026, with sparse_mode 3 and more queries than keys as
+example). Without any key, or any query, a kernel of its own writes zeros. Of a packed sequence without keys beside
+others that have some nothing is documented; here its rows hold NaN, as do tokens of a pack that no request computes.
 """
 
 from typing import Any
@@ -25,7 +27,6 @@ LOWEST = torch.finfo(torch.float32).min
 Result = tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]
 
 
-@torch.no_grad()
 def npu_fusion_attention(*args: Any, **options: Any) -> Result:
     """The CPU kernel: out in the layout of the inputs, softmax max and sum, an empty tensor, seed, offset, numels.
 
@@ -35,10 +36,18 @@ def npu_fusion_attention(*args: Any, **options: Any) -> Result:
     Raises:
       RuntimeError: see `npu_backend.contracts.fusion`.
     """
-    call = check(*args, **options)
+    return attention(check(*args, **options))
+
+
+@torch.no_grad()
+def attention(call: Call) -> Result:
+    """A checked call of any version, computed."""
     query, value = call.query, call.value
     out = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
     maximum, total = torch.zeros(query.shape[:-1]), torch.zeros(query.shape[:-1])  # [B, S, N] or [T, N]
+    if call.is_packed:
+        for x in (out, maximum, total):
+            x[sum(call.q_lengths) :] = torch.nan
     q_start = kv_start = 0
     for request, (length, count) in enumerate(zip(call.q_lengths, call.kv_lengths, strict=True)):
         q_rows = (slice(q_start, q_start + length),) if call.is_packed else (request,)
@@ -63,7 +72,7 @@ def _request(call: Call, query: Tensor, key: Tensor, value: Tensor, request: int
     sees_nothing = _sees_nothing(visible, rows, count)
 
     def columns_of(block: slice) -> tuple[int, int]:
-        return (0, count) if sees_nothing[block].any() else visible.columns(block, count)
+        return (0, count) if sees_nothing[..., block].any() else visible.columns(block, count)
 
     def hide(score: Tensor, block: slice, columns: slice) -> Tensor:
         hidden = visible.hides(block, columns)
@@ -71,11 +80,11 @@ def _request(call: Call, query: Tensor, key: Tensor, value: Tensor, request: int
 
     q, k, v = (heads_first(x) for x in (query, key, value))
     state = attend(q, k, v, call.scale, stages, columns_of, hide)
-    return _results(state, sees_nothing if call.zeroes_rows else torch.zeros_like(sees_nothing), dtype)
+    return _results(state, sees_nothing if call.zeroes_rows else visible.blind(rows, count), dtype)
 
 
 def _sees_nothing(visible: Visible, rows: int, count: int) -> Tensor:
-    """bool `[rows]`."""
+    """bool `[rows]`, or `[N, rows]` if the heads have masks of their own."""
     if visible.hidden is None:
         return visible.blind(rows, count)
     hidden = visible.hides(slice(0, rows), slice(0, count))
@@ -86,7 +95,7 @@ def _sees_nothing(visible: Visible, rows: int, count: int) -> Tensor:
 def _results(state: Running, zeroed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     out, _ = finish(state)
     maximum, total = (x.squeeze(-1).T for x in (state.maximum, state.total))
-    rows = zeroed[:, None]
+    rows = zeroed.T if zeroed.dim() == 2 else zeroed[:, None]  # [m, N or 1]
     return (
         torch.where(rows[..., None], 0, out.transpose(0, 1)).to(dtype),
         torch.where(rows, LOWEST, maximum).float(),
@@ -99,4 +108,5 @@ def _stored(call: Call, statistic: Tensor) -> Tensor:
     copies = statistic[..., None].expand(*statistic.shape, COPIES)
     if not call.is_packed:
         return copies.transpose(1, 2).contiguous()
-    return copies.contiguous() if call.is_natural else to_sequence_order(copies, call.q_lengths)
+    rest = copies.shape[0] - sum(call.q_lengths)
+    return copies.contiguous() if call.is_natural else to_sequence_order(copies, [*call.q_lengths, rest])

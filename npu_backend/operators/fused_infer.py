@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from npu_backend import vendor
-from npu_backend.contracts.fused_infer import PACKED_DIMS, ROPE
+from npu_backend.contracts.fused_infer_dims import PACKED_DIMS, ROPE
 from npu_backend.contracts.layouts import laid_out, tokens_first
 from npu_backend.contracts.sparse import TRIANGLE
 from npu_backend.errors import InputError
@@ -32,7 +32,7 @@ def fused_infer_block(
 
     Args:
       query: `[B, t, N, H]` float16 or bfloat16.
-      key, value: `[B, s, K, H]`, `[B, s, K, V]`; N is a multiple of K, at most 64 times. (H, V) is (192, 128):
+      key, value: `[B, s, K, H]`, `[B, s, K, V]`; N is a multiple of K. (H, V) is (192, 128):
         DeepSeek's heads, the last 64 of 192 rotary; (576, 512) with K = 1: its latent, alike; or any D twice, a
         multiple of 16.
       is_causal: query i sees key j iff j ≤ i + (keys − queries), counted per request: the last query sees every key.
@@ -113,8 +113,6 @@ def _check(
     check_block(query, key, value, scale, q_lengths, kv_lengths, (torch.float16, torch.bfloat16))
     heads, width = query.shape[2:]
     kv_heads, v_width = value.shape[2:]
-    if heads // kv_heads > 64:
-        raise InputError(f"{heads} heads on {kv_heads} key heads; the operator takes at most 64 on one")
     if not (width == v_width and width % 16 == 0 and width <= 512) and (width, v_width) not in ((192, 128), (576, 512)):
         raise InputError(
             f"head dims {width} and {v_width}; the operator takes equal ones, a multiple of 16 up to 512, or {ROPE} "
@@ -124,7 +122,7 @@ def _check(
         raise InputError(f"latent attention (576, 512) of {heads} heads on {kv_heads}; K = 1, N a power of 2 up to 128")
     if layout not in ("BSH", "BSND", "BNSD", "TND"):
         raise InputError(f"layout {layout!r} is none of BSH, BSND, BNSD, TND")
-    if layout == "TND" and width == v_width != 512:
+    if layout == "TND" and width == v_width:
         _check_packed(query, kv_heads, is_causal)
 
 

@@ -59,7 +59,7 @@ def fusion_block(
     batch, length, heads, _ = query.shape
     q_lengths = (length,) * batch if q_lengths is None else q_lengths
     kv_lengths = (key.shape[1],) * batch if kv_lengths is None else kv_lengths
-    _check(query, key, value, scale, q_lengths, kv_lengths, layout)
+    check_fusion_block(query, key, value, scale, q_lengths, kv_lengths, layout)
     vendor.require("npu::npu_fusion_attention", query.device)
     empty = _empty(query, value.shape[3])
     # Packed sequences without queries or keys are not passed: what comes out for them is not documented.
@@ -76,7 +76,7 @@ def fusion_block(
         *tensors,
         heads,
         layout,
-        atten_mask=_triangle(query.device) if is_causal else None,
+        atten_mask=triangle(query.device) if is_causal else None,
         scale=scale,
         actual_seq_qlen=ends(q_live) if is_packed else None,
         actual_seq_kvlen=ends(kv_live) if is_packed else None,
@@ -153,15 +153,16 @@ def _where(rows: Tensor, a: Carried, b: Carried) -> Carried:
 
 
 @functools.cache
-def _triangle(device: torch.device) -> Tensor:
+def triangle(device: torch.device) -> Tensor:
     """True where a key is hidden, whatever the lengths."""
     return torch.ones(TRIANGLE, TRIANGLE, dtype=torch.bool, device=device).triu(1)
 
 
-def _check(
+def check_fusion_block(
     query: Tensor, key: Tensor, value: Tensor, scale: float,
     q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], layout: Layout,
 ) -> None:  # fmt: skip
+    """Raises InputError for what the operator and its gradient cannot express."""
     check_block(query, key, value, scale, q_lengths, kv_lengths, (torch.float16, torch.bfloat16, torch.float32))
     width, v_width = key.shape[3], value.shape[3]
     if not 1 <= v_width <= width <= 768:

@@ -4,7 +4,7 @@ import re
 import zipfile
 from pathlib import Path
 
-SCHEMA = re.compile(rb"\b(npu_\w+(?:\.\w+)?)\((?:Tensor|Tensor\[\]) [^\0]*\) -> [^\0]+")
+SCHEMA = re.compile(rb"\b(_?npu_\w+(?:\.\w+)?)\((?:Tensor|Tensor\[\]) [^\0]*\) -> [^\0]+")
 HEADER = "AtbOpsInterface.h"
 TYPES = {"const at::Tensor&": "Tensor", "const c10::optional<at::Tensor>&": "Tensor?", "bool": "bool"}
 

@@ -59,7 +59,7 @@ def test_decode_agrees_with_dense_and_the_specification(pools, cp, data):
 
 
 def test_the_default_loses_nothing_and_the_result_says_what_was_chosen(pools, tmp_path):
-    assert Decoding() == ("float32", "attention-update")
+    assert Decoding() == ("float32", "attention-update", "mindie", 1)
     case = write_decode(tmp_path, [300, 5], [1, 2], cp=2)
     for lse, precision in (("float32", "flash_fp16"), ("float16", "decode_fp16_lse")):
         result = tmp_path / "r" / f"{lse}.safetensors"
@@ -68,7 +68,7 @@ def test_the_default_loses_nothing_and_the_result_says_what_was_chosen(pools, tm
         with safe_open(result, framework="numpy") as file:
             metadata = file.metadata()
         assert (metadata["precision"], metadata["order"]) == (precision, "ascending")
-        assert json.loads(metadata["about"])["decode"] == {"lse": lse, "merge": "attention-update"}
+        assert json.loads(metadata["about"])["decode"] == Decoding(lse)._asdict()
     a, b = (load_file(tmp_path / "r" / f"{x}.safetensors") for x in decode.LSES)
     assert any((a[x] != b[x]).any() for x in a)  # else FP16 was not on the way
 

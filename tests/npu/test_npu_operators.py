@@ -330,7 +330,16 @@ REFUSALS = {
     "mask dtype": ({"mask": TRIU.float()}, "mask is torch.float32"),
     "mask 128": ({"mask": TRIU[:128, :128].contiguous()}, "current mask shape is unsupported!"),
     "mask as long as the request": ({"mask": TRIU[:4, :4].contiguous()}, "current mask shape is unsupported!"),
-    "mask per request": ({"mask": TRIU.expand(2, 512, 512)}, "current mask shape is unsupported!"),
+    "mask per request, not stored": ({"mask": TRIU.expand(2, 512, 512)}, "current mask shape is unsupported!"),
+    "masks of 128": ({"mask": TRIU[:128, :128].repeat(2, 1, 1)}, "current mask shape is unsupported!"),
+    "masks of three requests": ({"mask": TRIU.repeat(3, 1, 1)}, "batch of seqlen and mask should be the same, got 2"),
+    "masks of one request": ({"mask": TRIU[None]}, "batch of seqlen and mask should be the same"),
+    "masks that differ": ({"mask": torch.stack([TRIU, 0 * TRIU.clamp(min=-1)])}, "masks of the batch differ"),
+    "masks of 0 and 1": ({"mask": torch.ones(2, 512, 512).half().triu(1)}, "mask values are unsafe"),
+    "three masks, of which none is read": (
+        {"mask": TRIU.repeat(3, 1, 1), "mask_type": "no_mask"},
+        "batch of seqlen and mask should be the same",
+    ),
     "mask not contiguous": ({"mask": TRIU.T.contiguous().T}, "current mask shape is unsupported!"),
     "mask of 0 and 1": ({"mask": torch.ones(512, 512).half().triu(1)}, "mask values are unsafe"),
     "mask shifted": ({"mask": torch.full((512, 512), -torch.inf).half().triu(2)}, "mask values are unsafe"),
@@ -363,6 +372,18 @@ def test_operator_refuses(what):
 
 def test_without_a_mask_the_mask_and_the_order_of_lengths_are_not_looked_at():
     call(mask_type="no_mask", mask=torch.zeros(1), seqlen=lengths([4, 2], [3, 3]))
+
+
+def test_a_mask_for_each_request_is_the_same_as_one_for_all():
+    """`[B, 512, 512]`: the kernel reads the first; the vendor's own tests pass such masks."""
+    for mask in (TRIU, TRIU.clamp(min=-10000)):
+        torch.testing.assert_close(call(mask=mask.repeat(2, 1, 1)), call(), rtol=0, atol=0)
+    call(mask=TRIU.repeat(2, 1, 1), mask_type="no_mask")
+    query, key, value = (x.bfloat16() for x in packed(20, 28))
+    ones = torch.ones(512, 512).bfloat16().triu(1)
+    lengths = [[12, 8], [20, 8]]
+    want = operator(query, key, value, lengths, mask=ones, **MASKED)
+    torch.testing.assert_close(operator(query, key, value, lengths, mask=ones.repeat(2, 1, 1), **MASKED), want)
 
 
 @pytest.mark.parametrize("low", [-torch.inf, -65504.0, -10000.0])
@@ -432,7 +453,7 @@ USE = """
 import npu_backend, torch
 from npu_backend.schemas import SCHEMAS
 x = torch.zeros(2, 1, 128).half(), torch.zeros(2, 1, 64).half()
-out, lse = torch.ops.atb.npu_ring_mla(*x, *x, x[0], x[0], torch.tensor([2], dtype=torch.int32), 1, 1)
+out, lse = torch.ops.atb.npu_ring_mla(*x, *x, x[0], x[0][0], torch.tensor([2], dtype=torch.int32), 1, 1)
 assert lse.shape == (1, 2)
 for schema in SCHEMAS:
     name = schema.partition("(")[0]
@@ -453,7 +474,7 @@ def _autoload(): pass
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("source", "says"),
-    [(None, "not installed 13"), (BROKEN, "libhccl.so: cannot open shared object file 13"), (PRESENT, "None 12")],
+    [(None, "not installed 24"), (BROKEN, "libhccl.so: cannot open shared object file 24"), (PRESENT, "None 23")],
 )
 def test_operator_is_there_whether_torch_npu_is_absent_broken_or_present(tmp_path, source, says):
     if source is not None:

@@ -196,7 +196,7 @@ DECODES = {
     "calc type": ({"calc_type": "ring"}, "Unsupported calc_type value: 'ring'"),
     "cache mode": ({"cache_mode": "nz"}, "Unsupported cache_mode value: 'nz'"),
     "spec": ({"calc_type": "calc_type_spec"}, "not implemented in the emulation: calc_type_spec"),
-    "nz": ({"cache_mode": "nzcache"}, "not implemented in the emulation: cache_mode nzcache"),
+    "nz": ({"cache_mode": "int8_nzcache"}, "not implemented in the emulation: cache_mode int8_nzcache"),
     "descale": ({"qk_descale": torch.zeros(8)}, "not implemented in the emulation: qk_descale"),
     "spec lengths": ({"qseqlen": [1, 1]}, "not implemented in the emulation: qseqlen"),
     "int8": ({"q_nope": torch.zeros(2, 8, 512, dtype=torch.int8)}, "not implemented in the emulation: int8"),

@@ -78,6 +78,13 @@ def plain(b, t, s, n=2, k=1, d=16, v=16, dtype=torch.float32, seed=0):
     return [torch.randn(b, m, h, x, generator=rng).to(dtype) for m, h, x in ((t, n, d), (s, k, d), (s, k, v))]
 
 
+def blind_rows(b, t, s, options):
+    """Rows whose band lies beyond the keys, in mode 0 with a mask; none otherwise."""
+    i = np.arange(t)
+    is_banded = "atten_mask" in options and options.get("sparse_mode", 0) == 0
+    return np.broadcast_to((i - options["pre_tockens"] >= s) if is_banded else np.zeros(t, bool), (b, t)).copy()
+
+
 @examples(0.1)
 @given(SEEDS, st.integers(1, 2), st.integers(1, 20), st.integers(1, 30), st.integers(0, 9), st.integers(0, 9))
 def test_sparse_modes_show_what_the_table_says(seed, b, t, s, before, after):
@@ -105,17 +112,89 @@ def test_sparse_modes_show_what_the_table_says(seed, b, t, s, before, after):
         lse = (maximum + total.log()).double().transpose(1, 2).numpy()  # [B, S, N, 8]
         np.testing.assert_allclose(lse[saw], np.repeat(want_lse[saw][..., None], 8, -1), rtol=0, atol=2e-6)
         assert (empty.shape, numbers) == ((0,), [0, 0, 0])
-        # Rows that see nothing are means of all values: hidden scores are replaced, not minus infinity.
+        # Rows whose mask hides all are means of all values: hidden scores are replaced, not minus infinity. Rows that
+        # the band alone empties the operator finds by itself, and zeroes as under inner_precise 2.
         nobody = torch.from_numpy(~saw)
+        blind = nobody if options.get("sparse_mode", 0) > 1 else torch.from_numpy(blind_rows(b, t, s, options))
+        masked = nobody & ~blind
         assert (maximum.transpose(1, 2)[nobody] == LOWEST).all()
-        assert (total.transpose(1, 2)[nobody] == s).all()
+        assert (total.transpose(1, 2)[masked] == s).all()
+        assert (total.transpose(1, 2)[blind] == -LOWEST).all()
         mean = v.mean(1, keepdim=True).expand(b, t, 2, 16)
-        torch.testing.assert_close(out[nobody], mean[nobody], rtol=0, atol=1e-5)
+        torch.testing.assert_close(out[masked], mean[masked], rtol=0, atol=1e-5)
+        assert (out[blind] == 0).all()
         zeroed = FUSION(q, k, v, 2, "BSND", scale=0.25, inner_precise=2, **options)
         assert (zeroed[0][nobody] == 0).all()
         assert (zeroed[1].transpose(1, 2)[nobody] == LOWEST).all()
         assert (zeroed[2].transpose(1, 2)[nobody] == -LOWEST).all()
         assert torch.equal(zeroed[0][~nobody], out[~nobody])
+
+
+@examples(0.1)
+@given(SEEDS, st.integers(1, 3), st.booleans(), st.sampled_from(("BNSD", "BSH")))
+def test_masks_with_a_batch_axis_a_head_axis_or_both(seed, b, zeroes, layout):
+    q, k, v = plain(b, 6, 9, n=4, k=2, seed=seed)
+    rng = np.random.default_rng(seed)
+    lay = {"BNSD": lambda x: x.transpose(1, 2).contiguous(), "BSH": lambda x: x.flatten(2)}[layout]
+    for lead in ((b, 4), (1, 4), (b, 1), (1, 1)):
+        hidden = rng.random((*lead, 6, 9)) < 0.6
+        hidden[:, :, 2] = True
+        whole = np.broadcast_to(hidden, (b, 4, 6, 9))
+        out, maximum, total, *_ = FUSION(
+            lay(q), lay(k), lay(v), 4, layout, scale=0.25, sparse_mode=1, atten_mask=torch.from_numpy(hidden),
+            inner_precise=2 * zeroes,
+        )  # fmt: skip
+        out = out.transpose(1, 2) if layout == "BNSD" else out.unflatten(2, (4, 16))
+        for n in range(4):
+            one = (x.double().numpy() for x in (q[:, :, n : n + 1], k[:, :, n // 2, None], v[:, :, n // 2, None]))
+            want, lse = dense(*one, scale=0.25, visible=~whole[:, n])
+            saw = ~whole[:, n].all(-1)
+            np.testing.assert_allclose(out[:, :, n][torch.from_numpy(saw)], want[:, :, 0][saw], rtol=0, atol=3e-6)
+            np.testing.assert_allclose((maximum + total.log())[:, n, :, 5][saw], lse[:, :, 0][saw], rtol=0, atol=2e-6)
+            nobody = out[:, :, n][torch.from_numpy(~saw)]
+            mean = v[:, :, n // 2].mean(1, keepdim=True).expand(b, 6, 16)[torch.from_numpy(~saw)]
+            torch.testing.assert_close(nobody, 0 * mean if zeroes else mean, rtol=0, atol=1e-5)
+
+
+@examples(0.1)
+@given(SEEDS, st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4))
+def test_a_packs_mask_is_that_of_its_longest_request_and_others_read_its_corner(seed, lengths):
+    q_lengths, kv_lengths = zip(*lengths, strict=True)
+    q, k, v = (x[0] for x in plain(1, sum(q_lengths), sum(kv_lengths), seed=seed))
+    mask = torch.from_numpy(np.random.default_rng(seed).random((max(q_lengths), max(kv_lengths))) < 0.4)
+    mask[:, 0] = False
+    ends = {"actual_seq_qlen": list(np.cumsum(q_lengths)), "actual_seq_kvlen": list(np.cumsum(kv_lengths))}
+    out = FUSION(q, k, v, 2, "TND", atten_mask=mask, sparse_mode=1, **ends)[0]
+    a = b = 0
+    for m, n in lengths:
+        some = (x[None, start : start + count] for x, start, count in ((q, a, m), (k, b, n), (v, b, n)))
+        want = FUSION(*some, 2, "BSND", atten_mask=mask[:m, :n].contiguous(), sparse_mode=1)[0][0]
+        torch.testing.assert_close(out[a : a + m], want, rtol=0, atol=1e-6)
+        a, b = a + m, b + n
+
+
+def test_trailing_zeros_leave_requests_out():
+    q, k, v = (x[0] for x in plain(1, 9, 11))
+    two = {"actual_seq_qlen": [2, 5], "actual_seq_kvlen": [3, 6]}
+    want = FUSION(q[:5], k[:6], v[:6], 2, "TND", **two)
+    got = FUSION(q, k, v, 2, "TND", actual_seq_qlen=[2, 5, 0, 0], actual_seq_kvlen=[3, 6, 0, 0])
+    for x, y in zip(got[:3], want[:3], strict=True):
+        assert x.shape[0] == 9
+        assert torch.equal(x[:5], y)
+        assert x[5:].isnan().all()
+
+
+def test_what_a_seed_an_offset_and_a_mode_without_a_mask_do_is_nothing():
+    q, k, v = plain(1, 4, 6)
+    want = FUSION(q, k, v, 2, "BSND", scale=0.25)
+    for options in ({"seed": 5}, {"offset": 16}, {"seed": -1, "offset": 2**40}, {"inner_precise": 1},
+                    {"sparse_mode": 3}, {"sparse_mode": 4, "pre_tockens": 0, "next_tockens": 0}):  # fmt: skip
+        got = FUSION(q, k, v, 2, "BSND", scale=0.25, **options)
+        assert all(torch.equal(x, y) for x, y in zip(got[:3], want[:3], strict=True))
+        assert got[4:] == (0, 0, 0)  # as the vendor's shape inference has them
+    positional = [None, None, None, 0.25, 1.0, 2147483647, 2147483647, 0, None, None, None, 0, True, False, "", None,
+                  None, 7, 8]  # fmt: skip
+    assert torch.equal(FUSION(q, k, v, 2, "BSND", *positional)[0], want[0])
 
 
 def test_layouts_are_transpositions():
@@ -297,7 +376,7 @@ REFUSALS = {
     "prefix": ({"sparse_mode": 6}, "not implemented in the emulation: sparse_mode 6"),
     "pse": ({"pse": Q}, "not implemented in the emulation: pse"),
     "sink": ({"sink": Q}, "not implemented in the emulation: sink"),
-    "inner_precise": ({"inner_precise": 1}, "not implemented in the emulation: inner_precise 1"),
+    "inner_precise": ({"inner_precise": 3}, "inner_precise is 3, must be 0, 1 or 2"),
     "softmax layout": ({"softmax_layout": "BSND"}, "must be empty or TND"),
     "dims": ({"input_layout": "BSH"}, "query has 4 dims, layout BSH has 3"),
     "dtype": ({"tensors": (Q.double(), KV.double(), KV.double())}, "must be float16, bfloat16 or float32"),
@@ -307,11 +386,12 @@ REFUSALS = {
     "value wider": ({"tensors": (Q, KV, torch.zeros(2, 5, 1, 72).half())}, "head dims 64, 64, 72"),
     "key tokens": ({"tensors": (Q, KV, KV[:, :4])}, "same tokens and heads"),
     "batches": ({"tensors": (Q, KV[:1], KV[:1])}, "2 requests in query, 1 in key"),
-    "mask missing": ({"sparse_mode": 3}, "sparse_mode 3 needs atten_mask"),
     "mask dtype": ({"atten_mask": torch.zeros(3, 5, dtype=torch.int8)}, "must be bool or uint8"),
-    "mask dims": ({"atten_mask": torch.zeros(1, 3, 5, dtype=torch.bool)}, "atten_mask has 3 dims"),
+    "mask dims": ({"atten_mask": torch.zeros(1, 3, 5, dtype=torch.bool)}, r"atten_mask is \(1, 3, 5\)"),
     "mask shape": ({"atten_mask": torch.zeros(3, 4, dtype=torch.bool)}, r"atten_mask is \(3, 4\)"),
-    "mask per head": ({"atten_mask": torch.zeros(2, 2, 3, 5, dtype=torch.bool)}, "not implemented .*a mask per head"),
+    "mask of 4 heads": ({"atten_mask": torch.zeros(2, 4, 3, 5, dtype=torch.bool)}, r"atten_mask is \(2, 4, 3, 5\)"),
+    "pack mask": ({**PACK, "atten_mask": torch.zeros(1, 1, 3, 5, dtype=torch.bool)}, r"must be \(3, 5\)"),
+    "dropout with a seed": ({"keep_prob": 0.9, "seed": 5}, "not implemented in the emulation: dropout"),
     "triangle": ({"sparse_mode": 2, "atten_mask": TRIANGLE.T.contiguous()}, "ones above the diagonal .*unsafe"),
     "triangle shape": ({"sparse_mode": 2, "atten_mask": TRIANGLE[:512, :512]}, r"needs \(2048, 2048\)"),
     "no lengths": ({**PACK, "actual_seq_qlen": None}, "size of actual_seq_qlen and actual_seq_kvlen cannot be empty"),

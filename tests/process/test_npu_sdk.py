@@ -23,10 +23,21 @@ ROOT = Path(npu_backend.__file__).parents[1]
 CACHE = ROOT / "build" / "sdk"
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 OLDER, NEWER = "2.8.0", "2.14.0"
+_NO_DTYPES = ["without quant_scale_p", "without out_dtype"]
+_NO_SEEDS = ["without sink", "without dropout_mask", "without seed", "without offset"]
 KNOWN_DIFFERENCES = {  # docs/operators.md, "Versions"; operators that are not named are the same
     OLDER: {
-        "npu_fused_infer_attention_score_v2": ["without quant_scale_p", "without out_dtype"],
-        "npu_fusion_attention": ["without sink", "without dropout_mask", "without seed", "without offset"],
+        "npu_gather_pa_kv_cache": ["not declared"],
+        "npu_gather_pa_kv_cache_functional": ["not declared"],
+        "npu_fused_infer_attention_score_v2": _NO_DTYPES,
+        "npu_fused_infer_attention_score_v2.out": _NO_DTYPES,
+        "_npu_fused_infer_attention_score_v2_get_max_workspace": _NO_DTYPES,
+        "npu_fusion_attention": _NO_SEEDS,
+        "npu_fusion_attention_grad": ["without sink"],
+        "npu_fusion_attention_v2": ["without softmax_layout", *_NO_SEEDS],
+        "npu_fusion_attention_grad_v2": ["without softmax_layout", "without sink"],
+        "npu_fusion_attention_v3": ["not declared"],
+        "npu_fusion_attention_grad_v3": ["not declared"],
         "npu_ring_attention_update": ["not declared"],
     },
     NEWER: {},
