@@ -24,7 +24,7 @@ from npu_backend.ring_backward import ring_backward, ring_forward
 from npu_backend.schedule import Exchange
 from npu_backend.shard import PAD, Requests
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def training(seed, cp, lengths, *, is_pack, is_causal, dtype: type = np.float32, heads=(4, 2), **options) -> Training:
