@@ -6,8 +6,6 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from cpjax.crosscheck.case import read_case
-from cpjax.crosscheck.session import judge_result
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_crosscheck import crosschecked
@@ -16,6 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from strategies import examples
 
+from cpjax.crosscheck.files.case import read_case
+from cpjax.crosscheck.run.session import judge_result
 from npu_backend.__main__ import main
 from npu_backend.decode import Decoding, held_tokens, seen_lengths
 from npu_backend.decode_by_heads import check_tags, exchange_by_heads
