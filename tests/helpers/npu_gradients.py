@@ -1,4 +1,4 @@
-"""One rank of tests/test_npu_ring_backward.py, in a process of its own: forward and backward of several problems."""
+"""One rank of tests/npu/test_npu_ring_backward.py, in a process of its own: both ways of several problems."""
 
 import sys
 from pathlib import Path

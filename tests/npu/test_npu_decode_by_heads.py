@@ -11,11 +11,13 @@ from cpjax.crosscheck.session import judge_result
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_crosscheck import crosschecked
+from npu_strategies import write_decode
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from strategies import examples
-from test_npu_decode import write_decode
 
+from cpjax.crosscheck.files.case import read_case
+from cpjax.crosscheck.run.session import judge_result
 from npu_backend.__main__ import main
 from npu_backend.decode import Decoding, held_tokens, seen_lengths
 from npu_backend.decode_by_heads import check_tags, exchange_by_heads

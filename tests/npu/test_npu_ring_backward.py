@@ -24,7 +24,8 @@ from npu_backend.ring_backward import ring_backward, ring_forward
 from npu_backend.schedule import Exchange
 from npu_backend.shard import PAD, Requests
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.process
+ROOT = Path(__file__).parents[2]
 
 
 def training(seed, cp, lengths, *, is_pack, is_causal, dtype: type = np.float32, heads=(4, 2), **options) -> Training:
@@ -49,7 +50,10 @@ def run(folder: Path, problems: list[Training]) -> list[list[np.ndarray]]:
     """Out, dq, dk, dv of each problem in global order, by cp processes."""
     cp = problems[0].cp
     torch.save(problems, folder / "problems")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "npu_gradients", str(folder), str(rank), str(cp)],
