@@ -104,7 +104,7 @@ class Link:
         return [self._opened(x, mine.places.shape, 0, sender=rank, sent=0) for rank, x in found]
 
     def deal(self, parts: list[Held]) -> list[Held]:
-        """Give `parts[r]` to rank r, all of one shape; what each had for this one, by rank. Errors as of `wait`."""
+        """Give `parts[r]` to rank r, all of one shape; what each rank had for this one. Errors: as of `wait`."""
         self.report("wait", 0)
         started = time.perf_counter()
         arrived = []
