@@ -6,8 +6,6 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from cpjax.crosscheck.case import read_case
-from cpjax.crosscheck.session import judge_result
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_crosscheck import crosschecked
