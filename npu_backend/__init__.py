@@ -8,26 +8,28 @@ that keeps its contract and its roundings. So there is one code path, and a lapt
 
 Read in this order; each file imports only files above it:
 
-    schedule.py    integers: which pair of chunks rank r computes at which step of which exchange
-    files.py       a case comes in, a result goes out (docs/formats.md)
-    schemas.py     the vendor's operators as torch_npu declares them
-    contracts/     what each of them accepts and refuses
-    emulation/     each of them on a CPU, with the roundings of the vendor's kernel
-    vendor.py      the operators by name: torch_npu's where it is installed, declared by us where it is not
-    operators/     the operators in our words and shapes
-    families.py    three ways of folding blocks with them
-    packing.py     several requests in one row: index arrays
-    shard.py       what a rank holds of a case
-    exchange.py    how what the ranks hold travels: ring, gather, double ring
-    prefix.py      cached prefixes: who holds which blocks
-    latent.py      keys and values that are made of a latent, where it has arrived
-    ring.py        the algorithm, for one rank
-    decode.py      a KV cache cut by tokens: partials per rank, exchanged and merged
-    profile.py     how much of the transfers was hidden
-    provenance.py  what computed
-    rank.py        one rank, one case: read, compute, join, write
-    workers.py     the ranks as processes of this host
-    runner.py      many cases, resumed where they were left; `python -m npu_backend run`
+    schedule.py         integers: which pair of chunks rank r computes at which step of which exchange
+    files.py            a case comes in, a result goes out (docs/formats.md)
+    schemas.py          the vendor's operators as torch_npu declares them
+    contracts/          what each of them accepts and refuses
+    emulation/          each of them on a CPU, with the roundings of the vendor's kernel
+    vendor.py           the operators by name: torch_npu's where it is installed, declared by us where it is not
+    operators/          the operators in our words and shapes
+    families.py         three ways of folding blocks with them
+    packing.py          several requests in one row: index arrays
+    shard.py            what a rank holds of a case
+    exchange.py         how what the ranks hold travels: ring, gather, double ring
+    prefix.py           cached prefixes: who holds which blocks
+    latent.py           keys and values that are made of a latent, where it has arrived
+    ring.py             the algorithm, for one rank
+    ring_backward.py    its derivative, for the fusion operators
+    decode.py           a KV cache cut by tokens: partials per rank, exchanged and merged
+    decode_by_heads.py  the same as vLLM-Ascend does it
+    profile.py          how much of the transfers was hidden
+    provenance.py       what computed
+    rank.py             one rank, one case: read, compute, join, write
+    workers.py          the ranks as processes of this host
+    runner.py           many cases, resumed where they were left; `python -m npu_backend run`
 
 Nothing here imports `cpjax`: the two halves implement the same algorithm independently and meet only in files.
 Importing this package makes `torch.ops.atb.npu_ring_mla` and the others callable on CPU tensors. It needs Python 3.11
