@@ -48,12 +48,11 @@ SPECIFICATION = {
 }
 JUDGE = [
     "judge/test_error_model.py",
-    "judge/test_judge.py",
-    "judge/test_error_budget.py",
-    "judge/test_power.py",
     "judge/test_bound.py",
+    "judge/test_judge.py",
+    "judge/test_power.py",
+    "judge/test_error_budget.py",
     "judge/test_judge_profiles.py",
-    "trial/test_trial_judge.py",
 ]
 DIAGNOSIS = [
     "diagnosis/test_diagnosis.py",
