@@ -77,7 +77,9 @@ def test_the_vendors_dispatcher_runs_our_kernels(environment):
 
 
 def with_root(environment):
-    return environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])}
+    """Options of the run that this test is part of are not the options of one that it starts."""
+    path = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
+    return environment | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
 
 
 def test_torch_npu_without_cann_is_broken_and_npu_backend_says_so(environment):
