@@ -48,8 +48,11 @@ def distinct(out: Float[np.ndarray, "R V"], fmt: Format) -> Int[np.ndarray, " R"
     >>> from cpjax.crosscheck.exact.formats import FORMATS
     >>> distinct(np.array([[1.0, 1.0, 2.0], [15000.0, 15000.1, 15000.2]]), FORMATS["float16"])
     array([2, 1])
+    >>> distinct(np.array([[0.0, 0.0, 1.0]]), FORMATS["float64"])
+    array([2])
     """
-    eighth = fmt.spacing(out) / EIGHTH
+    # An eighth of float64's least number is 0, and nothing can be divided by that.
+    eighth = np.maximum(fmt.spacing(out) / EIGHTH, np.finfo(np.float64).smallest_subnormal)
     return 1 + (np.diff(np.sort(np.round(out / eighth) * eighth, axis=1), axis=1) != 0).sum(axis=1)
 
 
