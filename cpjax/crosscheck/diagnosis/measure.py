@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
-from cpjax.crosscheck.diagnosis.guards import LARGEST_GROWTH, LARGEST_OUT, LARGEST_SQUARE, LEAST_SUM
+from cpjax.crosscheck.diagnosis.guards import LARGEST_GROWTH, LARGEST_OUT, LARGEST_SQUARE, LEAST_SPACING, LEAST_SUM
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.row_covariance import distinct
@@ -104,7 +104,7 @@ class Measured:
             )  # a row that loses all its keys is no output at all
             with np.errstate(over="ignore"):
                 growth = np.minimum(np.maximum(1.0, mass / m), LARGEST_GROWTH)
-            step = FORMATS[self.problem.precision.out].spacing(out)
+            step = self._spacing(out)
             variance = (self.expected.sigma * growth[:, None]) ** 2 + STORED * step**2
             lse = self.sample.base + np.log(m)
             rough.append(self._score(fault, out, variance, lse, self.expected.lse_sigma * growth).deviance)
@@ -115,7 +115,7 @@ class Measured:
         out, mass, lse = glance(self.sample, self.problem, fault)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             growth = np.minimum(np.maximum(1.0, self.sample.sums["visible"][0].sum(axis=1) / mass), LARGEST_GROWTH)
-        step = FORMATS[self.problem.precision.out].spacing(out)
+        step = self._spacing(out)
         variance = (self.expected.sigma * np.nan_to_num(growth, nan=1.0)[:, None]) ** 2 + STORED * step**2
         each = ((self.sample.out - out) ** 2 / variance).mean(axis=1)
         if not np.median(each) > FAR**2:
@@ -125,14 +125,15 @@ class Measured:
     @cached_property
     def sigma(self) -> np.ndarray:
         """Deviation of the rows, whatever they should have been: at least that of the last rounding."""
-        return np.maximum(
-            self.expected.sigma, FORMATS[self.problem.precision.out].spacing(self.sample.out) * LEAST_SPACINGS
-        )
+        return np.maximum(self.expected.sigma, self._spacing(self.sample.out) * LEAST_SPACINGS)
 
     @property
     def floor(self) -> np.ndarray:
         """Outputs that must be exact still get a deviation, a thousandth of a spacing."""
-        return FORMATS[self.problem.precision.out].spacing(self.model.rows.out) * EXACT_SIGMA
+        return self._spacing(self.model.rows.out) * EXACT_SIGMA
+
+    def _spacing(self, x: np.ndarray) -> np.ndarray:
+        return np.maximum(FORMATS[self.problem.precision.out].spacing(x), LEAST_SPACING)
 
     def _score(self, fault: Fault, out: np.ndarray, variance: np.ndarray, lse: np.ndarray, sigma: np.ndarray) -> Fit:
         sample = self.sample
