@@ -1,5 +1,7 @@
 """The diagnosis: it names what was broken, says nothing of what is right, and owns up to what it cannot tell."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from cpjax.crosscheck.diagnosis.places import numbers
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.faults import FAULTS, Bench
 from cpjax.trial.localise import KINDS, count_one, places, problem
+from cpjax.trial.problem import Problem, Result
 
 
 def verdict_of(name, *, is_causal, order="ring", profile="flash_fp16", seed=0):
@@ -98,3 +101,25 @@ def test_the_place_is_found(seed, kind, is_causal, place):
 def test_whole_numbers_are_written_as_runs():
     assert numbers(np.array([3, 1, 2, 7, 7, 9, 10])) == "1–3, 7, 9, 10"
     assert numbers(np.array([], int)) == "none"
+
+
+@pytest.mark.parametrize("profile", ["float64", "float32", "flash_fp16"])
+def test_outputs_that_are_exactly_zero_are_diagnosed_too(profile):
+    """Beside 0 the spacing of float64 is so small that its square is none; a warning would fail this test."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 32, 2, 8)) for _ in range(3))
+    value[..., :3] = 0
+    p = Problem(query, key, value, 8**-0.5, is_causal=True, cp=2)
+    p = p.cast(profile if profile.startswith("float") else "float16")
+    right = attend(p, PROFILES[profile], "ring")
+    wrong = attend(replace(p, is_causal=False), PROFILES[profile], "ring")
+
+    def judged(result: Result):
+        asked = {**p.judge_arguments(), "precision": profile, "order": "ring"}
+        return judge(p.query, p.key, p.value, result.out, result.lse, **asked)
+
+    assert judged(right).passed
+    said = judged(wrong)
+    assert not said.passed
+    assert "no causal mask was applied" in said.diagnosis[0]
+    assert not wrong.out[..., :3].any()

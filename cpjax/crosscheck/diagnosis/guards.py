@@ -15,5 +15,5 @@ LARGEST_GROWTH = 1e6
 LARGEST_SQUARE = 1e18
 """Of an error in standard deviations; a NaN explains as little as this."""
 
-LEAST_SPACING = 1e-150
+LEAST_SPACING = 1e-100
 """Of the out format, where something is divided by its square: beside 0, that of float64 is no number."""

@@ -128,7 +128,9 @@ class Bound:
     @property
     def half_width(self) -> Float[np.ndarray, "R V"]:
         """How far the last rounding and everything before it may move `out` together."""
-        return self.before_last + self.arithmetic.out.spacing(self.arithmetic.rows.out) / 2
+        half = self.arithmetic.out.spacing(self.arithmetic.rows.out) / 2
+        # Half of float64's least number is 0, by which no error can be divided.
+        return self.before_last + np.maximum(half, np.finfo(np.float64).smallest_subnormal)
 
     @cached_property
     def of_lse(self) -> Float[np.ndarray, " R"]:
