@@ -301,3 +301,24 @@ def test_outputs_that_are_rounded_alike_count_once():
     lost[:, 127] = 0
     out, _ = dense(*_arrays(replace(p, value=lost)), scale=p.scale, visible=np.tri(128, dtype=bool)[None])
     assert not verdict(p, out.astype(np.float16)).passed  # one value lost is still seen
+
+
+@pytest.mark.parametrize("profile", ["float64", "float32", "flash_fp16", "ring_mla_fp16"])
+def test_rows_that_see_nothing_and_columns_of_zeros_pass_in_every_format(profile):
+    """Half the spacing of float64 beside 0 is 0; an error of 0 divided by it is no number, and no fault."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 12, 2, 8)) for _ in range(3))
+    value[..., 2] = 0
+    positions = np.arange(12, dtype=np.int32)[None]
+    p = Problem(
+        query, key, value, 8**-0.5, is_causal=True, q_positions=positions, kv_positions=positions + np.int32(3), cp=2
+    ).cast(profile if profile.startswith("float") else "float16")
+    out, lse = attend(p, PROFILES[profile], "ring")
+    assert np.isneginf(lse[:, :3]).all()
+    verdict = judge(*_arrays(p), out, lse, **p.judge_arguments(), precision=profile, order="ring")
+    assert verdict.passed, verdict.reasons
+    assert 0 <= verdict.hard_ratio <= 1
+    for wrong in (np.float64(1e-300) if profile == "float64" else 2.0**-14, np.nan):
+        changed = out.copy()
+        changed[0, 1, 0, 2] = wrong
+        assert not judge(*_arrays(p), changed, lse, **p.judge_arguments(), precision=profile, order="ring").passed
