@@ -18,7 +18,7 @@ settings.register_profile(
     "ci", derandomize=True, database=None, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 # For `make check`, between two edits: whether a law holds at all, not in which corner it breaks.
-settings.register_profile("check", parent=settings.get_profile("ci"), max_examples=10)
+settings.register_profile("check", parent=settings.get_profile("ci"), max_examples=4)
 settings.register_profile("dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", parent=settings.get_profile("dev"), max_examples=1000)
 # For a mutant it is enough to know that a test fails; shrinking takes longer than finding.
