@@ -28,7 +28,7 @@ check: export HYPOTHESIS_PROFILE = check
 check: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
 check: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 check: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
-check: lint  ## lint, and the quick tests (three minutes); of one room: make check ROOM=judge (a folder of tests/)
+check: lint  ## lint, and the quick tests; of one room: make check ROOM=judge (a folder of tests/)
 	@echo "make check: few examples of each law; tests marked process, wheel or slow are left to 'make test'"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not (process or wheel or slow)" tests/$(ROOM)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from broken import (
     CHUNK,
     FLASH,
@@ -29,6 +30,8 @@ from cpjax.crosscheck.diagnosis.words import UNKNOWN
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.faults import changes
 from cpjax.trial.problem import Problem, Result
+
+pytestmark = pytest.mark.slow
 
 
 @st.composite
