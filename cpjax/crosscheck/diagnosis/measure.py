@@ -99,9 +99,8 @@ class Measured:
                 m += block.weight * sums[block.extent][0][:, block.source] - sums["visible"][0][:, slot]
                 p += block.weight * sums[block.extent][1][:, block.source] - sums["visible"][1][:, slot]
             m = np.maximum(m, LEAST_SUM)
-            out = np.clip(
-                p / m[:, None], -LARGEST_OUT, LARGEST_OUT
-            )  # a row that loses all its keys is no output at all
+            # A row that loses all its keys is no output at all.
+            out = np.clip(p / m[:, None], -LARGEST_OUT, LARGEST_OUT)
             with np.errstate(over="ignore"):
                 growth = np.minimum(np.maximum(1.0, mass / m), LARGEST_GROWTH)
             step = self._spacing(out)
