@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from cpjax.errors import InputError
 from cpjax.exchange.device import EXCHANGES
 from cpjax.mask import Tokens
-from cpjax.partition.layout import order
 from cpjax.partition.packing import packed_tokens
+from cpjax.partition.sequence import SequencePartition
 from cpjax.precision import Precision
 
 
@@ -22,10 +22,10 @@ def check_mesh(
     axis_name: str | tuple[str, str],
     head_axis: str | None,
     batch_axis: str | None,
-    layout: str,
+    partition: SequencePartition,
     exchange: str,
 ) -> None:
-    """Refuse a mesh, a layout or an exchange that cannot share out these arrays.
+    """Refuse a mesh, a partition or an exchange that cannot share out these arrays.
 
     Raises:
       InputError: unknown names, axes the mesh has not, and numbers that do not divide.
@@ -43,11 +43,10 @@ def check_mesh(
     check_axes(mesh, axes)
     if len(set(axes)) != len(axes):
         raise InputError(f"axes {axes} are not all different; tokens, heads and batch each need an axis of their own")
-    cp = ranks(mesh, axis_name)
-    order(layout, query.shape[1], cp)
-    order(layout, key.shape[1], cp)
+    partition.order(query.shape[1])
+    partition.order(key.shape[1])
     tp = 1 if head_axis is None else mesh.shape[head_axis]
-    dealt = {"all_to_all": cp, "all_to_all_ring": mesh.shape[cp_axes[-1]]}.get(exchange, 1)
+    dealt = {"all_to_all": partition.cp, "all_to_all_ring": mesh.shape[cp_axes[-1]]}.get(exchange, 1)
     for name, heads in (("query", query.shape[2]), ("key/value", key.shape[2])):
         if heads % (tp * dealt):
             parts = f"{tp * dealt} parts (axis {head_axis!r}: {tp}, all-to-all: {dealt})"

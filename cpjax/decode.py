@@ -1,7 +1,7 @@
 """Decode with global arrays: queries go to every rank, each key to the rank whose cache holds it."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from cpjax.exchange.decode import decode_attention
 from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens
 from cpjax.partial import Partial
+from cpjax.partition.cached import Cached
 from cpjax.precision import Precision, profile
 
 
@@ -27,7 +28,8 @@ def context_parallel_decode(
     q_tokens: Tokens,
     kv_tokens: Tokens,
     *,
-    owner: Int[np.ndarray, " S"],
+    partition: Cached | None = None,
+    owner: Int[np.ndarray, " S"] | None = None,
     mesh: Mesh,
     axis_name: str | tuple[str, ...] = "cp",
     mask: Mask | None = None,
@@ -40,7 +42,9 @@ def context_parallel_decode(
       query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`, of one float dtype, N a multiple of K; the new
         tokens' own keys and values are among the S.
       q_tokens, kv_tokens: their places; several requests are segments of a row.
-      owner: the rank whose cache holds each of the S keys. MindIE's: `cpjax.partition.kv_cache.block_ranks`.
+      partition: whose cache holds which key: `Blocks` (MindIE), `Interleaved` (vLLM) or `Pages` of `cpjax.partition`;
+        one row of requests 0, 1, … without pads.
+      owner: instead of a partition, the rank whose cache holds each of the S keys.
       axis_name: the axis, or axes (outermost first), over which the cache is cut.
       mask: None is causal: a query sees the cache up to its own position.
       scale: None is 1/√H.
@@ -50,7 +54,8 @@ def context_parallel_decode(
       `out` `[B, T, N, V]` and `lse` `[B, T, N]`, in the profile's compute dtype; rank 0's, which are every rank's.
 
     Raises:
-      InputError: arrays that do not fit together, an axis that the mesh has not, owners that are no ranks.
+      InputError: arrays that do not fit together, an axis that the mesh has not, owners that are no ranks, both
+        partition and owner or none of them.
 
     >>> from cpjax.mask import tokens
     >>> from cpjax.parallel import cp_mesh
@@ -63,11 +68,24 @@ def context_parallel_decode(
     check_inputs(query, key, value, q_tokens, kv_tokens)
     check_axes(mesh, (axis_name,) if isinstance(axis_name, str) else axis_name)
     check_precision(precision)
-    slots = cache_slots(owner, key.shape[1], ranks(mesh, axis_name))
+    cp = ranks(mesh, axis_name)
+    slots = cache_slots(_owners(partition, owner, q_tokens, kv_tokens, cp), key.shape[1], cp)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     attention = Attention(Mask() if mask is None else mask, scale, precision)
     how = _How(mesh, axis_name, attention)
     return _run(how, slots, *jax.tree.map(jnp.asarray, (query, key, value, q_tokens, kv_tokens)))
+
+
+def _owners(partition: Cached | None, owner: Any, q_tokens: Tokens, kv_tokens: Tokens, cp: int) -> np.ndarray:
+    if (partition is None) == (owner is None):
+        raise InputError("give either a partition or the owner of each key: one of them says where keys are")
+    if partition is None:
+        return np.asarray(owner)
+    if partition.cp != cp:
+        raise InputError(f"the partition is over {partition.cp} ranks, the mesh over {cp}; make them equal")
+    segments = np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment)
+    partition.check(*segments)
+    return partition.kv_chunks(segments[0][0], segments[1][0]) % cp
 
 
 def cache_slots(owner: Int[np.ndarray, " S"], length: int, cp: int) -> Int[np.ndarray, " slots"]:

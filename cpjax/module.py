@@ -20,8 +20,8 @@ class ContextParallelAttention(nnx.Module):
       mesh: where attention runs.
       rngs: for the initial weights.
       dtype: of the projections' inputs and results, and so of query, key and value.
-      options: handed to `context_parallel_attention`: axis_name, head_axis, batch_axis, layout, exchange, mask, scale,
-        softcap, precision.
+      options: handed to `context_parallel_attention`: axis_name, head_axis, batch_axis, partition, exchange, mask,
+        scale, softcap, precision.
 
     >>> from cpjax.parallel import cp_mesh
     >>> layer = ContextParallelAttention(8, 4, 2, 16, mesh=cp_mesh(2), rngs=nnx.Rngs(0), precision="float32")

@@ -1,6 +1,6 @@
 """Global arrays in, global arrays out: split over a mesh, run an exchange on every device, join.
 
-q[B, T, N, H]  ──layout──▶  q[B, T_cp, N, H]  ──shard_map──▶  out[B, T_cp, N, V]  ──inverse──▶  out[B, T, N, V]
+q[B, T, N, H]  ─partition─▶  q[B, T_cp, N, H]  ──shard_map──▶  out[B, T_cp, N, V]  ──inverse──▶  out[B, T, N, V]
 """
 
 from functools import partial
@@ -14,14 +14,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from cpjax.attention import Attention
-from cpjax.checks import check_mesh, check_packed, check_precision, check_sink, ranks
+from cpjax.checks import check_axes, check_mesh, check_packed, check_precision, check_sink, ranks
 from cpjax.errors import InputError
 from cpjax.exchange.device import attention_on_device
 from cpjax.inputs import check_inputs
 from cpjax.mask import Mask, Tokens
 from cpjax.partial import Partial
-from cpjax.partition.layout import chunks_per_rank, inverse, order
+from cpjax.partition.names import sequence_of
 from cpjax.partition.packing import packed_order
+from cpjax.partition.partition import Partition, inverse
+from cpjax.partition.sequence import SequencePartition
 from cpjax.precision import Precision, profile
 
 
@@ -36,7 +38,7 @@ def context_parallel_attention(
     axis_name: str | tuple[str, str] = "cp",
     head_axis: str | None = None,
     batch_axis: str | None = None,
-    layout: str = "zigzag",
+    partition: str | Partition = "zigzag",
     lengths: tuple[int, ...] | None = None,
     exchange: str = "ring",
     mask: Mask | None = None,
@@ -56,7 +58,8 @@ def context_parallel_attention(
       mesh: a mesh with axis `axis_name` of type Auto; see `cp_mesh`.
       axis_name: the axis over which tokens are sharded; (ring, all-to-all) for exchange "all_to_all_ring".
       head_axis, batch_axis: further axes of the mesh over which heads and batch are sharded ("tp", "dp").
-      layout: who holds which tokens; it changes no result but in the last bits.
+      partition: who holds which tokens, a name or value of `cpjax.partition.SEQUENCES`; it changes no result but in
+        the last bits.
       lengths: a packed batch: real lengths of the requests, each padded on its own to a multiple of 2·cp
         (`cpjax.partition.packing.pack`) and laid out on its own. Places of the tokens follow from them.
       exchange: how keys meet queries, a name of `cpjax.exchange.device.EXCHANGES`.
@@ -82,12 +85,14 @@ def context_parallel_attention(
     if lengths is not None:
         q_tokens = kv_tokens = check_packed(query, key, mesh, axis_name, lengths, q_tokens, kv_tokens)
     q_tokens, kv_tokens = check_inputs(query, key, value, q_tokens, kv_tokens)
-    check_mesh(query, key, mesh, axis_name, head_axis, batch_axis, layout, exchange)
+    check_axes(mesh, (axis_name,) if isinstance(axis_name, str) else axis_name)
+    one = sequence_of(partition, ranks(mesh, axis_name))
+    check_mesh(query, key, mesh, axis_name, head_axis, batch_axis, one, exchange)
     check_precision(precision)
     check_sink(sink, query.shape[2])
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     attention = Attention(Mask() if mask is None else mask, scale, precision, softcap)
-    how = _How(mesh, axis_name, head_axis, batch_axis, layout, lengths, exchange, attention)
+    how = _How(mesh, axis_name, head_axis, batch_axis, one, lengths, exchange, attention)
     return _run(how, *jax.tree.map(jnp.asarray, (query, key, value, q_tokens, kv_tokens, sink)))
 
 
@@ -116,7 +121,7 @@ class _How(NamedTuple):
     axis_name: str | tuple[str, str]
     head_axis: str | None
     batch_axis: str | None
-    layout: str
+    partition: SequencePartition
     lengths: tuple[int, ...] | None
     exchange: str
     attention: Attention
@@ -124,11 +129,10 @@ class _How(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def _run(how: _How, query, key, value, q_tokens, kv_tokens, sink):
-    cp = ranks(how.mesh, how.axis_name)
     if how.lengths is None:
-        q_order, kv_order = order(how.layout, query.shape[1], cp), order(how.layout, key.shape[1], cp)
+        q_order, kv_order = how.partition.order(query.shape[1]), how.partition.order(key.shape[1])
     else:
-        q_order = kv_order = packed_order(how.layout, how.lengths, cp)
+        q_order = kv_order = packed_order(how.partition, how.lengths, how.partition.cp)
     query, q_tokens = jax.tree.map(lambda x: x[:, q_order], (query, q_tokens))
     key, value, kv_tokens = jax.tree.map(lambda x: x[:, kv_order], (key, value, kv_tokens))
 
@@ -142,7 +146,7 @@ def _run(how: _How, query, key, value, q_tokens, kv_tokens, sink):
             how.attention,
             axis_name=how.axis_name,
             exchange=how.exchange,
-            chunks=chunks_per_rank(how.layout),
+            chunks=how.partition.chunks_per_rank,
             sink=sink,
         )
 

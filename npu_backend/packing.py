@@ -1,15 +1,16 @@
 """Packed batches: several requests in one row, each padded on its own to a multiple of 2·cp, and their index arrays.
 
 Request i of padded length L_i is cut into 2·cp chunks of h_i tokens. Rank r holds chunks r and 2·cp−1−r of every
-request, request after request. What it computes it computes for all first chunks and then for all last ones, so it
-gathers them; the arrays that say how are MindIE's (`prepare_cp_prefill_inputs`; names of its graph inputs in brackets).
+request, request after request (alone, it holds all of every request). What it computes it computes for all first chunks
+and then for all last ones, so it gathers them; the arrays that say how are MindIE's (`prepare_cp_prefill_inputs`; names
+of its graph inputs in brackets).
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from npu_backend.schedule import held_chunks
+from npu_backend.schedule import chunk_count, held_chunks
 
 
 class Indices(NamedTuple):
@@ -22,12 +23,17 @@ class Indices(NamedTuple):
 
 
 def indices(chunk_lengths: tuple[int, ...], cp: int) -> Indices:
-    """The index arrays of a pack whose request i has 2·cp chunks of `chunk_lengths[i]` tokens.
+    """The index arrays of a pack whose request i has `chunk_count(cp)` chunks of `chunk_lengths[i]` tokens.
+
+    One rank alone has no last chunks.
 
     >>> indices((2, 3), cp=2).out_recovery
     array([0, 1, 5, 6, 2, 3, 4, 7, 8, 9])
     """
     h = np.array(chunk_lengths)
+    if cp == 1:
+        everything = np.arange(h.sum())
+        return Indices(everything, everything[:0], everything, everything)
     start, half = 2 * (np.cumsum(h) - h), np.cumsum(h) - h
     first = [np.arange(b, b + n) for b, n in zip(start, h, strict=True)]
     last = [x + n for x, n in zip(first, h, strict=True)]
@@ -50,5 +56,5 @@ def held_rows(rank: int, cp: int, chunk_lengths: tuple[int, ...]) -> np.ndarray:
     rows, begin = [], 0
     for n in chunk_lengths:
         rows += [begin + np.arange(chunk * n, (chunk + 1) * n) for chunk in held_chunks(rank, cp)]
-        begin += 2 * cp * n
+        begin += chunk_count(cp) * n
     return np.concatenate(rows)

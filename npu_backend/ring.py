@@ -2,7 +2,7 @@
 
     for each step:   what the exchange brings at this step (the next is already on its way)
                      make keys and values of it, if it is a latent
-                     compute my two chunks of queries against the two chunks of keys
+                     compute my chunks of queries against the chunks of keys
     at last:         the cached prefix, which all queries of its request see whole
 
 The places of the tokens travel with them, and are compared with the schedule before they are used; that a block is of
@@ -22,7 +22,7 @@ from npu_backend.families import FAMILIES, Family
 from npu_backend.latent import PREFIX, Made, UpProjection, expand, latents_of
 from npu_backend.operators import Partial
 from npu_backend.packing import held_rows, indices
-from npu_backend.schedule import Block, Exchange, blocks, held_chunks, source, tokens_in_chunk
+from npu_backend.schedule import Block, Exchange, blocks, chunk_count, held_chunks, source, tokens_in_chunk
 from npu_backend.shard import PAD, Requests, Shard
 
 
@@ -66,7 +66,7 @@ def ring_attention(
     """
     query = torch.from_numpy(shard.query).to(device)
     first, last, recovery = (torch.from_numpy(x).to(device) for x in indices(ring.requests.chunk_lengths, ring.cp)[:3])
-    halves = (first, last)
+    halves = (first, last)[: len(held_chunks(ring.rank, ring.cp))]
     queries = dict(zip(held_chunks(ring.rank, ring.cp), (query.index_select(1, half) for half in halves), strict=True))
     carried: dict[int, list[Any]] = {chunk: [None] * len(ring.requests.chunk_lengths) for chunk in queries}
     link, clock, made = Link(ring.rank, ring.cp, report, ring.digest), Clock([], [], []), Made()
@@ -116,10 +116,10 @@ def _attend(
     block: Block,
     query: Tensor,
     key_value: tuple[Tensor, ...],
-    halves: tuple[Tensor, Tensor],
+    halves: tuple[Tensor, ...],
     carried: list,
 ) -> None:
-    """One block: a chunk of queries against one of the two chunks that are held, for each request of the pack."""
+    """One block: a chunk of queries against one of the chunks that are held, for each request of the pack."""
     sender = source(ring.rank, step, ring.cp, ring.exchange)
     half = halves[held_chunks(sender, ring.cp).index(block.kv_chunk)]
     sizes = list(ring.requests.chunk_lengths)
@@ -169,7 +169,7 @@ def _places(requests: Requests, cp: int) -> tuple[np.ndarray, np.ndarray]:
     """Position and segment of every token of the case, `[B, T]` each."""
     positions, segments = [], []
     for i, (chunk, lengths) in enumerate(zip(requests.chunk_lengths, requests.lengths, strict=True)):
-        index = np.broadcast_to(np.arange(2 * cp * chunk), (len(lengths), 2 * cp * chunk))
+        index = np.broadcast_to(np.arange(chunk_count(cp) * chunk), (len(lengths), chunk_count(cp) * chunk))
         positions.append(index + requests.prefix_lengths[i])
         segments.append(np.where(index < np.array(lengths)[:, None], i, PAD))
     return np.concatenate(positions, axis=1), np.concatenate(segments, axis=1)

@@ -110,7 +110,7 @@ def _differentiate(
     block: Block,
     side: _Queries,
     key_value: tuple[Tensor, ...],
-    halves: tuple[Tensor, Tensor],
+    halves: tuple[Tensor, ...],
     totals: tuple[Tensor, ...],
 ) -> None:
     """One block, for each request of the pack; dq, dk, dv are added to `totals`."""

@@ -1,8 +1,8 @@
 """Which pair of chunks a rank computes at which step of which exchange. Integers only; the ranks execute this value.
 
 The sequence is cut into 2·cp chunks of equal length. Rank r holds chunk r and chunk 2·cp−1−r (zigzag: under a causal
-mask an early and a late chunk cost the same together on every rank). An exchange decides whose keys a rank meets at
-step s:
+mask an early and a late chunk cost the same together on every rank). One rank alone cuts nothing. An exchange decides
+whose keys a rank meets at step s:
 
     ring          rank (r − s) mod cp: every rank r passes what it has to r + 1
     gather        rank s, on every rank: all keys are gathered first and walked in absolute order, as MindIE does
@@ -53,13 +53,22 @@ def check_exchange(exchange: Exchange, cp: int) -> None:
         raise InputError(f"nodes of {exchange.inner} ranks do not divide {cp} ranks; choose a divisor of cp as --inner")
 
 
-def held_chunks(rank: int, cp: int) -> tuple[int, int]:
-    """The two chunks of a rank, in the order in which it holds them.
+def chunk_count(cp: int) -> int:
+    """In how many chunks a request is cut.
 
-    >>> [held_chunks(rank, cp=3) for rank in range(3)]
-    [(0, 5), (1, 4), (2, 3)]
+    >>> chunk_count(1), chunk_count(3)
+    (1, 6)
     """
-    return rank, 2 * cp - 1 - rank
+    return 2 * cp if cp > 1 else 1
+
+
+def held_chunks(rank: int, cp: int) -> tuple[int, ...]:
+    """The chunks of a rank, in the order in which it holds them: two, or all there is.
+
+    >>> [held_chunks(rank, cp=3) for rank in range(3)], held_chunks(0, cp=1)
+    ([(0, 5), (1, 4), (2, 3)], (0,))
+    """
+    return (rank, 2 * cp - 1 - rank) if cp > 1 else (0,)
 
 
 def source(rank: int, step: int, cp: int, exchange: Exchange = Exchange()) -> int:  # noqa: B008 a tuple

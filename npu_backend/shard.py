@@ -1,4 +1,4 @@
-"""What a rank holds of a case: two chunks of each request, with the places of their tokens."""
+"""What a rank holds of a case: its chunks of each request, with the places of their tokens."""
 
 import math
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from npu_backend.errors import InputError
 from npu_backend.families import FAMILIES, Family
 from npu_backend.files import Case
 from npu_backend.packing import held_rows
+from npu_backend.schedule import chunk_count
 
 PAD = -1
 """The segment of a token that is only filling."""
@@ -36,12 +37,12 @@ def requests_of(case: Case) -> Requests:
     """The requests of a case that `check_computable` has accepted."""
     if case.layout == "zigzag":
         lengths = tuple(int(n) for n in (case.q_segment != PAD).sum(axis=1))
-        return Requests((case.query.shape[1] // (2 * case.cp),), (lengths,), (0,))
+        return Requests((case.query.shape[1] // chunk_count(case.cp),), (lengths,), (0,))
     starts = _starts(case)
     ends = [*starts[1:], case.query.shape[1]]
     segment, prefix = case.q_segment[0], case.kv_segment[0, case.query.shape[1] :]
     return Requests(
-        tuple((stop - start) // (2 * case.cp) for start, stop in zip(starts, ends, strict=True)),
+        tuple((stop - start) // chunk_count(case.cp) for start, stop in zip(starts, ends, strict=True)),
         tuple((int((segment[start:stop] != PAD).sum()),) for start, stop in zip(starts, ends, strict=True)),
         tuple(int((prefix == i).sum()) for i in range(len(starts))),
     )

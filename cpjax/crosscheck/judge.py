@@ -13,6 +13,7 @@ from cpjax.crosscheck.judging.problem import Array, Problem, checked_problem
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
 from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.crosscheck.judging.verdict import Verdict, decide, malformed
+from cpjax.partition import Partition
 from cpjax.precision import Precision
 
 
@@ -29,8 +30,9 @@ def judge(
     kv_positions: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
     window: int | None = None,
+    partition: str | Partition | None = None,
     cp: int = 1,
-    layout: str = "zigzag",
+    layout: str | None = None,
     precision: str | Precision | None = None,
     order: str = "ascending",
     seed: int = 0,
@@ -46,7 +48,9 @@ def judge(
       is_causal, window, segment_ids: who may see whom (`cpjax.mask`). `segment_ids` `[B, T]`, or a pair for queries and
         keys; −1 is a pad, which is not judged.
       q_positions, kv_positions: global positions `[B, T]`, `[B, S]`; None is 0, 1, 2, …. Causal with T ≠ S needs both.
-      cp, layout: into which chunks the keys were cut (zigzag: 2·cp). Each chunk's result was stored and merged.
+      partition: who holds which tokens, and so into which chunks the keys were cut; each chunk's result was stored and
+        merged. A value of `cpjax.partition`, or a name (zigzag, contiguous, striped, packed, blocks, interleaved) over
+        `cp` ranks. None: one chunk for cp 1, zigzag for more. `layout` is another word for its name.
       precision: a profile of `cpjax.precision`, or its name; None: float16 arrays are `flash_fp16`, float32 and float64
         what they say.
       order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`.
@@ -76,6 +80,7 @@ def judge(
         kv_positions=kv_positions,
         segment_ids=segment_ids,
         window=window,
+        partition=partition,
         cp=cp,
         layout=layout,
         precision=precision,

@@ -19,7 +19,7 @@ from cpjax.errors import InputError
 from cpjax.mindie.deployment import Deployment, Sizes
 from cpjax.mindie.models import local_heads
 from cpjax.partition.kv_cache import block_ranks
-from cpjax.partition.layout import held_chunks
+from cpjax.partition.zigzag import Zigzag
 
 Groups = list[list[int]]
 
@@ -129,7 +129,7 @@ def _card(sizes: Sizes, rank: int, share: int | None, padded: int, owners: list[
     world = sizes.world_size
     cp, tp, sp = rank // (world // sizes.cp), rank % sizes.tp, rank % sizes.sp
     scp, chunk = cp * sizes.sp + sp, padded // (2 * sizes.cp)
-    chunks = held_chunks("zigzag", cp, sizes.cp) if sizes.cp > 1 else ()
+    chunks = Zigzag(sizes.cp).held_chunks(cp) if sizes.cp > 1 else ()
     return Card(
         rank=rank,
         pp=rank // sizes.tp if sizes.pp > 1 else 0,

@@ -1,10 +1,30 @@
-"""Who holds which tokens, and in which order chunks are merged. Integers only; no JAX.
+"""Who holds which tokens, and in which order chunks are merged: a partition is a value. Integers only; no JAX.
 
-layout, packing         one request, or several in one row: a permutation of the tokens, cut into shards
+partition               what every partition can say: chunks, ranks, order of merging
+sequence                one text in equal shards:           contiguous, zigzag, striped
+packed                  several requests in a row, each in zigzag, with cached prefixes
+cached                  a decode step over the ranks' caches: blocks (MindIE), interleaved (vLLM), pages (a page table)
+names                   a partition by its name
+kv_cache                MindIE's rule for the blocks of a prompt
+packing                 arrays of several requests into one row and back; MindIE's index arrays
 schedule                which rank computes which pair of chunks when
-merge_order             in which order a query chunk merges key/value chunks
-packed                  the chunks of a pack with cached prefixes
-kv_cache, paged         MindIE's cache blocks; the chunks of a decode step over such a cache
+moves                   from natural order to shards by the fewest transfers
 
-A new layout is a name and its branch in `layout`, and its laws in tests/spec/test_layout.py.
+A new partition is one file, a line in `names`, and it is drawn by the laws in tests/spec/test_partition.py.
 """
+
+from cpjax.partition.blocks import Blocks
+from cpjax.partition.contiguous import Contiguous
+from cpjax.partition.interleaved import Interleaved
+from cpjax.partition.names import PARTITIONS, SEQUENCES, partition_of, sequence_of
+from cpjax.partition.packed import Packed
+from cpjax.partition.pages import Pages
+from cpjax.partition.partition import ORDERS, Order, Partition, inverse
+from cpjax.partition.sequence import SequencePartition
+from cpjax.partition.striped import Striped
+from cpjax.partition.zigzag import Zigzag
+
+__all__ = [
+    "ORDERS", "PARTITIONS", "SEQUENCES", "Blocks", "Contiguous", "Interleaved", "Order", "Packed", "Pages", "Partition",
+    "SequencePartition", "Striped", "Zigzag", "inverse", "partition_of", "sequence_of",
+]  # fmt: skip

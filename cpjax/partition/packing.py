@@ -16,7 +16,8 @@ from jaxtyping import Int
 
 from cpjax.errors import InputError
 from cpjax.mask import PAD, Tokens
-from cpjax.partition.layout import chunks_per_rank, held_chunks, order
+from cpjax.partition.names import sequence_of
+from cpjax.partition.partition import Partition
 
 Indices = Int[np.ndarray, " n"]
 
@@ -49,17 +50,18 @@ def packed_tokens(lengths: Sequence[int], cp: int) -> Tokens:
     return Tokens(position[None].astype(np.int32), np.concatenate(real)[None].astype(np.int32))
 
 
-def packed_order(layout: str, lengths: Sequence[int], cp: int) -> Int[np.ndarray, " T"]:
-    """As `cpjax.partition.layout.order`, for each request on its own: index at each place of the ranks' shards.
+def packed_order(partition: str | Partition, lengths: Sequence[int], cp: int) -> Int[np.ndarray, " T"]:
+    """As `order` of the partition, for each request on its own: index at each place of the ranks' shards.
 
     >>> packed_order("zigzag", (7, 12), cp=2).reshape(2, -1)
     array([[ 0,  1,  8,  9, 10,  6,  7, 17, 18, 19],
            [ 2,  3, 11, 12, 13,  4,  5, 14, 15, 16]])
     """
-    padded, pieces = padded_lengths(lengths, cp), chunks_per_rank(layout)
+    one, padded = sequence_of(partition, cp), padded_lengths(lengths, cp)
+    pieces = one.chunks_per_rank
     starts = np.cumsum([0, *padded[:-1]])
     of_requests = zip(starts, padded, strict=True)
-    held = [start + order(layout, n, cp).reshape(cp, pieces, n // (cp * pieces)) for start, n in of_requests]
+    held = [start + one.order(n).reshape(cp, pieces, n // (cp * pieces)) for start, n in of_requests]
     return np.concatenate(held, axis=2).ravel()
 
 
@@ -119,7 +121,7 @@ def mindie_indices(lengths: Sequence[int], cp: int) -> MindieIndices:
     def gathered(request: int, chunk: int) -> int:
         """Where a chunk of a request begins among the tokens of all ranks."""
         rank = min(chunk, 2 * cp - 1 - chunk)
-        place = held_chunks("zigzag", rank, cp).index(chunk)
+        place = int(chunk >= cp)
         return int(rank * held + start[request] + place * h[request])
 
     first, last = runs(start), runs(start + h)

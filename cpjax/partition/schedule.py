@@ -1,19 +1,18 @@
 """Which rank computes which pair of chunks when, as a value. Integers only; it can be printed, drawn and compared.
 
 A chunk is a part of the sequence that is computed and merged as one piece: cp of them for contiguous and striped, 2·cp
-for zigzag. The exchanges in `cpjax.exchange` decide by positions and need no schedule; a kernel takes slices and flags
-and does. That both say the same is tested: results are equal bit for bit to those of the schedule, executed.
+for zigzag (one with a single rank). The exchanges in `cpjax.exchange` decide by positions and need no schedule; a
+kernel takes slices and flags and does. That both say the same is tested: results are equal bit for bit to those of the
+schedule, executed.
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from cpjax.errors import InputError
-from cpjax.partition.layout import chunks_per_rank, held_chunks
-
-BlockMask = Literal["none", "triu", "strict"]
-"""Of a block's pairs (i, j), query and key counted within their chunks, visible are: all, those with j <= i (the
-upper triangle is hidden), those with j < i."""
+from cpjax.partition.names import sequence_of
+from cpjax.partition.partition import Partition
+from cpjax.partition.sequence import BlockMask, SequencePartition
 
 
 class Block(NamedTuple):
@@ -26,27 +25,28 @@ class Block(NamedTuple):
     first: bool
 
 
-def schedule(exchange: str, layout: str, cp: int, *, is_causal: bool, inner: int = 1) -> tuple[tuple[Block, ...], ...]:
+def schedule(
+    exchange: str, partition: str | Partition, cp: int, *, is_causal: bool, inner: int = 1
+) -> tuple[tuple[Block, ...], ...]:
     """For each rank the blocks that it computes, in order.
 
     Args:
       exchange: a name of `cpjax.exchange.device.EXCHANGES`.
+      partition: one of `cpjax.partition.SEQUENCES`, by name or as a value.
       cp: ranks over which the tokens are sharded.
       inner: for "all_to_all_ring": ranks of a node, of which the cp ranks are made up.
 
     Raises:
-      InputError: unknown exchange or layout, cp < 1, or inner not a divisor of cp.
+      InputError: unknown exchange or partition, cp < 1, or inner not a divisor of cp.
 
     >>> print(show(schedule("gather", "zigzag", 2, is_causal=True)))
     rank 0   step 0: q0·k0◣first q3·k0■first q3·k3◣   step 1: q3·k1■ q3·k2■
     rank 1   step 0: q1·k0■first q2·k0■first   step 1: q1·k1◣ q2·k1■ q2·k2◣
     """
-    if cp < 1:
-        raise InputError(f"cp is {cp}; it is a number of ranks, at least 1")
+    one = sequence_of(partition, cp)
     if inner < 1 or cp % inner:
         raise InputError(f"inner is {inner}; it must divide the {cp} ranks")
-    chunks_per_rank(layout)
-    return tuple(tuple(_of_rank(exchange, layout, cp, inner, rank, is_causal)) for rank in range(cp))
+    return tuple(tuple(_of_rank(exchange, one, inner, rank, is_causal)) for rank in range(cp))
 
 
 def show(ranks: tuple[tuple[Block, ...], ...]) -> str:
@@ -71,26 +71,12 @@ def show(ranks: tuple[tuple[Block, ...], ...]) -> str:
     return "\n".join(lines)
 
 
-def block_mask(layout: str, query_chunk: int, kv_chunk: int) -> BlockMask | None:
-    """What a causal mask leaves of the block; None: nothing.
-
-    >>> [block_mask("zigzag", 1, kv_chunk) for kv_chunk in range(4)]
-    ['none', 'triu', None, None]
-    """
-    if layout == "striped":
-        # Token i of chunk c is at position c + cp·i, so later chunks are ahead by less than one step.
-        return "triu" if kv_chunk <= query_chunk else "strict"
-    if kv_chunk > query_chunk:
-        return None
-    return "triu" if kv_chunk == query_chunk else "none"
-
-
-def _of_rank(exchange: str, layout: str, cp: int, inner: int, rank: int, is_causal: bool) -> Iterator[Block]:
+def _of_rank(exchange: str, one: SequencePartition, inner: int, rank: int, is_causal: bool) -> Iterator[Block]:
     begun: set[int] = set()
-    for step, queries, keys in _meetings(exchange, cp, inner, rank):
-        for query_chunk in (chunk for holder in queries for chunk in held_chunks(layout, holder, cp)):
-            for kv_chunk in (chunk for holder in keys for chunk in held_chunks(layout, holder, cp)):
-                mask = block_mask(layout, query_chunk, kv_chunk) if is_causal else "none"
+    for step, queries, keys in _meetings(exchange, one.cp, inner, rank):
+        for query_chunk in (chunk for holder in queries for chunk in one.held_chunks(holder)):
+            for kv_chunk in (chunk for holder in keys for chunk in one.held_chunks(holder)):
+                mask = one.block_mask(query_chunk, kv_chunk) if is_causal else "none"
                 if mask is None:
                     continue
                 # Travelling queries come with a result: at home, at step 0, their own chunk at least was visible.

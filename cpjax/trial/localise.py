@@ -186,9 +186,7 @@ def count_correct(task: tuple[int, int, float]) -> Counter:
 
 def diagnose_anyway(p: Problem, out: np.ndarray, lse: np.ndarray | None, precision: str, order: str) -> Diagnosis:
     """What the search would say of this result, whatever the verdict."""
-    asked = checked_problem(
-        p.query, p.key, p.value, **p.judge_arguments(), layout="zigzag", precision=precision, order=order
-    )
+    asked = checked_problem(p.query, p.key, p.value, **p.judge_arguments(), precision=precision, order=order)
     return diagnose(asked, collect(asked, out, lse, chosen_rows(asked, 0)), out, lse)
 
 

@@ -38,8 +38,8 @@ class Problem:
 
     @property
     def chunk_count(self) -> int:
-        """Keys are cut in this many chunks, and so are the queries."""
-        return 2 * self.cp
+        """Keys are cut in this many chunks, and so are the queries; one device does not cut."""
+        return 2 * self.cp if self.cp > 1 else 1
 
     def cast(self, dtype: str) -> "Problem":
         """The same problem with its arrays in `dtype`, clipped so that nothing becomes infinite."""

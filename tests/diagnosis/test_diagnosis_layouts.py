@@ -9,7 +9,7 @@ from cpjax.crosscheck.conformance.cases import conformance_cases
 from cpjax.crosscheck.run.session import how
 from cpjax.dense import dense_attention
 from cpjax.mask import Mask, Tokens
-from cpjax.partition.paged import chunks
+from cpjax.partition import Blocks
 
 CASES = {case.name: case for case in conformance_cases() if case.layout == "packed"}
 
@@ -66,7 +66,7 @@ def test_what_one_rank_holds_of_a_request_in_decode():
     places = {"q_positions": q.position, "kv_positions": kv.position, "segment_ids": (q.segment, kv.segment)}
     asked = {"scale": 32**-0.5, "layout": "decode", "cp": cp, "precision": "flash_fp16", **places}
     assert judge(query, key, value, *computed(query, key, value, q, kv, 32**-0.5), **asked).passed
-    lost = np.flatnonzero(chunks(kv.segment[0], cp) == 1)  # of request 0 on rank 1
+    lost = np.flatnonzero(Blocks(cp).kv_chunks(q.segment[0], kv.segment[0]) == 1)  # of request 0 on rank 1
     said = judge(query, key, value, *computed(query, key, value, q, kv, 32**-0.5, lost), **asked)
     assert "rank 0, 1: key/value chunk 1 (of rank 1, request 0) never entered query chunk 0" in said.diagnosis[0]
 

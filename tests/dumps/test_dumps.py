@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from cpjax.cli import app
-from cpjax.partition.layout import order
+from cpjax.partition import Zigzag
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.localise import problem
 
@@ -65,7 +65,7 @@ def test_layouts_are_found_by_trying(tmp_path, arrays, layout):
 
 @pytest.mark.slow
 def test_ranks_are_joined_and_a_swapped_rank_is_wrong(tmp_path, arrays):
-    rows = order("zigzag", arrays["query"].shape[1], 2).reshape(2, -1)
+    rows = Zigzag(2).order(arrays["query"].shape[1]).reshape(2, -1)
     files = {}
     for name, x in arrays.items():
         files[name] = tmp_path / name

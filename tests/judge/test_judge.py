@@ -235,7 +235,7 @@ def test_correct_rows_are_never_out_of_range(seed, length, is_causal):
 QUESTIONS = {
     "positions": ({"keys": 24}, {}, "give q_positions"),
     "cp 0": ({}, {"cp": 0}, "cp is 0"),
-    "layout": ({}, {"layout": "spiral"}, "unknown layout 'spiral'"),
+    "layout": ({}, {"layout": "spiral"}, "unknown partition 'spiral'"),
     "order": ({}, {"order": "random"}, "unknown merge order 'random'"),
     "precision": ({}, {"precision": "fp8"}, "unknown precision 'fp8'"),
     "scale": ({}, {"scale": float("nan")}, "scale is nan"),

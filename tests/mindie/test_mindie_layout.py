@@ -18,8 +18,8 @@ from cpjax.mindie.deployment import Deployment, Sizes, parse_deployment
 from cpjax.mindie.layout import as_json, groups, lay_out
 from cpjax.mindie.link import inverted, link_map, transfers
 from cpjax.mindie.mesh import mesh
+from cpjax.partition import Zigzag
 from cpjax.partition.kv_cache import block_ranks, tokens_per_rank
-from cpjax.partition.layout import order
 
 SIXTEEN = Sizes(world_size=16, dp=1, cp=2, sp=8, tp=8, pp=1, moe_ep=16, moe_tp=1)
 KINDS = [
@@ -141,7 +141,7 @@ def test_every_token_block_and_head_is_held_by_the_right_number_of_cards(sizes, 
 def test_tokens_of_a_cp_rank_are_those_of_the_zigzag_layout(cp, tokens):
     layout = lay_out(in_memory({"worldSize": 2 * cp, "cp": cp, "sp": 2, "tp": 2, "moe_ep": 2 * cp}), tokens)
     held = np.concatenate([np.arange(*chunk) for card in layout.cards if card.tp == 0 for chunk in card.tokens])
-    expected = order("zigzag", layout.padded, cp) if cp > 1 else np.arange(tokens)
+    expected = Zigzag(cp).order(layout.padded) if cp > 1 else np.arange(tokens)
     assert held.tolist() == expected.tolist()
 
 

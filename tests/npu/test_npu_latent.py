@@ -24,7 +24,7 @@ from cpjax.crosscheck.run.compare import compare
 from cpjax.errors import InputError as SpecificationError
 from cpjax.latent import UpProjection, latent_attention_on_device
 from cpjax.mask import Mask, Tokens
-from cpjax.partition.layout import order
+from cpjax.partition import Zigzag
 from cpjax.precision import profile
 from npu_backend import files
 from npu_backend.errors import InputError, RankError
@@ -140,7 +140,7 @@ def test_agrees_with_the_specifications_exchange_of_latents(pools, tmp_path, cp,
     real = np.asarray(case.kv_tokens.segment) >= 0
     for made, right in zip(npu.key_value, (case.key, case.value), strict=True):
         np.testing.assert_array_equal(made[real], right[real])
-    latent, at = case.latent, order("zigzag", 48, cp)
+    latent, at = case.latent, Zigzag(cp).order(48)
     tokens = Tokens(*(np.asarray(x)[:, at] for x in case.q_tokens))
     held = (np.where(real[..., None], x, 0)[:, at] for x in (latent.c_kv, latent.k_rope))
     query = np.where(real[..., None, None], case.query, 0)[:, at]

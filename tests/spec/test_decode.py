@@ -18,7 +18,7 @@ from cpjax.errors import InputError
 from cpjax.exchange.decode import decode_attention
 from cpjax.mask import Tokens, tokens
 from cpjax.parallel import cp_mesh
-from cpjax.partition.paged import chunks
+from cpjax.partition import Blocks, Interleaved, Pages
 
 CP = st.sampled_from([1, 2, 3, 5])
 
@@ -127,7 +127,7 @@ def test_the_compiled_program_gathers_once_an_array_and_in_fp16():
 
 @given(st.integers(1, 3000), st.integers(1, 16))
 def test_slots_hold_every_key_once(length, cp):
-    owner = chunks(np.zeros(length, int), cp)
+    owner = Blocks(cp).owners(0, length)
     slots = cache_slots(owner, length, cp)
     for rank, mine in enumerate(slots.reshape(cp, -1)):
         np.testing.assert_array_equal(mine[mine >= 0], np.flatnonzero(owner == rank))
@@ -155,3 +155,30 @@ def test_misuse_is_refused_before_tracing(message, options, monkeypatch):
     options = {"owner": np.zeros(4, int), **options}
     with pytest.raises(InputError, match=message):
         context_parallel_decode(X, X, X, place, place, mesh=cp_mesh(2), **options)
+
+
+@examples(0.2)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3]), st.sampled_from(["blocks", "interleaved", "pages"]))
+def test_requests_over_caches_cut_by_a_partition_are_dense(seed, cp, kind):
+    """Two requests in a row; the partition says whose cache holds which key."""
+    lengths = (7, 5)
+    pages = tuple(tuple(int(r) for r in np.random.default_rng(seed).integers(0, cp, 4)) for _ in lengths)
+    made = {"blocks": Blocks(cp, block=2), "interleaved": Interleaved(cp), "pages": Pages(cp, page=2, ranks=pages)}
+    segment = np.repeat(np.arange(2, dtype=np.int32), lengths)[None]
+    position = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None]
+    new = Tokens(np.array([[5, 6, 4]], np.int32), np.array([[0, 0, 1]], np.int32))
+    p = problem(seed, "needle", new, Tokens(position, segment), RULES[0])._replace(sink=np.full(4, -np.inf))
+    with jax.enable_x64(True):
+        found = context_parallel_decode(
+            *p.arrays, partition=made[kind], mesh=cp_mesh(cp), mask=p.rule.mask, scale=SCALE, precision="float64"
+        )
+        assert_dense(found, p)
+
+
+def test_either_a_partition_or_owners():
+    x, new, cached = np.ones((1, 4, 1, 1), np.float16), tokens(1, 1, start=3), tokens(1, 4)
+    for given_twice_or_not in ({}, {"partition": Blocks(2), "owner": np.zeros(4, int)}):
+        with pytest.raises(InputError, match="either a partition or the owner"):
+            context_parallel_decode(x[:, :1], x, x, new, cached, mesh=cp_mesh(2), **given_twice_or_not)
+    with pytest.raises(InputError, match="over 3 ranks, the mesh over 2"):
+        context_parallel_decode(x[:, :1], x, x, new, cached, mesh=cp_mesh(2), partition=Interleaved(3))

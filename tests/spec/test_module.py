@@ -19,7 +19,7 @@ def layer(cp=2, **options):
 
 def test_is_projections_around_dense_attention():
     x = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
-    made = layer(layout="striped", exchange="gather", mask=Mask(window=3))
+    made = layer(partition="striped", exchange="gather", mask=Mask(window=3))
     weights = {name: np.asarray(getattr(made, name).kernel[...]) for name in ("query", "key", "value", "out")}
     q, k, v = (np.einsum("btd,dnh->btnh", x, weights[name]) for name in ("query", "key", "value"))
     ahead = np.arange(8)[:, None] - np.arange(8)

@@ -17,7 +17,7 @@ from cpjax.errors import InputError
 from cpjax.exchange.device import EXCHANGES
 from cpjax.mask import Mask, Tokens, tokens
 from cpjax.parallel import context_parallel_attention, cp_mesh
-from cpjax.partition.layout import LAYOUTS
+from cpjax.partition import SEQUENCES
 from cpjax.precision import profile
 
 
@@ -35,10 +35,10 @@ def run(p, mesh, **options):
 
 
 @examples(0.3)
-@given(problems(12, 24), st.sampled_from(LAYOUTS), st.sampled_from([1, 2, 3]))
+@given(problems(12, 24), st.sampled_from(list(SEQUENCES)), st.sampled_from([1, 2, 3]))
 def test_any_layout_is_dense(p, layout, cp):
     with jax.enable_x64(True):
-        assert_dense(run(p, cp_mesh(cp), layout=layout), p)
+        assert_dense(run(p, cp_mesh(cp), partition=layout), p)
 
 
 @examples(0.2)
@@ -74,7 +74,7 @@ def test_one_rank_is_one_block_bit_for_bit():
     p = problem(0, "normal", place, place, RULES[0])
     arrays = [x.astype(np.float16) for x in p[:3]]
     how = Attention(Mask(), SCALE, profile("flash_fp16"))
-    whole = context_parallel_attention(*arrays, mesh=cp_mesh(1), layout="contiguous", scale=SCALE)
+    whole = context_parallel_attention(*arrays, mesh=cp_mesh(1), partition="contiguous", scale=SCALE)
     equal_bits(whole, jax.jit(functools.partial(attend, attention=how))(*arrays, place, place))
 
 
@@ -114,7 +114,7 @@ def test_defaults_are_causal_one_over_sqrt_h_zigzag_flash_fp16():
     p = problem(0, "normal", place, place, RULES[0])
     x = [a.astype(np.float16) for a in p[:3]]
     said = context_parallel_attention(
-        *x, place, place, mesh=cp_mesh(2), layout="zigzag", mask=Mask(True), scale=0.5, precision="flash_fp16"
+        *x, place, place, mesh=cp_mesh(2), partition="zigzag", mask=Mask(True), scale=0.5, precision="flash_fp16"
     )
     equal_bits(context_parallel_attention(*x, mesh=cp_mesh(2)), said)  # head dim 4: 1/√4 = 0.5
 
@@ -155,7 +155,7 @@ def case(message, query=GOOD, key=GOOD, value=GOOD, q_tokens=None, kv_tokens=Non
         case("query length 4 and key length 8 differ", query=GOOD[:, :4]),
         case(r"positions of the query have shape \(2, 4\); they must be", q_tokens=tokens(2, 4), kv_tokens=PLACE),
         case("positions of the key are of dtype float32", q_tokens=PLACE, kv_tokens=Tokens(GOOD[:, :, 0, 0], PLACE[1])),
-        case("unknown layout 'spiral'; known are contiguous, zigzag, striped", layout="spiral"),
+        case("unknown partition 'spiral'; known are contiguous, zigzag, striped", partition="spiral"),
         case("unknown exchange 'teleport'; known are ring", exchange="teleport"),
         case("unknown precision 'fp8'", precision="fp8"),
         case(r"the mesh has axes \('cp',\), none is 'sp'", axis_name="sp"),

@@ -12,7 +12,7 @@ from cpjax.crosscheck.backends import Backend
 from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.note import Note, write_note
 from cpjax.crosscheck.files.result import Result, write_result
-from cpjax.partition.merge_order import ORDERS
+from cpjax.partition import ORDERS
 from cpjax.precision import PROFILES
 
 FAILURES = (Exception, SystemExit)

@@ -8,7 +8,8 @@ from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.result import Result
 from cpjax.mask import PAD, Mask, Tokens
 from cpjax.partial import Partial
-from cpjax.partition import packed, paged
+from cpjax.partition import Packed, SequencePartition
+from cpjax.partition.cached import Cached
 from cpjax.precision import Precision, profile
 
 
@@ -20,12 +21,12 @@ class Spec:
         self._exchange = exchange
 
     def supports(self, case: Case) -> str | None:
-        """Zigzag whose queries and keys are the same tokens; all packs and decodes that can be read."""
-        tokens, keys = case.query.shape[1], case.key.shape[1]
-        if case.layout == "zigzag" and (tokens != keys or tokens % (2 * case.cp)):
-            return f"{tokens} queries, {keys} keys; both must be one multiple of 2·cp"
+        """One text whose queries and keys are the same tokens; all packs and decodes that can be read."""
+        tokens, keys, partition = case.query.shape[1], case.key.shape[1], case.partition
+        if isinstance(partition, SequencePartition) and (tokens != keys or tokens % partition.chunk_count):
+            return f"{tokens} queries, {keys} keys; both must be one multiple of {partition.chunk_count}"
         wanted = self._precision(case)
-        if case.layout == "packed" and keys > tokens and wanted.carry != wanted.out:
+        if isinstance(partition, Packed) and keys > tokens and wanted.carry != wanted.out:
             return f"a prefix in {wanted.name}; it is merged into what was rounded to {wanted.out} already"
         return None
 
@@ -45,14 +46,18 @@ class Spec:
         import jax
 
         precision = self._precision(case)
-        compute = {"zigzag": self._prefill, "packed": self._pack, "decode": _decode}[case.layout]
-        out, lse = compute(case, precision)
+        partition = case.partition
+        is_decode = isinstance(partition, Cached)
+        if is_decode:
+            out, lse = _decode(case, precision, partition)
+        else:
+            out, lse = (self._pack if isinstance(partition, Packed) else self._prefill)(case, precision)
         order = self._exchange if self._exchange in ("ring", "gather") else "unknown"
         about = {"jax": jax.__version__, "device": f"cpu ({jax.local_device_count()} simulated)"}
         return Result(
             "spec",
             precision.name,
-            "ascending" if case.layout == "decode" else order,
+            "ascending" if is_decode else order,
             np.asarray(out).astype(np.float16),
             np.asarray(lse).astype(np.float32),
             about,
@@ -71,6 +76,7 @@ class Spec:
             case.value[:, :tokens],
             **(places or {"q_tokens": case.q_tokens, "kv_tokens": case.kv_tokens}),
             mesh=cp_mesh(case.cp),
+            partition=case.partition if isinstance(case.partition, SequencePartition) else "zigzag",
             exchange=self._exchange,
             mask=Mask(is_causal=case.is_causal, window=case.window),
             scale=case.scale,
@@ -86,7 +92,7 @@ class Spec:
         from cpjax.partial import merge
 
         segment = np.asarray(case.q_tokens.segment)[0]
-        lengths = tuple(int((segment[start:stop] != PAD).sum()) for start, stop in packed.bounds(segment, case.cp))
+        lengths = tuple(int((segment[start:stop] != PAD).sum()) for start, stop in Packed(case.cp).bounds(segment))
         own, tokens = self._prefill(case, precision, lengths=lengths), len(segment)
         if case.key.shape[1] == tokens:
             return own
@@ -97,7 +103,7 @@ class Spec:
         return merge(own, prefix, precision)
 
 
-def _decode(case: Case, precision: Precision) -> Partial:
+def _decode(case: Case, precision: Precision, partition: Cached) -> Partial:
     from cpjax.decode import context_parallel_decode
     from cpjax.parallel import cp_mesh
 
@@ -107,7 +113,7 @@ def _decode(case: Case, precision: Precision) -> Partial:
         case.value,
         case.q_tokens,
         case.kv_tokens,
-        owner=paged.chunks(np.asarray(case.kv_tokens.segment)[0], case.cp) % case.cp,
+        partition=partition,
         mesh=cp_mesh(case.cp),
         mask=Mask(is_causal=case.is_causal, window=case.window),
         scale=case.scale,

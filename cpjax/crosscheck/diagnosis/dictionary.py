@@ -59,13 +59,10 @@ FITTED = 8.0
 
 
 def pairs_of(sample: Sample, problem: Problem) -> list[tuple[int, ...]]:
-    """Chunks that may be wrong together: each alone, and the two chunks of one rank, which travel together."""
+    """Chunks that may be wrong together: each alone, and those of one rank, which travel together."""
     seen = {int(c) for c in sample.visible_chunks}
     alone: list[tuple[int, ...]] = [(c,) for c in sorted(seen)]
-    if problem.layout != "zigzag":
-        return alone
-    last = 2 * problem.cp - 1
-    return alone + [(c, last - c) for c in range(problem.cp) if {c, last - c} <= seen]
+    return alone + [chunks for chunks in problem.partition.travel_together() if set(chunks) <= seen]
 
 
 def chunk_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
@@ -103,16 +100,13 @@ def chunk_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
 
 
 def rank_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
-    """What one rank sent was replaced by what another sent: both of its chunks are stale."""
-    if problem.layout != "zigzag":
-        return
-    seen, last = {int(c) for c in sample.visible_chunks}, 2 * problem.cp - 1
+    """What one rank sent was replaced by what another sent: all of its chunks are stale."""
+    together = problem.partition.travel_together()
+    seen = {int(c) for c in sample.visible_chunks}
     cost = 2 * np.log(max(problem.cp, 2) ** 2) + NARROW
-    for a in range(problem.cp):
-        for b in set(range(problem.cp)) - {a}:
-            slots = tuple(c for c in (a, last - a) if c in seen)
-            if len(slots) == 2 and last < int(sample.chunk.max()) + 1:
-                sources = (b, last - b)
+    for slots in together:
+        for sources in together:
+            if sources != slots and set(slots) <= seen and max(sources) < int(sample.chunk.max()) + 1:
                 changes = tuple((slot, Block(x, _extent(sample, slot))) for slot, x in zip(slots, sources, strict=True))
                 yield Fault("stale", slots, sources, changes, cost=cost)
 

@@ -7,6 +7,7 @@ from cpjax.crosscheck.diagnosis.sample import index_in_chunk
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.dense import dense_attention
 from cpjax.mask import Tokens
+from cpjax.partition import SequencePartition
 
 NEAR = 2e-2
 """Rows are the same if they differ by less than this share of what two different rows differ by."""
@@ -46,7 +47,7 @@ def kv_heads_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " N"] | 
 
 def chunks_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " C"] | None:
     """For each query chunk the chunk whose outputs it has, if that is a permutation other than the identity."""
-    if problem.layout in ("packed", "decode"):
+    if not isinstance(problem.partition, SequencePartition):
         return None
     chunk = problem.q_chunk
     index, count = index_in_chunk(chunk), int(chunk.max()) + 1

@@ -8,6 +8,7 @@ from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.sample import samples
 from cpjax.crosscheck.judging.evidence import collect
 from cpjax.crosscheck.judging.problem import Problem
+from cpjax.partition import Contiguous
 from cpjax.precision import Precision, scale_in
 
 EQUAL = 6.0
@@ -37,7 +38,7 @@ def consistent_with(
     """The likeliest precision in words, and what cannot be told apart from it; empty where none explains the result.
 
     Args:
-      problem: the question; its precision, cp and order do not matter.
+      problem: the question; its precision, partition and order do not matter.
       scale: as it was stated, not rounded.
     """
     if out.dtype.name not in ("float16", "bfloat16", "float32"):
@@ -46,7 +47,7 @@ def consistent_with(
     places = np.flatnonzero(problem.is_judged[0])
     chosen[0, np.random.default_rng(seed).permutation(places)[:ROWS], 0] = True
     named = {
-        name: replace(problem, precision=precision, scale=scale_in(precision, scale), cp=1, order="ascending")
+        name: replace(problem, precision=precision, scale=scale_in(precision, scale), partition=Contiguous(1))
         for name, precision in candidates(out.dtype.name).items()
     }
     # All are asked about the same rows.

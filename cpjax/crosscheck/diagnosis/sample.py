@@ -35,7 +35,7 @@ class Sample:
 
     q_chunk: int
     own: int
-    """The key/value chunk of the same tokens; −1 where there is none (layout decode)."""
+    """The key/value chunk of the same tokens; −1 where there is none (a decode step)."""
     batch: int
     kv_head: int
     position: Int[np.ndarray, " R"]
@@ -165,7 +165,7 @@ def _sample(
     index, own = index_in_chunk(problem.kv_chunk), index_in_chunk(problem.q_chunk)
     return Sample(
         q_chunk=q_chunk,
-        own=-1 if problem.layout == "decode" else q_chunk,
+        own=-1 if (own_chunk := problem.partition.own(q_chunk)) is None else own_chunk,
         batch=b,
         kv_head=k,
         position=at,

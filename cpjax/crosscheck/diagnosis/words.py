@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from cpjax.crosscheck.diagnosis.dictionary import Fault
-from cpjax.crosscheck.diagnosis.places import holders, numbers, rank_of, ranks, step_of
+from cpjax.crosscheck.diagnosis.places import holders, numbers, ranks
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
 
@@ -51,7 +51,7 @@ def _sentence(problem: Problem, fault: Fault, group: list[Any]) -> str:
     if (where < 0).any():
         return _global(fault)
     place = f"rank {ranks(problem, where)}"
-    steps = {step_of(problem, int(q), c) for q in where for c in fault.chunks} - {None}
+    steps = {problem.partition.step(problem.order, int(q), c) for q in where for c in fault.chunks} - {None}
     if fault.chunks and steps:
         place += f", step {numbers(np.array(sorted(s for s in steps if s is not None)))}"
     mine = f"query chunk {numbers(where)}"
@@ -175,8 +175,8 @@ def chunks(problem: Problem, source: np.ndarray) -> str:
     """Query chunks (hence ranks) that have each other's outputs."""
     moved = np.flatnonzero(source != np.arange(len(source)))
     pairs = [
-        f"chunk {i} (rank {rank_of(problem, int(i))}) has the outputs of chunk {source[i]} "
-        f"(rank {rank_of(problem, int(source[i]))})"
+        f"chunk {i} (rank {problem.partition.rank(int(i))}) has the outputs of chunk {source[i]} "
+        f"(rank {problem.partition.rank(int(source[i]))})"
         for i in moved[:MOST_NAMES]
     ]
     return f"Ranks or chunks are exchanged: query {', '.join(pairs)}{', …' if len(moved) > MOST_NAMES else ''}."

@@ -11,7 +11,7 @@ from cpjax.crosscheck.judge import judge_problem
 from cpjax.crosscheck.judging.problem import PROFILE_OF, Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.errors import InputError
-from cpjax.partition.merge_order import ORDERS
+from cpjax.partition import ORDERS
 from cpjax.precision import PROFILES
 
 
@@ -75,7 +75,7 @@ def judge_dump(
                 try:
                     problem = checked_problem(
                         dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=cp,
-                        layout="zigzag", precision=profile, order=one, **places,
+                        precision=profile, order=one, **places,
                     )  # fmt: skip
                 except ValueError as error:
                     raise InputError(f"{next(iter(str(error).splitlines()), '')}") from None

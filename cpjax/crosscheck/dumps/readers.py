@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cpjax.errors import InputError
-from cpjax.partition.layout import inverse, order
+from cpjax.partition import Zigzag, inverse
 
 MOST_BYTES = 2**34
 """An array, unpacked, may take 16 GiB."""
@@ -65,7 +65,7 @@ def read_tensor(path: Path, name: str, *, layout: str) -> np.ndarray:
     parts = [_natural(part, layout) for part in (array if by_rank else array[None])]
     joined = np.concatenate(parts, axis=1)
     if by_rank:
-        joined = joined[:, inverse(order("zigzag", joined.shape[1], len(parts)))]
+        joined = joined[:, inverse(Zigzag(len(parts)).order(joined.shape[1]))]
     if name not in ("out", "lse") and not np.isfinite(joined.astype(np.float32)).all():
         where = [int(x) for x in np.argwhere(~np.isfinite(joined.astype(np.float32)))[0]]
         raise InputError(f"--{name} {path}: has a NaN or an infinity at {where}; inputs must be finite to be judged")

@@ -18,8 +18,9 @@ from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.crosscheck.files.latent import Latent, expanded
 from cpjax.errors import InputError
 from cpjax.mask import Tokens
-from cpjax.partition.packed import check_pack
-from cpjax.partition.paged import check_decode
+from cpjax.partition import Partition, partition_of
+from cpjax.partition.cached import Cached
+from cpjax.partition.partition import MOST_CP
 from cpjax.precision import PROFILES
 
 VERSION = "1"
@@ -62,11 +63,16 @@ class Case:
     digest: str = ""
     """SHA-256 of the content; set by `write_case` and `read_case`."""
     layout: str = "zigzag"
-    """Or "packed" (`cpjax.partition.packed`), or "decode" (`cpjax.partition.paged`)."""
+    """The name of the partition: `cpjax.partition.PARTITIONS`, with a size where it has one, as "interleaved:8"."""
     window: int | None = None
     """Only keys with |q_position − kv_position| < window are seen; None is no window."""
     latent: Latent | None = None
     """What `key` and `value` are made of, if that is what travels; then they are `expanded(latent)`."""
+
+    @property
+    def partition(self) -> Partition:
+        """Who holds which tokens."""
+        return partition_of(self.layout, self.cp)
 
 
 class _Description(BaseModel):
@@ -75,8 +81,8 @@ class _Description(BaseModel):
     model_config = ConfigDict(extra="forbid")
     scale: StrictFloat | StrictInt = Field(allow_inf_nan=False)
     is_causal: StrictBool
-    cp: StrictInt = Field(ge=1, le=2**16)
-    layout: str = Field(pattern="^(zigzag|packed|decode)$")
+    cp: StrictInt = Field(ge=1, le=MOST_CP)
+    layout: str
     precision: dict[str, str]
     about: dict[str, Any]
     window: StrictInt | None = Field(default=None, ge=1, le=2**31 - 1)
@@ -179,12 +185,10 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
     unknown = [word for word in said.precision.values() if word not in PROFILES]
     if unknown:
         raise InputError(f"precision {unknown[0][:40]!r} is unknown; known are {', '.join(PROFILES)}")
-    if said.layout == "packed":
-        check_pack(tensors["q_segment"], tensors["kv_segment"], said.cp)
-    if said.layout == "decode":
-        check_decode(tensors["q_segment"], tensors["kv_segment"])
+    partition = partition_of(said.layout, said.cp)
+    partition.check(tensors["q_segment"], tensors["kv_segment"])
     latent = Latent(*(tensors[x] for x in ("c_kv", "k_rope", "w_uk", "w_uv"))) if "c_kv" in tensors else None
-    if latent is not None and said.layout == "decode":
+    if latent is not None and isinstance(partition, Cached):
         raise InputError("is a decode with tensor 'c_kv'; decode takes the latent as key and value of one head")
     key, value = (tensors["key"], tensors["value"]) if latent is None else expanded(latent)
     return Case(

@@ -10,9 +10,7 @@ import numpy as np
 from cpjax.crosscheck.files.case import VERSION, Case, expect_metadata, read_tensors, write_tensors
 from cpjax.errors import InputError
 from cpjax.mask import PAD
-from cpjax.partition import packed
-from cpjax.partition.layout import order as layout_order
-from cpjax.partition.merge_order import ORDERS
+from cpjax.partition import ORDERS
 from cpjax.precision import PROFILES
 
 FIELDS = {"out": "F16", "lse": "F32", "positions": "I32", "segments": "I32"}
@@ -109,7 +107,8 @@ def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) ->
         missing, extra = sorted(expected - tensors.keys())[:4], sorted(tensors.keys() - expected)[:4]
         raise InputError(f"missing tensors {missing}, unknown tensors {extra}; cp is {case.cp}")
     batch, length, heads, _ = case.query.shape
-    share = length if case.layout == "decode" else length // case.cp
+    rows = _held(case)
+    share = rows.shape[1]
     shapes = {
         "out": (batch, share, heads, case.value.shape[3]),
         "lse": (batch, share, heads),
@@ -121,18 +120,14 @@ def _join(tensors: dict[str, np.ndarray], dtypes: dict[str, str], case: Case) ->
         if dtypes[name] != FIELDS[field] or array.shape != shapes[field]:
             wanted = f"{FIELDS[field]} {list(shapes[field])}"
             raise InputError(f"tensor {name!r} is {dtypes[name]} {list(array.shape)}; it must be {wanted}")
-    rows = _held(case)
     joined: dict[str, np.ndarray] = {"out": np.empty((batch, length, heads, case.value.shape[3]), np.float16)}
     if "lse" in present:
         joined["lse"] = np.empty((batch, length, heads), np.float32)
     for rank, held in enumerate(rows):
         _check_places(tensors, case, rank, held)
         for field, whole in joined.items():
-            if (
-                case.layout == "decode"
-                and rank
-                and not np.array_equal(whole.view(np.uint8), tensors[f"{field}.{rank}"].view(np.uint8))
-            ):
+            mine = tensors[f"{field}.{rank}"]
+            if rank and np.array_equal(held, rows[0]) and mine.tobytes() != tensors[f"{field}.0"].tobytes():
                 raise InputError(f"{field} of rank {rank} is not rank 0's; in decode all ranks hold the same results")
             whole[:, held] = tensors[f"{field}.{rank}"]
     return joined
@@ -153,8 +148,4 @@ def _check_places(tensors: dict[str, np.ndarray], case: Case, rank: int, held: n
 
 def _held(case: Case) -> np.ndarray:
     """Which tokens each rank holds, `[cp, t]`."""
-    if case.layout == "packed":
-        return packed.held(np.asarray(case.q_tokens.segment)[0], case.cp)
-    if case.layout == "decode":
-        return np.tile(np.arange(case.query.shape[1]), (case.cp, 1))
-    return layout_order("zigzag", case.query.shape[1], case.cp).reshape(case.cp, -1)
+    return case.partition.held(np.asarray(case.q_tokens.segment)[0])

@@ -9,9 +9,8 @@ from jaxtyping import Float, Int
 
 from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens
-from cpjax.partition import packed, paged
-from cpjax.partition.layout import chunks_per_rank
-from cpjax.partition.merge_order import chunk_of, merge_orders
+from cpjax.partition import Contiguous, Partition, Zigzag, partition_of
+from cpjax.partition.partition import check_order
 from cpjax.precision import PROFILES, Precision, profile, scale_in
 
 Array = Any
@@ -19,9 +18,6 @@ Array = Any
 
 PROFILE_OF = {"float16": "flash_fp16", "float32": "float32", "float64": "float64", "bfloat16": "flash_bf16"}
 """The profile in which arrays of a dtype are judged when none is named."""
-
-MOST_CP = 2**16
-"""A larger number is taken for a mistake. No test pins it: none is meant to come near it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,15 @@ class Problem:
     scale: float
     """As the profile rounds it: 192^-1/2 is 3.5e-4 less in FP16, and that is not an error of whoever computes."""
     precision: Precision
-    cp: int
-    layout: str
+    partition: Partition
+    """Who holds which tokens, and into which chunks the keys were cut."""
     order: str
+    """In which order the chunks' results were merged, one of `cpjax.partition.ORDERS`."""
+
+    @property
+    def cp(self) -> int:
+        """How many ranks computed."""
+        return self.partition.cp
 
     @property
     def group(self) -> int:
@@ -51,37 +53,22 @@ class Problem:
     @cached_property
     def q_chunk(self) -> Int[np.ndarray, " T"]:
         """The chunk of every query."""
-        if self.layout == "packed":
-            return self._pack_chunks[0]
-        if self.layout == "decode":
-            return np.asarray(self.q_tokens.segment)[0]
-        return chunk_of(self.query.shape[1], self.layout, self.cp)
+        return self.partition.q_chunks(*self._segments)
 
     @cached_property
     def kv_chunk(self) -> Int[np.ndarray, " S"]:
         """The chunk of every key."""
-        if self.layout == "packed":
-            return self._pack_chunks[1]
-        if self.layout == "decode":
-            return paged.chunks(np.asarray(self.kv_tokens.segment)[0], self.cp)
-        return chunk_of(self.key.shape[1], self.layout, self.cp)
+        return self.partition.kv_chunks(*self._segments)
 
-    @cached_property
-    def _pack_chunks(self) -> tuple[np.ndarray, np.ndarray]:
-        q_segment, kv_segment = (np.asarray(places.segment)[0] for places in (self.q_tokens, self.kv_tokens))
-        return packed.chunks(q_segment, kv_segment, self.cp)
+    @property
+    def _segments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first batch row: partitions in which segments matter have one."""
+        return np.asarray(self.q_tokens.segment)[0], np.asarray(self.kv_tokens.segment)[0]
 
     @cached_property
     def merging(self) -> Int[np.ndarray, "Q C"] | None:
         """For each query chunk the order in which key/value chunks are merged; None if that is not known."""
-        if self.order == "unknown":
-            return None
-        if self.layout == "packed":
-            requests = len(packed.bounds(np.asarray(self.q_tokens.segment)[0], self.cp))
-            return packed.merging(merge_orders(self.order, "zigzag", self.cp), requests)
-        if self.layout == "decode":
-            return paged.merging(int(np.asarray(self.kv_tokens.segment).max()) + 1, self.cp)
-        return merge_orders(self.order, self.layout, self.cp)
+        return None if self.order == "unknown" else self.partition.merging(self.order, *self._segments)
 
     def merging_of(
         self, q_chunk: Int[np.ndarray, " R"], chunks: Int[np.ndarray, " C"]
@@ -113,8 +100,9 @@ def checked_problem(
     kv_positions: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
     window: int | None = None,
+    partition: str | Partition | None = None,
     cp: int = 1,
-    layout: str = "zigzag",
+    layout: str | None = None,
     precision: str | Precision | None = None,
     order: str = "ascending",
 ) -> Problem:
@@ -125,10 +113,7 @@ def checked_problem(
     """
     query, key, value = (np.asarray(x) for x in (query, key, value))
     precision = _profile(query, precision)
-    if not isinstance(cp, int) or not 1 <= cp <= MOST_CP:
-        raise ValueError(f"cp is {cp!r}; it is a number of ranks, a whole number from 1 to {MOST_CP}")
-    if layout not in ("packed", "decode"):
-        chunks_per_rank(layout)
+    partition = said_partition(partition, cp, layout)
     if query.ndim == 4 and key.ndim == 4 and is_causal and query.shape[1] != key.shape[1]:
         for name, given in (("q_positions", q_positions), ("kv_positions", kv_positions)):
             if given is None:
@@ -146,15 +131,26 @@ def checked_problem(
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
-    merge_orders(order, "zigzag" if layout in ("packed", "decode") else layout, 1)
-    if layout == "packed":
-        packed.check_pack(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment), cp)
-    if layout == "decode":
-        paged.check_decode(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
+    check_order(order)
+    partition.check(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
     mask = Mask(is_causal=is_causal, window=window)
     return Problem(
-        query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, cp, layout, order
+        query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, partition, order
     )
+
+
+def said_partition(partition: str | Partition | None, cp: int, layout: str | None) -> Partition:
+    """What was said of who holds what. Nothing: one device is one chunk, and several ranks hold a zigzag.
+
+    Raises:
+      ValueError: an unknown name, a cp that is no number of ranks, `partition` and `layout` both.
+    """
+    if partition is not None and layout is not None:
+        raise ValueError(f"partition is {partition} and layout {layout!r}; they are two words for the same, give one")
+    said = layout if partition is None else partition
+    if said is not None:
+        return partition_of(said, cp)
+    return Zigzag(cp) if Zigzag(cp).cp > 1 else Contiguous(1)
 
 
 def _check_finite(arrays: dict[str, tuple[np.ndarray, Tokens]]) -> None:

@@ -262,8 +262,8 @@ def _errors(problem: Problem, name: str, errors: RowErrors, z: float) -> Iterato
 
 def _parts(problem: Problem, table: RowTable, has_lse: bool) -> Iterator[Part]:
     chunk = problem.q_chunk[table.position]
-    place = chunk % (2 * problem.cp + 1) if problem.layout == "packed" else chunk
-    rank = chunk if problem.layout not in ("zigzag", "packed") else np.minimum(place, 2 * problem.cp - 1 - place)
+    rank_of_chunk = np.array([_rank_label(problem, c) for c in range(int(chunk.max(initial=0)) + 1)])
+    rank = rank_of_chunk[chunk]
     for name, label in (("head", table.head), ("query chunk", chunk), ("rank", rank)):
         values: Int[np.ndarray, " n"] = np.unique(label)
         for value in values:
@@ -274,6 +274,12 @@ def _parts(problem: Problem, table: RowTable, has_lse: bool) -> Iterator[Part]:
             z = float(np.sqrt(_mean(table.mean_square[rows], table.rounded[rows])))
             lse_z = float(np.sqrt(_mean(lse.mean_square, lse.dof))) if has_lse else None
             yield Part(f"{name} {value}", z, lse_z, z_score)
+
+
+def _rank_label(problem: Problem, q_chunk: int) -> int:
+    """The rank of a query chunk; where every rank has all queries, the chunk stands for itself."""
+    rank = problem.partition.rank(q_chunk)
+    return q_chunk if rank is None or len(problem.partition.q_ranks(q_chunk)) != 1 else rank
 
 
 def _worst_parts(parts: list[Part]) -> Iterator[Failure]:

@@ -11,6 +11,7 @@ from cpjax.crosscheck.judging.evidence import model_of
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.sampling import Tile
 from cpjax.crosscheck.judging.statistic import effective_dof
+from cpjax.partition import SequencePartition
 
 ROWS = 16
 """Rows of each query chunk, head and batch row that are looked at, at most."""
@@ -89,12 +90,11 @@ def _sample(problem: Problem, seed: int):
 
 
 def _steps(problem: Problem, pull: np.ndarray) -> np.ndarray | None:
-    if problem.layout != "zigzag" or problem.order not in ("ring", "gather") or problem.cp == 1:
+    partition = problem.partition
+    if not isinstance(partition, SequencePartition) or problem.order not in ("ring", "gather") or problem.cp == 1:
         return None
-    cp, last = problem.cp, 2 * problem.cp - 1
-    steps = np.full((cp, cp), np.nan)
+    steps = np.full((problem.cp, problem.cp), np.nan)
     for q, c in np.ndindex(pull.shape):
-        rank, source = min(q, last - q), min(c, last - c)
-        step = (rank - source) % cp if problem.order == "ring" else source
+        rank, step = partition.rank(q), partition.step(problem.order, q, c)
         steps[rank, step] = np.fmax(steps[rank, step], abs(pull[q, c]))
     return steps

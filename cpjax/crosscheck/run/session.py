@@ -155,8 +155,7 @@ def how(case: Case) -> dict[str, Any]:
         "q_positions": case.q_tokens.position,
         "kv_positions": case.kv_tokens.position,
         "segment_ids": (case.q_tokens.segment, case.kv_tokens.segment),
-        "cp": case.cp,
-        "layout": case.layout,
+        "partition": case.partition,
         "window": case.window,
     }
 
