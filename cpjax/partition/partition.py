@@ -24,7 +24,7 @@ Order = Literal["ascending", "ring", "gather", "unknown"]
 
 ORDERS: tuple[str, ...] = get_args(Order)
 
-MOST_CP = 2**12
+MOST_CP = 2**10
 """A larger number of ranks is taken for a mistake. No test pins it: none is meant to come near it."""
 
 Segments = Int[np.ndarray, " _"]
@@ -36,7 +36,7 @@ class Partition(ABC):
     """A partition over `cp` ranks.
 
     Raises:
-      InputError: cp is no whole number from 1 to 4,096.
+      InputError: cp is no whole number from 1 to 1,024.
     """
 
     cp: int

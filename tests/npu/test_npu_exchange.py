@@ -44,7 +44,7 @@ def test_the_schedule_is_the_specifications(cp, name, is_causal):
             for block in blocks(rank, step, cp, is_causal=is_causal, exchange=Exchange(name))
         ]
         assert mine == [tuple(block) for block in wanted[rank]]
-        assert len(mine) == (2 * cp + 1 if is_causal else 4 * cp)
+        assert len(mine) == (1 if cp == 1 else 2 * cp + 1 if is_causal else 4 * cp)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.booleans())
@@ -181,7 +181,7 @@ def test_gathered_bits_do_not_depend_on_who_computes_and_the_rings_do(pools, tmp
 # Packs ---------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(2, 5))
 def test_index_arrays_are_those_of_the_specification(lengths, cp):
     wanted = cpjax.partition.packing.mindie_indices(lengths, cp)
     h = tuple(int(n) for n in wanted.chunk_lengths)
@@ -190,6 +190,13 @@ def test_index_arrays_are_those_of_the_specification(lengths, cp):
         np.testing.assert_array_equal(getattr(mine, name), getattr(wanted, name))
     gathered = np.concatenate([packing.held_rows(rank, cp, h) for rank in range(cp)])
     np.testing.assert_array_equal(gathered[mine.kv_recovery], np.arange(len(gathered)))
+
+
+def test_one_rank_alone_holds_every_request_in_one_piece():
+    mine = packing.indices((2, 3), 1)
+    for everything in (mine.first, mine.out_recovery, mine.kv_recovery, packing.held_rows(0, 1, (2, 3))):
+        assert everything.tolist() == [0, 1, 2, 3, 4]
+    assert mine.last.tolist() == []
 
 
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=4).filter(any), st.integers(1, 5))

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from npu_backend.errors import InputError
 from npu_backend.files import RankResult, finished, read_case, write_result
 from npu_backend.packing import held_rows
+from npu_backend.schedule import chunk_count
 from npu_backend.shard import check_computable, requests_of, shard
 
 P = problem(0, "normal", (2, 1), (9, 12), 12, is_causal=True, cp=2)
@@ -208,7 +209,7 @@ def test_shapes_that_the_backend_cannot_compute_are_refused(tmp_path):
 def test_shards_are_the_sequence_and_their_pads_are_zero(tmp_path, cp):
     p = problem(4, "normal", (2, 1), (9, 12), 12, is_causal=True, cp=cp)
     case = read_case(write_case(tmp_path, p))
-    rows = np.concatenate([held_rows(rank, cp, (12 // (2 * cp),)) for rank in range(cp)])
+    rows = np.concatenate([held_rows(rank, cp, (12 // chunk_count(cp),)) for rank in range(cp)])
     assert sorted(rows) == list(range(12))
     shards = [shard(case, rank) for rank in range(cp)]
     for x, parts in zip(p[:3], zip(*((held.query, *held.rows) for held in shards), strict=True), strict=True):
