@@ -369,7 +369,6 @@ EXPLAINED = {
     "ties.COLUMNS": "costs time: columns of which the ratio is measured",
     "evidence.FP16_NUMBERS": "there are so many",
     "evidence.SEVERAL": "costs time: from when on there are threads",
-    "problem.MOST_CP": "an input beyond it is refused, and none is meant to be near it",
     "sampling.ELEMENTS": "costs memory",
     "sampling.ROWS": "costs memory",
     "sampling.LEAST_ROWS": "costs time",
