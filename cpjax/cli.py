@@ -138,6 +138,9 @@ def judge(
         list[str] | None,
         typer.Option(help="show the error budget of a row (several times)", metavar="CASE,BATCH,POSITION,HEAD"),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="processes that judge (default: all cores)")
+    ] = None,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +154,8 @@ def judge(
         found = read_cases(cases)
         rows = checked_rows(explain or [], found)
         with _progress() as advance:
-            judged = list(judge_folder(found, results, advance, draw=report is not None or bool(rows)))
+            draw = report is not None or bool(rows)
+            judged = list(judge_folder(found, results, advance, draw=draw, workers=workers))
         budgets = list(budgets_of(judged, rows))
         _report(report, judged, "cpjax judge")
         _show(judged, as_json, budgets=budgets)

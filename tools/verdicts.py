@@ -25,7 +25,7 @@ from cpjax.trial.detection import CAUSAL, LOGITS, MEANS, Setting, bench
 from cpjax.trial.emulators import PROFILES
 from cpjax.trial.false_alarms import given
 from cpjax.trial.faults import FAULTS, SIZED
-from cpjax.trial.workers import each
+from cpjax.crosscheck.run.workers import each
 
 KEYS = (24, 64, 256, 1024)
 

@@ -11,7 +11,7 @@ from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.evidence import collect
 from cpjax.crosscheck.judging.problem import Array, Problem, checked_problem
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
-from cpjax.crosscheck.judging.sampling import chosen_rows
+from cpjax.crosscheck.judging.sampling import chosen_rows, suspicious_rows
 from cpjax.crosscheck.judging.verdict import Verdict, decide, malformed
 from cpjax.partition import Partition
 from cpjax.precision import Precision
@@ -53,9 +53,11 @@ def judge(
         `cp` ranks. None: one chunk for cp 1, zigzag for more. `layout` is another word for its name.
       precision: a profile of `cpjax.precision`, or its name; None: float16 arrays are `flash_fp16`, float32 and float64
         what they say.
-      order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`.
+      order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`; `together`: nothing
+        was merged: all keys were computed at once, whatever the partition.
       seed: chooses the rows that are judged when there are too many; at least one in 128 of each head, and every row is
-        still checked for NaN, infinity, and for being an average of the values that it may see.
+        still checked for NaN, infinity, and for being an average of the values that it may see; rows of zeros and
+        copies of other rows are judged, too.
       progress: called with the number of rows done and their total.
 
     Returns:
@@ -102,6 +104,7 @@ def judge_problem(
         return malformed(problem, wrong)
     out, lse = np.asarray(out), None if lse is None else np.asarray(lse)
     chosen = chosen_rows(problem, seed)
+    chosen = chosen | suspicious_rows(problem, out, chosen, seed)
     judged = np.broadcast_to(problem.is_judged[..., None], chosen.shape)
     out_of_range = rows_out_of_range(problem, out, lse) & judged & ~chosen
     evidence = collect(problem, out, lse, chosen, progress)

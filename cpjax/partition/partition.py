@@ -19,8 +19,9 @@ from jaxtyping import Int
 
 from cpjax.errors import InputError
 
-Order = Literal["ascending", "ring", "gather", "unknown"]
-"""In which order one query's partial results are merged. With FP16 carried between merges it decides the bits."""
+Order = Literal["ascending", "ring", "gather", "unknown", "together"]
+"""In which order one query's partial results are merged. With FP16 carried between merges it decides the bits.
+"together": all keys at once, as one device computes them; there is nothing to merge."""
 
 ORDERS: tuple[str, ...] = get_args(Order)
 

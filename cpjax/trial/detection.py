@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from cpjax.crosscheck import judge
+from cpjax.crosscheck.run.workers import each
 from cpjax.trial.emulators import PROFILES
 from cpjax.trial.faults import FAULTS, SIZED, Bench, Fault, changes
 from cpjax.trial.problem import Problem, Result
 from cpjax.trial.rivals import RULES, References, accepted_by, references
-from cpjax.trial.workers import each
 
 KEYS = (1024, 16384, 131072)
 ROWS = {1024: 32, 16384: 16, 131072: 8}

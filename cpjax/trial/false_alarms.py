@@ -12,13 +12,13 @@ import numpy as np
 from scipy.stats import beta
 
 from cpjax.crosscheck import Verdict, judge
+from cpjax.crosscheck.run.workers import each
 from cpjax.trial import activations
 from cpjax.trial.draw import Kind
 from cpjax.trial.emulators import PROFILES, Order, attend, variant
 from cpjax.trial.held_out import HELD_OUT
 from cpjax.trial.kinds import TUNING
 from cpjax.trial.problem import Problem, Result
-from cpjax.trial.workers import each
 
 SETS = {"tuning": 1, "held-out": 2}
 """The sets of kinds, and the number that keeps their random streams apart."""

@@ -26,10 +26,10 @@ from cpjax.crosscheck.judging.evidence import collect
 from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.crosscheck.judging.verdict import Verdict
+from cpjax.crosscheck.run.workers import each
 from cpjax.trial.emulators import PROFILES, attend, chunk_results, cut, fold, visits
 from cpjax.trial.faults import Bench, changes
 from cpjax.trial.problem import Problem, Result
-from cpjax.trial.workers import each
 
 KINDS = ("dropped", "doubled", "unrescaled", "stale", "exchanged", "unmasked")
 CHUNK = 16

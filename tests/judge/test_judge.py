@@ -211,12 +211,35 @@ def test_sampled_rows_are_one_in_128_of_each_head_and_all_rows_are_checked(monke
     assert (chosen != chosen_rows(asked, seed=4)).any()
     said = verdict(p, out, lse, seed=3)
     assert said.passed, said.reasons
-    assert (said.rows, said.rows_judged) == (256, 2)
+    assert (said.rows, said.rows_judged) == (256, 4)  # the first tokens of two heads see one key: they are copies
     at = np.flatnonzero(~chosen[0, :, 0])[5]
     for wrong in (np.nan, np.inf, 60.0):
         changed = out.copy()
         changed[0, at, 0, 3] = wrong
         assert "range" in verdict(p, changed, lse, seed=3).failed_tests
+
+
+@pytest.mark.parametrize("fault", ["zeros", "copy", "copy of a head"])
+def test_rows_that_nobody_computed_are_judged_though_they_were_not_drawn(monkeypatch, ordinary, fault):
+    """Each is an average of visible values, or nearly, so the range check lets it pass."""
+    p, (out, lse) = ordinary
+    monkeypatch.setattr(sys.modules["cpjax.crosscheck.judging.sampling"], "WORK", 1)
+    chosen = chosen_rows(_question(p), seed=3)
+    at = np.flatnonzero(~chosen[0].any(axis=1))[-20]
+    changed, said = out.copy(), verdict(p, out, lse, seed=3)
+    changed[0, at, 0] = {"zeros": 0, "copy": out[0, at - 1, 0], "copy of a head": out[0, at, 1]}[fault]
+    wrong = verdict(p, changed, lse, seed=3)
+    assert said.passed
+    assert not wrong.passed
+    assert wrong.rows_judged <= 2 * said.rows_judged
+
+
+def test_equal_rows_that_are_right_pass(monkeypatch):
+    """All values alike: every row is one of them, and so a copy."""
+    monkeypatch.setattr(sys.modules["cpjax.crosscheck.judging.sampling"], "WORK", 1)
+    p = problem(2, length=200)
+    said = verdict(replace(p, value=np.full_like(p.value, 0.5)), np.full((1, 200, 2, 8), 0.5, np.float16))
+    assert said.passed, said.reasons
 
 
 def _question(p):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import backend_package
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 import cpjax
-from cpjax.crosscheck import backends
+from cpjax.crosscheck import backends, judge
 from cpjax.crosscheck.backends.compute import compute
 from cpjax.crosscheck.conformance.cases import conformance_cases
 from cpjax.crosscheck.files.case import gaussian_case, read_case, write_case
 from cpjax.crosscheck.files.folders import read_cases
 from cpjax.crosscheck.files.note import Note, write_note
+from cpjax.crosscheck.files.result import read_result, write_result
 from cpjax.crosscheck.run.session import judge_folder, judge_result
 from cpjax.crosscheck.run.summary import all_passed, sentence
 from cpjax.errors import InputError
@@ -160,6 +162,37 @@ def test_pytorch_reads_packed_prefixes_and_pads(tmp_path):
     cases = [write_case(tmp_path / "cases", case) for case in wanted]
     compute("sdpa", backends.load("sdpa"), cases, tmp_path / "sdpa")
     assert [one.outcome for one in judge_folder(cases, tmp_path / "sdpa", lambda *_: None)] == ["pass"] * 6
+
+
+@pytest.mark.process
+def test_several_processes_say_what_one_says(cases_folder, tmp_path):
+    """A right result, a wrong one and a missing one; the diagnosis comes along."""
+    cases = read_cases(cases_folder)
+    compute("sdpa", backends.load("sdpa"), cases[:1], tmp_path / "r" / "sdpa")
+    wrong = read_result(tmp_path / "r" / "sdpa" / f"{cases[0].name}.safetensors", cases[0])
+    write_result(tmp_path / "r" / "wrong", cases[0], replace(wrong, out=wrong.out[..., ::-1].copy()))
+    said = [
+        [one.as_json() for one in judge_folder(cases, tmp_path / "r", lambda *_: None, workers=workers)]
+        for workers in (1, 2)
+    ]
+    assert [one["outcome"] for one in said[0]] == ["pass", "error", "fail", "error"]
+    assert said[0][2]["verdict"]["diagnosis"]
+    assert said[0] == said[1]
+
+
+def test_all_keys_at_once_is_no_order_of_chunks():
+    """Two keys hold the weight, in two chunks: a kernel that merges has p = 1 in both, one without chunks has not."""
+    torch = pytest.importorskip("torch", reason="the kernel is PyTorch's")
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, n, 4, 64)).astype(np.float16) for n in (256, 256, 256))
+    query[..., 0], key[0, [20, 236]] = 8, 0
+    key[0, [20, 236], :, 0] = 40
+    key[0, 236, :, 1], value[0, 236] = 1, -value[0, 20]
+    arrays = [torch.from_numpy(x).transpose(1, 2) for x in (query, key, value)]
+    out = torch.nn.functional.scaled_dot_product_attention(*arrays, scale=0.125).transpose(1, 2).numpy()
+    asked = {"scale": 0.125, "is_causal": False, "cp": 4}
+    assert judge(query, key, value, out, **asked, order="together").passed
+    assert not judge(query, key, value, out, **asked, order="ascending").passed
 
 
 def test_the_example_of_the_page(case, tmp_path):

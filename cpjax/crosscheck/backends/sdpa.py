@@ -47,4 +47,4 @@ class Sdpa:
         )
         out = out.transpose(1, 2).contiguous().numpy()
         about = {"torch": torch.__version__, "device": f"cpu ({torch.backends.cpu.get_cpu_capability()})"}
-        return Result("sdpa", case.precision.get("sdpa", "flash_fp16"), "ascending", out, None, about)
+        return Result("sdpa", case.precision.get("sdpa", "flash_fp16"), "together", out, None, about)

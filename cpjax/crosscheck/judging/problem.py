@@ -132,6 +132,8 @@ def checked_problem(
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
     check_order(order)
+    if order == "together":
+        partition, order = Contiguous(1), "ascending"
     partition.check(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
     mask = Mask(is_causal=is_causal, window=window)
     return Problem(

@@ -54,6 +54,29 @@ def chosen_rows(problem: Problem, seed: int) -> Bool[np.ndarray, "B T N"]:
     return (tiles <= least).reshape(rank.shape)[:, :length] & judged
 
 
+def suspicious_rows(
+    problem: Problem, out: np.ndarray, chosen: Bool[np.ndarray, "B T N"], seed: int
+) -> Bool[np.ndarray, "B T N"]:
+    """Rows that were not chosen, but look as if nobody had computed them: zeros, or another row's outputs to the bit.
+
+    They are judged as well, as many as were chosen at most: a row of zeros, or a copy, may be right.
+    """
+    rest = problem.is_judged[..., None] & ~chosen
+    if not rest.any():
+        return rest
+    bits = np.ascontiguousarray(out).view(np.dtype(f"u{out.dtype.itemsize}"))
+    # Equal rows have equal sums of products with random numbers (mod 2^64); others hardly ever.
+    factors = np.random.default_rng(seed).integers(1, 2**63, out.shape[3], dtype=np.uint64) | np.uint64(1)
+    sums = np.stack([bits[:, :, n].astype(np.uint64) @ factors for n in range(out.shape[2])], axis=2)
+    _, number, count = np.unique(sums, return_inverse=True, return_counts=True)
+    is_suspicious = rest & ((count[number.reshape(sums.shape)] > 1) | (out == 0).all(axis=3))
+    at = np.flatnonzero(is_suspicious)
+    most = int(chosen.sum())
+    if len(at) > most:
+        is_suspicious.ravel()[np.random.default_rng(seed).permutation(at)[most:]] = False
+    return is_suspicious
+
+
 def tiles(problem: Problem, chosen: Bool[np.ndarray, "B T N"]) -> Iterator[Tile]:
     """The chosen rows in tiles, by batch row and key/value head."""
     batch, position, head = np.nonzero(chosen)

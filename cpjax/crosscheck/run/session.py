@@ -1,8 +1,10 @@
 """Cases and results judged: one entry for every result that should be there."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +19,15 @@ from cpjax.crosscheck.judge import judge_problem
 from cpjax.crosscheck.judging.expansion import check_expanded
 from cpjax.crosscheck.judging.problem import Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict, malformed
+from cpjax.crosscheck.run.workers import each
 from cpjax.errors import InputError
 from cpjax.mask import PAD
 
 Progress = Callable[[str, int, int], None]
 """Called with what is judged, rows done, and their total."""
+
+FEW = 8
+"""Results a process, at least, where the number of processes is not said: to start one takes a second."""
 
 Outcome = Literal["pass", "fail", "unsupported", "error"]
 
@@ -194,11 +200,40 @@ def _without_result(case: Case, path: Path) -> Judged:
     return Judged(case.name, backend, case.precision.get(backend), **why)
 
 
-def judge_folder(cases: list[Case], results: Path, progress: Progress, *, draw: bool = False) -> Iterator[Judged]:
-    """Judge every case's result in every folder of results; a missing one is a failure."""
-    for folder in result_folders(results):
-        for case in cases:
-            yield judge_result(case, folder / f"{case.name}.safetensors", progress, draw=draw)
+def judge_folder(
+    cases: list[Case], results: Path, progress: Progress, *, draw: bool = False, workers: int | None = None
+) -> Iterator[Judged]:
+    """Judge every case's result in every folder of results, in this order; a missing one is a failure.
+
+    Args:
+      workers: processes that judge; None is all processors, or one where there is little to judge.
+    """
+    asked = [(case, folder / f"{case.name}.safetensors") for folder in result_folders(results) for case in cases]
+    if workers is None:
+        workers = max(1, min(os.cpu_count() or 1, len(asked) // FEW))
+    if workers == 1 or len(asked) == 1:
+        for case, path in asked:
+            yield judge_result(case, path, progress, draw=draw)
+        return
+    found: dict[int, Judged] = {}
+    for number, judged in each(partial(_judge_numbered, draw), list(enumerate(asked)), workers):
+        found[number] = judged
+        progress(f"results, by {workers}", len(found), len(asked))
+    yield from (found[number] for number in range(len(asked)))
+
+
+def _judge_numbered(draw: bool, numbered: tuple[int, tuple[Case, Path]]) -> tuple[int, Judged]:
+    """In another process. The diagnosis is made there, too: a search cannot be sent, what it found can."""
+    number, (case, path) = numbered
+    judged = judge_result(case, path, draw=draw)
+    if judged.verdict is None or judged.verdict.search is None:
+        return number, judged
+    explained = replace(judged.verdict, search=partial(_found, judged.verdict.explanation))
+    return number, replace(judged, verdict=explained)
+
+
+def _found(explanation: Any) -> Any:
+    return explanation
 
 
 def _plain(value: Any) -> Any:
