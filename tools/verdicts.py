@@ -21,11 +21,11 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from cpjax.crosscheck import Verdict, judge
+from cpjax.crosscheck.run.workers import each
 from cpjax.trial.detection import CAUSAL, LOGITS, MEANS, Setting, bench
 from cpjax.trial.emulators import PROFILES
 from cpjax.trial.false_alarms import given
 from cpjax.trial.faults import FAULTS, SIZED
-from cpjax.crosscheck.run.workers import each
 
 KEYS = (24, 64, 256, 1024)
 

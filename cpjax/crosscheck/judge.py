@@ -53,8 +53,8 @@ def judge(
         `cp` ranks. None: one chunk for cp 1, zigzag for more. `layout` is another word for its name.
       precision: a profile of `cpjax.precision`, or its name; None: float16 arrays are `flash_fp16`, float32 and float64
         what they say.
-      order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`; `together`: nothing
-        was merged: all keys were computed at once, whatever the partition.
+      order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`; or `together`,
+        where all keys were computed at once and nothing was merged, whatever the partition.
       seed: chooses the rows that are judged when there are too many; at least one in 128 of each head, and every row is
         still checked for NaN, infinity, and for being an average of the values that it may see; rows of zeros and
         copies of other rows are judged, too.
