@@ -58,7 +58,14 @@ def cause_of(one: Measured, problem: Problem, everywhere: list[Fit]) -> Cause:
     rest = [fit for fit in fits if not (_is_equal(fit, best) or _same_mask(fit, best))]
     others = [fit.deviance for fit in rest if not (fit.fault.kind == "weight" and fit.fault.chunks in own)]
     ahead = (min(others) - best.deviance) / 2 if others else float("inf")
-    return Cause(one.sample.q_chunk, tuple(fit.fault for fit in equals), best.z, one.right.z, ahead)
+    faults = without_twins(tuple(fit.fault for fit in equals))
+    return Cause(one.sample.q_chunk, faults, best.z, one.right.z, ahead)
+
+
+def without_twins(faults: tuple[Fault, ...]) -> tuple[Fault, ...]:
+    """Without a fitted scale where a scale that has a name fits as well: it is the same one."""
+    named = any(fault.scale != 1.0 and fault.kind != "scale" for fault in faults)
+    return tuple(fault for fault in faults if not (named and fault.kind == "scale"))
 
 
 def _is_equal(fit: Fit, best: Fit) -> bool:

@@ -1,19 +1,25 @@
 """The search: each wrong query chunk is explained on its own, then it is asked whether one cause explains them all."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis import words
-from cpjax.crosscheck.diagnosis.cause import EQUAL, SAME, Cause, cause_of
+from cpjax.crosscheck.diagnosis.cause import EQUAL, SAME, Cause, cause_of, without_twins
+from cpjax.crosscheck.diagnosis.denominator import extra_terms
 from cpjax.crosscheck.diagnosis.dictionary import Fault
-from cpjax.crosscheck.diagnosis.everywhere import global_faults, global_masks, precisions
+from cpjax.crosscheck.diagnosis.everywhere import data_faults, global_faults, global_masks, precisions
 from cpjax.crosscheck.diagnosis.fitted import requests_of, with_numbers
 from cpjax.crosscheck.diagnosis.measure import MOST_Z, Fit, Measured
-from cpjax.crosscheck.diagnosis.permutation import chunks_from, heads_from, kv_heads_from
-from cpjax.crosscheck.diagnosis.sample import samples, suspects
+from cpjax.crosscheck.diagnosis.parts import base_faults
+from cpjax.crosscheck.diagnosis.permutation import axes_exchanged, batch_from, chunks_from, heads_from, kv_heads_from
+from cpjax.crosscheck.diagnosis.row_masks import row_mask
+from cpjax.crosscheck.diagnosis.runs import run_faults
+from cpjax.crosscheck.diagnosis.sample import out_suspects, samples, suspects
+from cpjax.crosscheck.diagnosis.unwritten import said as unwritten
+from cpjax.crosscheck.diagnosis.unwritten import unwritten_rows
 from cpjax.crosscheck.diagnosis.weights import chunk_weights
 from cpjax.crosscheck.judging.evidence import Evidence
 from cpjax.crosscheck.judging.problem import Problem
@@ -32,13 +38,22 @@ class Diagnosis:
 
 def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndarray | None) -> Diagnosis:
     """What went wrong in a result that failed its verdict. Looks at a few rows of each query chunk."""
+    nobody = unwritten_rows(evidence.rows, out)
+    if nobody.any():
+        table = replace(evidence.rows, unjudged=evidence.rows.unjudged | nobody)
+        sentences = unwritten(problem, evidence.rows, out, nobody)
+        empty = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
+        if not suspects(table).any():
+            return Diagnosis(sentences, empty)
+        rest = diagnose(problem, replace(evidence, rows=table), out, lse)
+        return replace(rest, sentences=[*sentences, *(f"Besides: {sentence}" for sentence in rest.sentences)])
     measured = [Measured(sample, problem) for sample in samples(problem, evidence.rows, out, lse)]
     weights = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
     for one in measured:
         weights[one.sample.q_chunk] = chunk_weights(one)
     scope = words.scope(problem, evidence.rows, suspects(evidence.rows), out)
     wrong = [one for one in measured if one.sample.is_wrong] or measured
-    special = _special(problem, out)
+    special = _special(problem, out) if out_suspects(evidence.rows).any() else None
     if special is not None:
         return Diagnosis([special, *scope], np.full_like(weights, np.nan))
     if scope and scope[0].endswith(words.BROKEN_END) and not any(one.sample.is_wrong for one in measured):
@@ -48,6 +63,11 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
     everywhere = [*global_masks(problem, requests_of(wrong)), *with_numbers(wrong)]
     everywhere += global_faults(problem, has_lse=lse is not None, suspects=_keys(evidence, measured))
     everywhere += _precisions(problem, wrong)
+    everywhere += base_faults(problem.kv_chunk, np.asarray(problem.kv_tokens.segment)[0], has_lse=lse is not None)
+    everywhere += [*run_faults(wrong), *data_faults(problem)]
+    everywhere += extra_terms(wrong)
+    limits = row_mask(wrong)
+    everywhere += [] if limits is None else [limits]
     everywhere = list({_label(fault): fault for fault in reversed(everywhere)}.values())
     fits: dict[str, dict[int, Fit]] = defaultdict(dict)
     for fault in everywhere:
@@ -96,7 +116,7 @@ def _common(
     if all(local) and not any(_label(best[1]) in map(_label, faults) for faults in local):
         return ()  # every chunk has a better explanation of its own
     found = [best] + [entry for entry in found[1:] if not (entry[1].mask and _same_total(entry, best))]
-    equals = tuple(fault for total, fault, _ in found if total <= best[0] + EQUAL)
+    equals = without_twins(tuple(fault for total, fault, _ in found if total <= best[0] + EQUAL))
     others = [total for total, _, _ in found if total > best[0] + EQUAL] + [gain_of(measured)]
     return (Cause(-1, equals, best[2], max(one.right.z for one in wrong), (min(others) - best[0]) / 2),)
 
@@ -111,7 +131,8 @@ def gain_of(measured: list[Measured]) -> float:
 
 
 def _label(fault: Fault) -> str:
-    return f"{fault.kind} {fault.mask} {fault.number if fault.mask else ''} {fault.key} {fault.scale:.9g}"
+    """Equal for the same fault, whatever was fitted to it in another chunk."""
+    return str(fault._replace(cost=0.0, number=fault.number if fault.mask or fault.run else float("nan")))
 
 
 def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float]]:
@@ -127,6 +148,11 @@ def _special(problem: Problem, out: np.ndarray) -> str | None:
     """What needs no model: nothing written, heads or ranks exchanged."""
     if not out[problem.is_judged].any():
         return "out is zero everywhere: it was never written."
+    if axes_exchanged(problem, out):
+        return words.AXES
+    batch = batch_from(problem, out)
+    if batch is not None:
+        return words.batch_rows(batch)
     heads = heads_from(problem, out)
     if heads is not None:
         return words.heads(heads)

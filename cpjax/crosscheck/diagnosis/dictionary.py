@@ -41,6 +41,25 @@ class Fault(NamedTuple):
     """Another arithmetic than the claimed one."""
     noise: str = ""
     lse: str = ""
+    """What is handed over instead of lse (`predict.changed_lse`); for a merge in the wrong base, which lse it gives."""
+    merge: str = ""
+    """The function by which partial results were merged, of an lse in the other base (`parts`)."""
+    cut: str = ""
+    """Which parts these were."""
+    extra: tuple[tuple[int, float], ...] = ()
+    """For each head the logit of one more term of its sums, of value 0 (`denominator`)."""
+    run: tuple[int, ...] = ()
+    """Where a run of keys begins and ends (`runs`): lost or counted twice, or replaced by the run that begins at
+    `number`."""
+    keys_of: int = -1
+    """The key/value head whose keys were used; −1 is the right one."""
+    values_of: int = -1
+    value_shift: int = 0
+    """Each key's value was that of the token so many places further."""
+    limits: tuple[tuple[tuple[int, int], int], ...] = ()
+    """For each row (batch, index in the sequence) the position below which it sees keys (`row_masks`)."""
+    rule: str = ""
+    """What gives these limits, in words."""
     key: int = -1
     number: float = float("nan")
     """Which of a family, or fitted: a weight, a factor, a size."""

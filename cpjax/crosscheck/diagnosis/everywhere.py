@@ -6,11 +6,24 @@ from itertools import product
 
 import numpy as np
 
+from cpjax.crosscheck.diagnosis.cuts import COUNTS
 from cpjax.crosscheck.diagnosis.dictionary import NARROW, ODD, RARE, USUAL, Fault
 from cpjax.crosscheck.diagnosis.masks import before_of, first_query
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import Precision
+
+LSE_FORMS = (
+    *("log2", "log10", "negated", "maximum only", "without its maximum", "sum itself", "zero"),
+    "with log2 of the sum",
+)
+"""What may be handed over instead of lse (`predict.changed_lse`)."""
+
+MSCALE_SQUARED = float((0.1 * np.log(40) + 1) ** 2)
+"""By which DeepSeek's YaRN raises the softmax scale (mscale_all_dim 1, factor 40; modeling_deepseek.py)."""
+
+MOST_KV_HEADS = 16
+"""Key/value heads whose keys or values are tried in the place of a head's own."""
 
 NO_SCALE = 1e-9
 """A scale of 0, by which nothing can be divided."""
@@ -55,6 +68,11 @@ def global_masks(problem: Problem, requests: set[int]) -> Iterator[Fault]:
     if not problem.mask.is_causal:
         yield Fault("causal mask applied", mask="shift", number=0.0, cost=USUAL)
     yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=ODD)
+    if problem.query.shape[1] == problem.key.shape[1]:
+        for count in COUNTS:
+            yield Fault(
+                "causal mask in every block", mask=f"blocks {count}", number=0.0, cost=ODD + 2 * np.log(len(COUNTS))
+            )
 
 
 def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, float]]) -> Iterator[Fault]:
@@ -69,15 +87,28 @@ def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, 
         "zero": NO_SCALE,
         "negated": -1.0,
     }
+    names |= {"inverted": (problem.scale or 1.0) ** -2}
+    names |= {"without mscale": 1 / MSCALE_SQUARED, "with mscale twice": MSCALE_SQUARED}
     names |= {"times log2(e)": np.log2(np.e), "times ln 2": np.log(2.0)}
     for name, factor in names.items():
         yield Fault(f"scale {name}", scale=float(factor), cost=RARE)
     if has_lse:
-        for name in ("log2", "log10", "negated", "maximum only", "without its maximum", "sum itself", "zero"):
+        for name in LSE_FORMS:
             yield Fault(f"lse {name}", lse=name, cost=RARE)
     for key, weight in suspects:
         kind = "key lost" if abs(weight) < 0.5 else "key doubled"
         yield Fault(kind, key=key, number=0.0 if kind == "key lost" else 2.0, cost=2 * np.log(problem.key.shape[1]))
+
+
+def data_faults(problem: Problem) -> Iterator[Fault]:
+    """Keys or values alone are wrong: those of another head, or a neighbouring token's."""
+    heads = problem.key.shape[2]
+    for head in range(min(heads, MOST_KV_HEADS)) if heads > 1 else ():
+        cost = RARE + 2 * float(np.log(2 * heads))
+        yield Fault("keys of another head", keys_of=head, cost=cost)
+        yield Fault("values of another head", values_of=head, cost=cost)
+    for shift in (-1, 1):
+        yield Fault("values of the neighbour", value_shift=shift, cost=RARE)
 
 
 SHORT = {"float16": "FP16", "bfloat16": "BF16"}

@@ -1,6 +1,7 @@
 """Faults with a number that is fitted: how far a mask is off, the scale, a constant in lse, the size of errors."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def _fit_scale(wrong: list[Measured]) -> float | None:
     low, high = LOG_SCALES[max(i - 1, 0)], LOG_SCALES[min(i + 1, len(LOG_SCALES) - 1)]
     from scipy.optimize import minimize_scalar  # slow to import; only a failed verdict needs it
 
-    best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": SCALE_ACCURACY})
+    best: Any = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": SCALE_ACCURACY})
     return float(np.exp(best.x))
 
 

@@ -5,7 +5,9 @@ Each key has a threshold for each row, and is visible under the number n if its 
 shift            causal, off by n tokens: n = 0 is the causal mask, n = ∞ none at all
 diagonal         the same in the query's own chunk only; all other chunks are seen, or skipped, as they should be
 window           the n nearest keys to either side, the query's own included; n = ∞ is no window
+limit            the keys of the row's request at positions below n
 chunks           a triangle in every chunk (n = 0): the causal mask by the indices in the chunk, not by positions
+blocks N         the same in each of N equal runs of a request's tokens, whatever the chunks are
 pads             the first n pads too, by positions; pads in place: by the places in the row
 requests         the n nearest keys of other requests too, those before only if causal; requests by position: by theirs
 request i        the n last keys of the request before i, seen by request i
@@ -15,7 +17,8 @@ prefix           of the keys before the first query only the n last
 import numpy as np
 from jaxtyping import Bool, Float
 
-from cpjax.crosscheck.diagnosis.sample import Sample
+from cpjax.crosscheck.diagnosis.cuts import part_of
+from cpjax.crosscheck.diagnosis.sample import Sample, index_in_chunk
 from cpjax.crosscheck.judging.problem import Problem
 
 ALWAYS, NEVER = -np.inf, np.inf
@@ -46,8 +49,13 @@ def thresholds(sample: Sample, problem: Problem, family: str) -> Thresholds:
         return np.where(own, np.where(same & inside, -ahead, NEVER), right)
     if family == "window":
         return np.where(same & ((ahead >= 0) | (not is_causal)), np.abs(ahead) + 1, NEVER)
+    if family == "limit":
+        return np.where(same, kv_position[None].astype(float) + 1, NEVER)
     if family == "chunks":
         return np.where(sample.seen & sample.triangle, 0.0, NEVER)
+    if family.startswith("blocks "):
+        index = index_in_chunk(part_of(family.replace("blocks", "runs"), sample.chunk, kv_segment))
+        return np.where(sample.seen & (index[None] <= index[at][:, None]), 0.0, NEVER)
     if family == "prefix":
         return np.where(sample.seen, np.maximum(first_query(problem)[b] - kv_position, 0)[None], NEVER)
     place = at[:, None] - np.arange(len(kv_position), dtype=float)[None]

@@ -5,11 +5,14 @@ from functools import cached_property
 
 import numpy as np
 
+from cpjax.crosscheck.diagnosis.cuts import part_of
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_GROWTH, LARGEST_OUT, LARGEST_SQUARE, LEAST_SPACING, LEAST_SUM
-from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled
+from cpjax.crosscheck.diagnosis.parts import merged_wrongly
+from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled, with_term
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.row_covariance import distinct
+from cpjax.crosscheck.exact.attention import Rows, attention_rows
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.statistic import effective_dof
@@ -23,6 +26,12 @@ FAR = 20.0
 EVEN = 0.1
 """More noise is in every row: if half of the rows have less than this share of the variance, it was not that."""
 
+
+LARGEST_LEFT, LARGEST_ROW = 12.0, 4.0
+"""Standard deviations that are left in one output, and in the mean of a row, where a fault explains."""
+
+UNEVEN_OUTPUT, UNEVEN_PART = 60.0, 6.0
+"""Of the mean square that noise leaves, one output and one row or column may have so many times."""
 
 STORED = 1 / 6
 """Variance, in squared spacings, that two stored results have at least: what a rough prediction adds to σ²."""
@@ -51,7 +60,7 @@ class Fit:
     lse_is_right: bool = False
     """lse is that of the correct result, only out is not."""
     is_even: bool = True
-    """More noise is in every row, as it should be."""
+    """What is left does not depend on where."""
 
     @property
     def explains(self) -> bool:
@@ -74,7 +83,11 @@ class Measured:
     def fit(self, fault: Fault) -> Fit:
         """Exactly, by the error model of the changed computation."""
         plain = not (fault.changes or fault.mask or fault.scale != 1.0 or fault.key >= 0 or fault.precision)
-        if not plain and not fault.changes and not fault.precision and (far := self._far(fault)) is not None:
+        plain = plain and not (
+            fault.limits or fault.run or fault.keys_of >= 0 or fault.values_of >= 0 or fault.value_shift
+        )
+        known = fault.mask or fault.scale != 1.0 or fault.key >= 0  # what a glance can compute
+        if known and not fault.changes and not fault.precision and (far := self._far(fault)) is not None:
             return far
         model = self.model if plain else exact_model(self.sample, self.problem, fault)
         expected = self.expected if plain else model.expected()
@@ -82,11 +95,24 @@ class Measured:
         if fault.unrescaled:
             out = unrescaled(model, self.problem, fault.unrescaled)
             variance = variance * np.maximum(1.0, (out / np.where(model.rows.out == 0, 1, model.rows.out)) ** 2)
+        if fault.merge:
+            out, lse, growth = merged_wrongly(self._rows_cut(fault.cut), fault)
+            variance = variance * growth[:, None] ** 2
+        if fault.extra:
+            out, lse, share = with_term(model.rows, self.sample.head, fault.extra)
+            variance = variance * share[:, None] ** 2 + STORED * self._spacing(out) ** 2
         if fault.noise:
             variance = noisier(model, expected.sigma**2, fault.number)
-        if fault.lse:
+        if fault.lse and not fault.merge:
             lse = changed_lse(model.rows, fault)
         return self._score(fault, out, variance, lse, expected.lse_sigma)
+
+    def _rows_cut(self, cut: str) -> Rows:
+        """The rows with other parts in the place of chunks."""
+        sample = self.sample
+        segment = np.asarray(self.problem.kv_tokens.segment)[sample.batch]
+        part = part_of(cut, sample.chunk, segment)
+        return attention_rows(sample.query, sample.key, sample.value, sample.seen, part, sample.scale)
 
     def screen(self, faults: list[Fault]) -> list[Fault]:
         """The faults in the order of how well they fit, roughly: by sums over chunks, without touching a key."""
@@ -134,6 +160,21 @@ class Measured:
     def _spacing(self, x: np.ndarray) -> np.ndarray:
         return np.maximum(FORMATS[self.problem.precision.out].spacing(x), LEAST_SPACING)
 
+    def _is_even(self, square: np.ndarray, *, is_noise: bool) -> bool:
+        """What is left does not depend on where: no output, row or column has much more than the others.
+
+        A precision, or noise of a fitted size, is in every row; it would swallow any fault if large errors in one place
+        could pass for it.
+        """
+        rows, columns = square.mean(axis=1), square.mean(axis=0)
+        if not (square.max() <= LARGEST_LEFT**2 and rows.max() <= LARGEST_ROW**2):
+            return False
+        if not is_noise:
+            return True
+        mean = square.mean()
+        even = np.median(rows) >= EVEN and square.max() <= UNEVEN_OUTPUT * mean
+        return bool(even and max(rows.max(), columns.max()) <= UNEVEN_PART * mean)
+
     def _score(self, fault: Fault, out: np.ndarray, variance: np.ndarray, lse: np.ndarray, sigma: np.ndarray) -> Fit:
         sample = self.sample
         variance = np.maximum(variance, self.floor**2)
@@ -143,7 +184,7 @@ class Measured:
         each = (square + np.log(variance)).mean(axis=1)
         deviance = float((self.dof * each).sum()) + fault.cost
         z = float(np.sqrt((self.dof * square.mean(axis=1)).sum() / self.dof.sum()))
-        is_even = not (fault.noise or fault.precision) or bool(np.median(square.mean(axis=1)) >= EVEN)
+        is_even = self._is_even(square, is_noise=bool(fault.noise or fault.precision))
         if sample.lse is None:
             return Fit(fault, deviance, z, float(self.dof.sum()), is_even=is_even)
         choices = []
@@ -153,6 +194,6 @@ class Measured:
                 off = np.where(sample.lse == expected, 0.0, sample.lse - expected)
             of_lse = np.minimum(np.nan_to_num((off / s) ** 2, nan=LARGEST_SQUARE), LARGEST_SQUARE)
             choices.append((float((of_lse + 2 * np.log(s)).sum()) + 2.0 * is_right, of_lse.mean() ** 0.5, is_right))
-        best = min(choices if not fault.lse else choices[:1])
+        best = min(choices if not (fault.lse or fault.merge) else choices[: 1 + (fault.merge != "" and not fault.lse)])
         z = max(z, float(best[1]))
         return Fit(fault, deviance + best[0], z, float(self.dof.sum()), bool(best[2]), is_even)

@@ -28,6 +28,30 @@ def heads_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " N"] | Non
     return _permutation(out[0, at].astype(np.float64).swapaxes(0, 1), exact)
 
 
+def batch_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " B"] | None:
+    """For each batch row the row whose outputs it has, if that is a permutation other than the identity."""
+    batch = problem.query.shape[0]
+    judged = np.flatnonzero(problem.is_judged.all(axis=0))
+    if not 2 <= batch <= MOST_HEADS or not len(judged):
+        return None
+    at = _late(judged)
+    exact = np.stack([_exact(problem, b, at, 0) for b in range(batch)])
+    return _permutation(out[:, at, 0].astype(np.float64), exact)
+
+
+def axes_exchanged(problem: Problem, out: np.ndarray) -> bool:
+    """Whether `out` is right if its memory is taken for `[B, N, T, V]`."""
+    batch, length, heads, dim = out.shape
+    if heads < 2 or length < 2:
+        return False
+    read = out.reshape(batch, heads, length, dim).swapaxes(1, 2)
+    at = _late(np.flatnonzero(problem.is_judged[0]))
+    exact = np.stack([_exact(problem, 0, at, n) for n in (0, heads - 1)])
+    given, off = (np.stack([x[0, at, n] for n in (0, heads - 1)]).astype(np.float64) for x in (read, out))
+    square, before = ((given - exact) ** 2).sum(), ((off - exact) ** 2).sum()
+    return bool(np.isfinite(square) and square <= NEAR**2 * before)
+
+
 def kv_heads_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " N"] | None:
     """For each head the key/value head that it attends to, if every head has one and some have another than theirs."""
     heads, kv_heads = problem.query.shape[2], problem.key.shape[2]
@@ -40,8 +64,10 @@ def kv_heads_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " N"] | 
     if not np.isfinite(given).all():
         return None
     square = ((given - exact) ** 2).sum(axis=(2, 3))
-    nearest = square.argmin(axis=1)
-    is_near = square.min(axis=1) <= NEAR**2 * np.median(square)
+    typical = NEAR**2 * np.median(square)
+    # Heads may have the same keys: then a head has its own.
+    nearest = np.where(square[np.arange(heads), own] <= typical, own, square.argmin(axis=1))
+    is_near = square.min(axis=1) <= typical
     return nearest if is_near.all() and (nearest != own).any() else None
 
 

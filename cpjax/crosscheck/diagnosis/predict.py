@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Block, Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG, LEAST_SUM
-from cpjax.crosscheck.diagnosis.masks import mask_of
+from cpjax.crosscheck.diagnosis.masks import mask_of, thresholds
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
@@ -21,18 +21,57 @@ def exact_model(sample: Sample, problem: Problem, fault: Fault = RIGHT) -> Error
     seen = np.concatenate([mask for _, mask, _, _ in pieces], axis=1)
     slot = np.concatenate([np.full(len(keys), slot) for keys, _, slot, _ in pieces])
     log_weight = np.concatenate([np.full(len(keys), np.log(weight)) for keys, _, _, weight in pieces])
-    query, key, scale = sample.query, sample.key[index], scale_in(precision, sample.scale) * fault.scale
+    keys, values = _data(sample, problem, fault)
+    if fault.run:
+        index, seen, log_weight = _with_run(fault, index, seen, log_weight)
+    query, key, scale = sample.query, keys[index], scale_in(precision, sample.scale) * fault.scale
     if log_weight.any():  # one more dimension of the scores: scale · 1 · (log_weight / scale)
         query = np.column_stack([query, np.ones(len(query))])
         key = np.column_stack([key, log_weight / scale])
-    rows = attention_rows(query, key, sample.value[index], seen, slot, scale)
+    rows = attention_rows(query, key, values[index], seen, slot, scale)
     merging = problem.merging_of(np.full(len(query), sample.q_chunk), rows.chunks)
     return ErrorModel(rows, precision, merging, problem.query.shape[3], scale)
 
 
+def _data(sample: Sample, problem: Problem, fault: Fault) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values that really entered: of another head, or shifted against each other."""
+    keys, values = sample.key, sample.value
+    if fault.keys_of >= 0:
+        keys = np.nan_to_num(problem.key[sample.batch, :, fault.keys_of].astype(np.float64), posinf=0.0, neginf=0.0)
+    if fault.values_of >= 0:
+        values = np.nan_to_num(
+            problem.value[sample.batch, :, fault.values_of].astype(np.float64), posinf=0.0, neginf=0.0
+        )
+    return keys, np.roll(values, -fault.value_shift, axis=0) if fault.value_shift else values
+
+
+def _with_run(
+    fault: Fault, index: np.ndarray, seen: np.ndarray, log_weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A run lost, counted twice, or filled with other keys, which are then seen where the run's own should be."""
+    start, stop = fault.run
+    inside: np.ndarray = np.logical_and(index >= start, index < stop)
+    if fault.kind == "run lost":
+        return index, seen & ~inside, log_weight
+    if fault.kind == "run doubled":
+        return index, seen, np.where(inside, np.log(fault.number), log_weight)
+    return np.where(inside, index - start + int(fault.number), index), seen, log_weight
+
+
+def _seen(sample: Sample, problem: Problem, fault: Fault) -> np.ndarray:
+    if fault.mask:
+        return mask_of(sample, problem, fault.mask, fault.number)
+    if not fault.limits:
+        return sample.seen
+    limits = dict(fault.limits)
+    number = np.array([limits.get((sample.batch, int(at)), np.nan) for at in sample.position])
+    shown = thresholds(sample, problem, "limit") <= number[:, None]
+    return np.where(np.isnan(number)[:, None], sample.seen, shown)
+
+
 def _pieces(sample: Sample, problem: Problem, fault: Fault) -> list[tuple[np.ndarray, np.ndarray, int, float]]:
     """Keys, their mask, the slot in which they enter, and their weight."""
-    seen = mask_of(sample, problem, fault.mask, fault.number) if fault.mask else sample.seen
+    seen = _seen(sample, problem, fault)
     changed = dict(fault.changes)
     pieces = []
     for slot in range(int(sample.chunk.max()) + 1):
@@ -96,6 +135,18 @@ def noisier(model: ErrorModel, variance: Float[np.ndarray, "R V"], size: float) 
     return variance + size**2 * np.maximum(spread + rows.out**2 * square.sum(axis=1, keepdims=True), 0.0)
 
 
+def with_term(
+    rows: Rows, head: np.ndarray, extra: tuple[tuple[int, float], ...]
+) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+    """out and lse with the term, and the factor on out. A row that sees nothing has the term alone."""
+    by_head = dict(extra)
+    x = np.array([by_head.get(int(n), -np.inf) for n in head])
+    lse = np.logaddexp(rows.lse, x)
+    with np.errstate(invalid="ignore"):
+        share = np.where(np.isneginf(rows.lse), 0.0, np.exp(np.where(np.isneginf(lse), 0.0, rows.lse - lse)))
+    return rows.out * share[:, None], lse, share
+
+
 def changed_lse(rows: Rows, fault: Fault) -> Float[np.ndarray, " R"]:
     """What is handed over instead of lse."""
     top = rows.chunk_max.max(axis=1)
@@ -107,6 +158,7 @@ def changed_lse(rows: Rows, fault: Fault) -> Float[np.ndarray, " R"]:
             "maximum only": top,
             "without its maximum": rows.lse - top,
             "sum itself": np.exp(rows.lse - top),
+            "with log2 of the sum": top + (rows.lse - top) / np.log(2.0),
             "zero": np.zeros_like(rows.lse),
             "off": rows.lse + fault.number,
         }

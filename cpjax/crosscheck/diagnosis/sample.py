@@ -90,8 +90,13 @@ class Sample:
 def suspects(table: RowTable) -> Bool[np.ndarray, " R"]:
     """The rows whose own errors are too large."""
     lse = z_score(table.lse_square / SLACK, table.lse_dof) > SUSPECT
-    wrong = (z_score(table.mean_square / SLACK, table.dof) > SUSPECT) | lse | (table.outside > 0)
-    return (wrong | ~(table.lse_ratio <= 1.0)) & ~table.unjudged
+    return out_suspects(table) | ((lse | ~(table.lse_ratio <= 1.0)) & ~table.unjudged)
+
+
+def out_suspects(table: RowTable) -> Bool[np.ndarray, " R"]:
+    """The rows whose errors of `out` are too large, whatever their lse."""
+    wrong = (z_score(table.mean_square / SLACK, table.dof) > SUSPECT) | (table.outside > 0)
+    return wrong & ~table.unjudged
 
 
 def samples(problem: Problem, table: RowTable, out: np.ndarray, lse: np.ndarray | None) -> list[Sample]:

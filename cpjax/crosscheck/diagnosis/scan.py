@@ -37,12 +37,12 @@ def best_number(wrong: list[Measured], family: str, right: float) -> float | Non
     misfit = np.zeros(len(numbers))
     for one, threshold in zip(wrong, found, strict=False):
         for row in range(len(threshold)):
-            misfit += np.log1p(_misfit(one, threshold[row], row, numbers))
+            misfit += np.log1p(row_misfit(one, threshold[row], row, numbers))
     best = np.flatnonzero(misfit <= misfit.min() + TIE)
     return float(numbers[best[np.abs(numbers[best] - np.clip(right, -LARGEST_SQUARE, LARGEST_SQUARE)).argmin()]])
 
 
-def _misfit(
+def row_misfit(
     one: Measured, threshold: Float[np.ndarray, " S"], row: int, numbers: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
     """Mean of ((out under the mask − out handed over) / σ)² for each number."""

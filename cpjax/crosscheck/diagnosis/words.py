@@ -10,11 +10,23 @@ from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.places import holders, numbers, ranks
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
+from cpjax.mask import Tokens, visible
 
 UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
 
 MOST_NAMES, MOST_EQUALS, MOST_AHEAD = 8, 6, 100
 """What a sentence lists: heads or chunks, faults that are equals, the largest power of ten by which one is ahead."""
+
+MOST_LOG = 30
+"""Terms whose logarithm is larger are no number of keys."""
+
+COUNTED = 2e-3
+"""A term this near to a whole number, relative to itself, may be so many keys of score 0."""
+
+LOOKED_AT = 64
+"""Rows with and without a NaN whose products are looked at."""
+
+FP16_MAX = 65504.0
 
 BROKEN_END = "rows with a NaN or an infinity."
 
@@ -29,7 +41,7 @@ def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
     for names, group in sorted(together.items(), key=lambda item: -len(item[1])):
         chunks = np.array([cause.query_chunk for cause in group])
         if not names:
-            unknown.append(f"{UNKNOWN} (query chunk {numbers(chunks)}, held by rank {ranks(problem, chunks)})")
+            unknown.append(UNKNOWN + _held_by(problem, chunks))
             continue
         said = [_sentence(problem, fault, group) for fault in group[0].faults]
         if len(said) > 1:
@@ -38,18 +50,30 @@ def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
     return sentences + unknown
 
 
+def _held_by(problem: Problem, chunks: np.ndarray) -> str:
+    """Where there is one chunk there is no place to tell."""
+    if int(problem.q_chunk.max()) == 0:
+        return ""
+    held = f", held by rank {ranks(problem, chunks)}" if problem.cp > 1 else ""
+    return f" (query chunk {numbers(chunks)}{held})"
+
+
 def _evidence(group: list[Any]) -> str:
     worst, before = max(cause.z for cause in group), max(cause.z_right for cause in group)
     ahead = min(cause.ahead for cause in group) / np.log(10)
     times = f"10^{ahead:.0f}" if ahead < MOST_AHEAD else f"more than 10^{MOST_AHEAD}"
-    against = f", {times} times likelier than the next explanation" if np.isfinite(ahead) else ""
-    return f"(leaves z = {worst:.2f} instead of {before:.3g}{against})."
+    against = f"; {times} times likelier than the next explanation" if np.isfinite(ahead) else ""
+    return (
+        f"(leaves errors of {worst:.2f} σ, where rounding leaves about 1; without it they are {before:.3g} σ{against})."
+    )
 
 
 def _sentence(problem: Problem, fault: Fault, group: list[Any]) -> str:
     where = np.array([cause.query_chunk for cause in group])
     if (where < 0).any():
         return _global(fault)
+    if problem.cp == 1 and not fault.chunks:
+        return _global(fault) + _held_by(problem, where)
     place = f"rank {ranks(problem, where)}"
     steps = {problem.partition.step(problem.order, int(q), c) for q in where for c in fault.chunks} - {None}
     if fault.chunks and steps:
@@ -81,8 +105,21 @@ def _global(fault: Fault) -> str:
         return _mask(fault)
     if fault.precision is not None:
         return f"consistent with {fault.kind.removeprefix('precision: ')}"
+    if fault.limits:
+        return f"rows see too many or too few keys: {fault.rule}"
+    if fault.run:
+        return _run(fault)
+    if fault.merge:
+        return _merge(fault)
+    if fault.extra:
+        return _extra(fault)
     texts = {
-        "scale": f"the scale is {fault.number:.6g} times the stated one ({fault.number - 1:+.3%})",
+        "scale": f"the scale is {fault.number:.6g} times the stated one",
+        "scale not applied": "the scale was not applied: it is 1",
+        "scale applied twice": "the scale was applied twice",
+        "scale inverted": "the scale is the inverse of the stated one",
+        "scale without mscale": "the scale lacks YaRN's factor mscale² (DeepSeek: 1.8738 for a factor of 40)",
+        "scale with mscale twice": "the scale has YaRN's factor mscale² twice (DeepSeek: 1.8738 for a factor of 40)",
         "scale negated": "the scale has the other sign",
         "scale zero": "queries and keys were ignored: out is the plain average of the visible values",
         "inexact exponentials": f"consistent with exponentials (or scores) that err by about {fault.number:.2g}",
@@ -93,11 +130,55 @@ def _global(fault: Fault) -> str:
         "lse without its maximum": "lse is the logarithm of the sum; the row maximum was not added",
         "lse sum itself": "lse is the sum itself, not its logarithm",
         "lse zero": "lse is zero: it was never written",
+        "lse with log2 of the sum": "lse is the row maximum plus log2 of the sum: only the sum is in base two",
+        "keys of another head": f"the keys of key/value head {fault.keys_of} were used, with the right values",
+        "values of another head": f"the values of key/value head {fault.values_of} were used, with the right keys",
+        "values of the neighbour": f"each key entered with the value of the token {_beside(fault.value_shift)} it",
         "lse off by a constant": f"lse is off by {fault.number:+.4g}",
         "key lost": f"key {fault.key} was lost",
         "key doubled": f"key {fault.key} was counted twice",
     }
     return texts.get(fault.kind, fault.kind)
+
+
+def _beside(shift: int) -> str:
+    return "after" if shift > 0 else "before"
+
+
+def _run(fault: Fault) -> str:
+    start, stop = fault.run
+    which = f"{_count(stop - start, 'key')} {start} to {stop - 1}" if stop - start > 1 else f"key {start}"
+    if fault.kind == "run stale":
+        source = int(fault.number)
+        return f"in the place of {which} those from {source} to {source + stop - start - 1} were used"
+    return f"{which} {'were lost' if fault.kind == 'run lost' else 'were counted twice'}"
+
+
+CUTS = {"interleaved": "tokens dealt to {} ranks in turn", "runs": "{} runs of the tokens"}
+
+
+def _merge(fault: Fault) -> str:
+    kind, _, count = fault.cut.partition(" ")
+    parts = "the chunks" if fault.cut == "chunks" else f"parts (as of {CUTS[kind].format(count)})"
+    is_natural = fault.merge == "exp2"
+    bases = ("natural", "the merge took exp2 of it") if is_natural else ("in base two", "the merge took exp of it")
+    return f"partial results of {parts} were merged in the wrong base: their lse is {bases[0]}, {bases[1]}"
+
+
+def _extra(fault: Fault) -> str:
+    x = fault.extra[0][1]
+    each = ", ".join(f"head {n}: {x:.6g}" for n, x in fault.extra[:MOST_NAMES])
+    each += ", …" if len(fault.extra) > MOST_NAMES else ""
+    term = float(np.exp(min(x, MOST_LOG)))
+    zeros = f"; exp(x) = {term:.6g}, as of {_count(round(term), 'key')} that are zero, with values of zero"
+    return (
+        f"every row's sum has one more term exp(x), of value 0 (x of {each}): an attention sink of this logit that was "
+        f"not stated, or an empty part with this lse{zeros if _is_count(term) else ''}"
+    )
+
+
+def _is_count(term: float) -> bool:
+    return round(term) >= 1 and abs(term / round(term) - 1) < COUNTED
 
 
 def _mask(fault: Fault) -> str:
@@ -120,6 +201,9 @@ def _mask(fault: Fault) -> str:
         "causal mask absent": "no causal mask was applied",
         "causal mask applied": "a causal mask was applied where there should be none",
         "causal mask in every chunk": "a causal mask was applied in every chunk, by the index in the chunk",
+        "causal mask in every block": (
+            f"a causal mask was applied in each of {fault.mask.rpartition(' ')[2]} equal blocks, by its own index"
+        ),
         "window": f"a window of {k} was applied" if some else "the window was not applied",
         "pads leaked": f"pads leaked: the keys of {pads} were seen",
         "requests mixed": f"requests of a packed batch see each other's keys{f', the {k} nearest' * bool(some)}",
@@ -135,20 +219,25 @@ def _count(k: int, what: str) -> str:
 
 def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray) -> list[str]:
     """Which rows are wrong, where not all are; and where a NaN or an infinity first is."""
-    broken = ~np.isfinite(out[table.batch, table.position, table.head]).all(axis=1)
+    broken = np.asarray(~np.isfinite(out[table.batch, table.position, table.head]).all(axis=1))
     sentences = []
     if broken.any():
         i = int(np.flatnonzero(broken)[0])
         where = f"batch {table.batch[i]}, position {table.position[i]}, head {table.head[i]}"
         sentences.append(f"At {where} is the first of {int(broken.sum()):,} {BROKEN_END}")
+        sentences += _overflow(problem, table, broken)
     if wrong.any() and not wrong.all():
         parts = []
         for name, label in (("batch", table.batch), ("head", table.head)):
             if len(np.unique(label)) > len(np.unique(label[wrong])):
                 parts.append(f"{name} {numbers(label[wrong])} only")
+        segment = np.asarray(problem.q_tokens.segment)[table.batch, table.position]
+        if len(np.unique(segment)) > len(np.unique(segment[wrong])):
+            parts.append(f"request {numbers(segment[wrong])} only")
         chunk = problem.q_chunk[table.position]
         if len(np.unique(chunk)) > len(np.unique(chunk[wrong])):
-            parts.append(f"query chunk {numbers(chunk[wrong])} (rank {ranks(problem, chunk[wrong])}) only")
+            held = f" (rank {ranks(problem, chunk[wrong])})" if problem.cp > 1 else ""
+            parts.append(f"query chunk {numbers(chunk[wrong])}{held} only")
         if wrong.sum() == 1:
             parts.append(f"position {table.position[wrong][0]}")
         if parts:
@@ -156,11 +245,49 @@ def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out:
     return sentences
 
 
+def _overflow(problem: Problem, table: RowTable, broken: Bool[np.ndarray, " R"]) -> list[str]:
+    """Whether q·k leaves the range of FP16 in these rows, and in no others."""
+    rng = np.random.default_rng(0)
+    largest = []
+    for rows in (np.flatnonzero(broken), np.flatnonzero(~broken & ~table.unjudged)):
+        some = rng.permutation(rows)[:LOOKED_AT]
+        found = [
+            _largest_product(problem, *(int(x[i]) for x in (table.batch, table.position, table.head))) for i in some
+        ]
+        largest.append(np.array(found))
+    inside, outside = largest
+    if not (inside > FP16_MAX).all() or (outside > FP16_MAX).any():
+        return []
+    others = f"; in the other rows it is at most {outside.max():.5g}" if len(outside) else ""
+    return [f"In these rows q·k, before it is scaled, exceeds 65,504, the largest FP16 number{others}."]
+
+
+def _largest_product(problem: Problem, b: int, at: int, head: int) -> float:
+    """max |q·k| over the keys that the row sees."""
+    q_tokens, kv_tokens = (
+        Tokens(*(np.asarray(x)[b : b + 1, rows] for x in places))
+        for places, rows in ((problem.q_tokens, slice(at, at + 1)), (problem.kv_tokens, slice(None)))
+    )
+    seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0, 0]
+    key = problem.key[b, seen, head // problem.group].astype(np.float64)
+    return float(np.abs(key @ problem.query[b, at, head].astype(np.float64)).max(initial=0.0))
+
+
 def heads(source: np.ndarray) -> str:
     """Heads that have each other's outputs."""
     moved = np.flatnonzero(source != np.arange(len(source)))
     pairs = ", ".join(f"head {i} has the outputs of head {source[i]}" for i in moved[:MOST_NAMES])
     return f"Heads are exchanged: {pairs}{', …' if len(moved) > MOST_NAMES else ''}."
+
+
+def batch_rows(source: np.ndarray) -> str:
+    """Batch rows that have each other's outputs."""
+    moved = np.flatnonzero(source != np.arange(len(source)))
+    pairs = ", ".join(f"row {i} has the outputs of row {source[i]}" for i in moved[:MOST_NAMES])
+    return f"Batch rows are exchanged: {pairs}{', …' if len(moved) > MOST_NAMES else ''}."
+
+
+AXES = "out lies in memory as [batch, heads, tokens, dim] and was read as [batch, tokens, heads, dim]."
 
 
 def kv_heads(problem: Problem, source: np.ndarray) -> str:

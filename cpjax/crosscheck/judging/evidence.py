@@ -31,6 +31,9 @@ Progress = Callable[[int, int], None]
 FP16_NUMBERS = 2**16
 """There are so many: it is no choice that a test could pin."""
 
+BEYOND = 1 + 2.0**-10
+"""The least ratio of an output that lies outside its interval, so that it does not read as one inside."""
+
 SEVERAL = 16
 """Tiles from which on all processors measure. It costs time only, so no test pins it."""
 
@@ -156,6 +159,7 @@ def _measure(
     with np.errstate(invalid="ignore"):
         error = given - rows.out
     error = np.where(unjudged[:, None] | ~np.isfinite(error), 0.0, error)
+    spacing = FORMATS[problem.precision.out].spacing(rows.out)
     inside = unjudged[:, None] | ((given >= expected.low) & (given <= expected.high))
     lse_columns, lse_error = _lse(rows, expected, None if lse is None else lse[b, at, tile.head], unjudged)
     mean_square, rounded, bias = _spread(error, np.where(expected.sigma > expected.least_sigma, expected.sigma, 0.0))
@@ -172,7 +176,7 @@ def _measure(
         head=tile.head,
         same=tile.same,
         unjudged=unjudged,
-        ratio=np.where(unjudged, 0.0, _ratio(given, rows.out, expected).max(axis=1)),
+        ratio=np.where(unjudged, 0.0, _ratio(given, rows.out, expected, spacing).max(axis=1)),
         outside=(~inside).sum(axis=1),
         mean_square=mean_square,
         rounded=rounded,
@@ -210,13 +214,19 @@ def _spread(
     return (deviation**2).sum(axis=1) / np.maximum(count, 1), count, deviation.sum(axis=1) / np.maximum(count, 1)
 
 
-def _ratio(given: np.ndarray, exact: np.ndarray, expected: Expected) -> Float[np.ndarray, "R V"]:
-    """|error| / bound; infinite for NaN, and for any error where there is no room for one."""
+def _ratio(given: np.ndarray, exact: np.ndarray, expected: Expected, spacing: np.ndarray) -> Float[np.ndarray, "R V"]:
+    """|error| / bound on its own side; more than 1 beyond the interval, infinite for NaN and infinity.
+
+    Where an output must be exact, half of its format's `spacing` is taken for the bound: the worst is the worst.
+    """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        ratio = np.abs(given - exact) / expected.half_width
+        error = given - exact
         inside = (given >= expected.low) & (given <= expected.high)
+        side = np.where(error < 0, exact - expected.low, expected.high - exact)
+        own = np.abs(error) / np.where(inside, expected.half_width, np.maximum(side, spacing / 2))
     # An output beyond the interval is wrong, however little it is off; so is a NaN.
-    return np.where(inside, np.minimum(ratio, 1.0), np.where(ratio > 1.0, ratio, np.inf))
+    beyond = np.where(np.isfinite(given), np.maximum(np.nan_to_num(own, nan=np.inf), BEYOND), np.inf)
+    return np.where(inside, np.minimum(np.nan_to_num(own, nan=0.0), 1.0), beyond)
 
 
 def _lse(

@@ -34,6 +34,9 @@ LEAST_CHANGE, MOST_CHANGE = 0.25, 2.0
 EXPLAINED = 0.5
 """Of the excess of Σ (error/σ)², what a directed test must explain to be named beside other failures."""
 
+TELLING = 1.05
+"""RMS(error / σ) from which on it is told; below, some rows stand out and the mean says nothing of them."""
+
 MOST_NAMES = 8
 """Heads, chunks or ranks that a sentence names: words, which no test pins."""
 
@@ -174,11 +177,15 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
         failures += _bound(table, "lse", table.lse_ratio, ~(table.lse_ratio <= 1.0))
         failures += _errors(problem, "lse", lse_errors, _lse_z(table))
     failures += _worst_parts(parts)
-    # A gross fault makes every directed test fail. It names itself only if it explains most of what is wrong.
+    # A gross fault makes every directed test fail. It counts only if it explains most of what is wrong, and it has a
+    # sentence only where no other test has failed: then errors are small, as its estimate takes them to be. Of others
+    # the diagnosis says what they are.
     enough = EXPLAINED * _excess(table) if failures else 0.0
+    directed: list[Failure] = []
     if not abs(scale_z_score) <= SCALE_LIMIT and _gain(scale) >= enough:
-        failures.append(("scale", _scale_sentence(scale_error, scale_z_score)))
-    failures += _keys(evidence, enough)
+        directed.append(("scale", _scale_sentence(scale_error, scale_z_score)))
+    directed += _keys(evidence, enough)
+    failures += [(name, None) for name, _ in directed] if failures else directed
     failures += _bfloat16(evidence)
     unjudged = int(table.unjudged.sum())
     wrong = bool(failures)
@@ -235,9 +242,9 @@ def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -
     if len(rows):
         worst = rows[np.argmax(ratio[rows])]
         error = (table.error if name == "out" else table.lse_error)[worst]
-        size = f"is off by {ratio[worst]:.3g} times its bound"
+        size = f"is off by {error:.3g}, {ratio[worst]:.3g} times its bound"
         if np.isinf(ratio[worst]):
-            size = "is no finite number, or should not be one" if np.isinf(error) else "may have no error at all"
+            size = "is no finite number, or should not be one"
         yield (
             "bound" if name == "out" else "lse bound",
             f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; "
@@ -251,12 +258,12 @@ def _errors(problem: Problem, name: str, errors: RowErrors, z: float) -> Iterato
     if not together <= LIMIT:
         yield (
             f"{prefix}spread",
-            f"{name}: errors are {z:.3g} times what {problem.precision.name} makes them (z-score {together:.3g})"
+            f"{name}: errors are {_times(z)} what {problem.precision.name} makes them ({_beside(together, LIMIT)})"
             if np.isfinite(z)
             else None,
         )
     if not worst <= LIMIT:
-        alone = f"{name}: one row's errors are too large for roundings (z-score {worst:.3g})"
+        alone = f"{name}: one row's errors are too large for roundings ({_beside(worst, LIMIT)})"
         yield f"{prefix}worst row", alone if together <= LIMIT else None
 
 
@@ -280,6 +287,16 @@ def _rank_label(problem: Problem, q_chunk: int) -> int:
     """The rank of a query chunk; where every rank has all queries, the chunk stands for itself."""
     rank = problem.partition.rank(q_chunk)
     return q_chunk if rank is None or len(problem.partition.q_ranks(q_chunk)) != 1 else rank
+
+
+def _times(z: float) -> str:
+    """A few rows with large errors stand out though the mean over all rows is small."""
+    return f"{z:.3g} times" if z >= TELLING else "in some rows larger than"
+
+
+def _beside(z_score: float, limit: float) -> str:
+    """How unlikely it is, and what is usual."""
+    return f"z-score {z_score:.3g}; of correct results it is below {limit:g}"
 
 
 def _worst_parts(parts: list[Part]) -> Iterator[Failure]:
@@ -317,7 +334,10 @@ def _scale_score(evidence: Evidence) -> Score:
 
 
 def _scale_sentence(error: float, z_score: float) -> str:
-    return f"the errors are those of a scale {error:+.2%} off (z-score {abs(z_score):.3g})"
+    return (
+        f"the errors of all rows together are those of a scale {100 * error:+.2g} % off, too little to be seen in one "
+        f"row ({_beside(abs(z_score), SCALE_LIMIT)})"
+    )
 
 
 def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:
@@ -331,7 +351,7 @@ def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:
         yield (
             "key",
             f"key {s} of batch {b}, key/value head {k} seems to enter with weight {1 + change[b, k, s]:.2g} "
-            f"instead of 1 (z-score {z_scores[b, k, s]:.3g})",
+            f"instead of 1 ({_beside(float(z_scores[b, k, s]), LIMIT)})",
         )
 
 

@@ -1,0 +1,30 @@
+"""Into which parts keys may have been cut, where nobody said it: runs of the text, and tokens dealt out in turn."""
+
+import numpy as np
+from jaxtyping import Int
+
+COUNTS = (2, 3, 4, 8)
+"""Numbers of parts that are tried where the parts are not known."""
+
+
+def pattern(part: Int[np.ndarray, " S"]) -> bytes:
+    """Equal for parts that are the same but for their numbers."""
+    _, first, number = np.unique(part, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number].tobytes()
+
+
+def part_of(cut: str, chunk: Int[np.ndarray, " S"], segment: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+    """The number of the part in which each key lies.
+
+    >>> part_of("interleaved 2", np.zeros(4, int), np.zeros(4, int))
+    array([0, 1, 0, 1])
+    """
+    if cut == "chunks":
+        return chunk
+    kind, _, count = cut.partition(" ")
+    part = np.zeros(len(segment), int)
+    for number in np.unique(segment):
+        own = segment == number
+        index, length = np.arange(own.sum()), int(own.sum())
+        part[own] = index % int(count) if kind == "interleaved" else index * int(count) // length
+    return part

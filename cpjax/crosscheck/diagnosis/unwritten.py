@@ -1,0 +1,59 @@
+"""Rows that nobody wrote: zeros, or one number in every column, where the correct output is something else."""
+
+import numpy as np
+from jaxtyping import Bool
+
+from cpjax.crosscheck.diagnosis.places import numbers
+from cpjax.crosscheck.diagnosis.sample import suspects
+from cpjax.crosscheck.judging.evidence import RowTable
+from cpjax.crosscheck.judging.problem import Problem
+
+LEAST_COLUMNS = 2
+"""Columns from which on equal numbers in all of them tell something."""
+
+
+def unwritten_rows(table: RowTable, out: np.ndarray) -> Bool[np.ndarray, " R"]:
+    """Wrong rows whose outputs are all the same finite number."""
+    rows = out[table.batch, table.position, table.head]
+    same = np.isfinite(rows[:, 0]) & (rows == rows[:, :1]).all(axis=1)
+    return suspects(table) & same & ((rows[:, 0] == 0) | (rows.shape[1] >= LEAST_COLUMNS))
+
+
+def said(problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarray, " R"]) -> list[str]:
+    """A sentence for each number that stands in such rows: how many, and where."""
+    first = out[table.batch, table.position, table.head][:, 0].astype(np.float64)
+    sentences = []
+    for number in np.unique(first[rows])[:LEAST_COLUMNS]:
+        here = rows & (first == number)
+        batch, position, head = (x[here] for x in (table.batch, table.position, table.head))
+        what = "zero" if number == 0 else f"{number:g} in every column"
+        where = [f"positions {numbers(position)}"]
+        if len(np.unique(head)) < problem.query.shape[2]:
+            where.append(f"heads {numbers(head)}")
+        if problem.query.shape[0] > 1:
+            where.append(f"batch {numbers(batch)}")
+        count = int(here.sum())
+        rows_said = f"{count:,} rows" if count > 1 else "1 row"
+        sentences.append(
+            f"{rows_said} of out {'are' if count > 1 else 'is'} {what}, as if never written: {', '.join(where)}"
+            f"{_of_requests(problem, batch, position)}."
+        )
+    return sentences
+
+
+def _of_requests(problem: Problem, batch: np.ndarray, position: np.ndarray) -> str:
+    """Whether these are the first or the last tokens of their requests, or all of them."""
+    segment = np.asarray(problem.q_tokens.segment)
+    parts = []
+    for b in np.unique(batch):
+        for request in np.unique(segment[b, position[batch == b]]):
+            own = np.flatnonzero(segment[b] == request)
+            mine = np.unique(position[(batch == b) & (segment[b, position] == request)])
+            name = f"request {request}" if len(np.unique(segment[segment >= 0])) > 1 else "the text"
+            if len(mine) == len(own):
+                parts.append(f"all of {name}")
+            elif np.array_equal(mine, own[-len(mine) :]):
+                parts.append(f"the last {len(mine)} of {name}")
+            elif np.array_equal(mine, own[: len(mine)]):
+                parts.append(f"the first {len(mine)} of {name}")
+    return f" ({', '.join(dict.fromkeys(parts))})" if parts else ""

@@ -1,0 +1,306 @@
+"""Faults that people report most, made by plain NumPy that the diagnosis does not use: named, each in its words.
+
+And faults that have no entry: there the answer is where, and that the cause is not known.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from cpjax.crosscheck import judge
+
+T, N, H = 128, 4, 32
+SCALE = H**-0.5
+LN2 = np.log(2.0)
+
+
+@functools.cache
+def inputs(seed):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal((1, T, N, H)).astype(np.float16) for _ in range(3))
+
+
+def scores(query, key, scale=SCALE):
+    return np.einsum("btnh,bsnh->btns", query.astype(float), key.astype(float)) * scale
+
+
+def partial(score, value, seen, weight=None):
+    """out and lse over the keys that are seen; weights multiply exponentials."""
+    score = np.where(seen, score, -np.inf)
+    m = np.maximum(score.max(-1, keepdims=True), -1e300)
+    p = np.exp(score - m) * (1.0 if weight is None else weight)
+    total = p.sum(-1)
+    with np.errstate(divide="ignore"):
+        out = np.einsum("btns,bsnv->btnv", p, value.astype(float)) / np.maximum(total, 1e-300)[..., None]
+        return out, m[..., 0] + np.log(total)
+
+
+def merged(parts, exp=np.exp, log=np.log):
+    outs, lses = (np.stack(x) for x in zip(*parts, strict=True))
+    m = np.maximum(lses.max(0), -1e300)
+    weight = exp(lses - m)
+    return (weight[..., None] * outs).sum(0) / weight.sum(0)[..., None], m + log(weight.sum(0))
+
+
+CAUSAL = np.tri(T, dtype=bool)[None, :, None]
+
+
+def right(seed):
+    query, key, value = inputs(seed)
+    return partial(scores(query, key), value, CAUSAL)
+
+
+def parts(seed, part):
+    query, key, value = inputs(seed)
+    return [partial(scores(query, key), value, CAUSAL & (part == c)) for c in range(int(part.max()) + 1)]
+
+
+def with_sink(out, lse, x):
+    total = np.logaddexp(lse, x)
+    return out * np.exp(lse - total)[..., None], total
+
+
+def weighted(seed, weight):
+    query, key, value = inputs(seed)
+    return partial(scores(query, key), value, CAUSAL, weight)
+
+
+def run(start, stop, weight):
+    return np.where((np.arange(T) >= start) & (np.arange(T) < stop), weight, 1.0)
+
+
+def stale(seed, start, stop, source):
+    query, key, value = (x.copy() for x in inputs(seed))
+    key[:, start:stop], value[:, start:stop] = (x[:, source : source + stop - start] for x in (key, value))
+    return partial(scores(query, key), value, CAUSAL)
+
+
+def changed_data(seed, key_map=lambda x: x, value_map=lambda x: x):
+    query, key, value = inputs(seed)
+    return partial(scores(query, key_map(key)), value_map(value), CAUSAL)
+
+
+def limited(seed, count):
+    query, key, value = inputs(seed)
+    return partial(scores(query, key), value, (np.arange(T)[None] < count[:, None])[None, :, None])
+
+
+def unwritten(seed, rows):
+    out, lse = (x.copy() for x in right(seed))
+    out[:, rows], lse[:, rows] = 0, 0
+    return out, lse
+
+
+CHUNK4, TURN4 = np.arange(T) * 4 // T, np.arange(T) % 4
+SINKS = np.array([1.0, 0.5, 2.0, 3.0])
+I = np.arange(T)  # noqa: E741 the index of a query
+
+NAMED = {
+    "natural lse merged by exp2, chunks": (
+        lambda s: merged(parts(s, CHUNK4), np.exp2, np.log2),
+        {"cp": 2},
+        "partial results of the chunks were merged in the wrong base: their lse is natural, the merge took exp2",
+    ),
+    "lse in base two merged by exp, chunks": (
+        lambda s: merged([(out, lse / LN2) for out, lse in parts(s, CHUNK4)]),
+        {"cp": 2},
+        "partial results of the chunks were merged in the wrong base: their lse is in base two, the merge took exp of",
+    ),
+    "natural lse merged by exp2, ranks nobody named": (
+        lambda s: merged(parts(s, TURN4), np.exp2, np.log2),
+        {},
+        "partial results of parts (as of tokens dealt to 4 ranks in turn) were merged in the wrong base",
+    ),
+    "right lse, merged by exp2": (
+        lambda s: (merged(parts(s, CHUNK4), np.exp2, np.log2)[0], right(s)[1]),
+        {"cp": 2},
+        "partial results of the chunks were merged in the wrong base",
+    ),
+    "lse is max + log2 of the sum": (
+        lambda s: (
+            right(s)[0],
+            (m := np.where(CAUSAL, scores(*inputs(s)[:2]), -np.inf).max(-1)) + (right(s)[1] - m) / LN2,
+        ),
+        {},
+        "lse is the row maximum plus log2 of the sum: only the sum is in base two",
+    ),
+    "sink added": (lambda s: with_sink(*right(s), SINKS), {}, "one more term exp(x), of value 0 (x of head"),
+    "sink added, right lse": (
+        lambda s: (with_sink(*right(s), SINKS)[0], right(s)[1]),
+        {},
+        "one more term exp(x), of value 0 (x of head",
+    ),
+    "a page of zeros": (lambda s: with_sink(*right(s), np.log(16)), {}, "as of 16 keys that are zero"),
+    "last three never written": (
+        lambda s: unwritten(s, slice(-3, None)),
+        {},
+        "12 rows of out are zero, as if never written: positions 125–127 (the last 3 of the text)",
+    ),
+    "keys of one head lost": (
+        lambda s: tuple(
+            np.where((np.arange(N) == 2)[(...,) + (None,) * (x.ndim - 3)], y, x)
+            for x, y in zip(right(s), weighted(s, run(30, 72, 1e-30)), strict=True)
+        ),
+        {},
+        "42 keys 30 to 71 were lost",
+    ),
+    "keys doubled": (lambda s: weighted(s, run(20, 52, 2.0)), {}, "32 keys 20 to 51 were counted twice"),
+    "stale block": (
+        lambda s: stale(s, 32, 64, 96),
+        {},
+        "in the place of 32 keys 32 to 63 those from 96 to 127 were used",
+    ),
+    "values of the next token": (
+        lambda s: changed_data(s, value_map=lambda x: np.roll(x, -1, axis=1)),
+        {},
+        "each key entered with the value of the token after it",
+    ),
+    "keys of another head": (
+        lambda s: changed_data(s, key_map=lambda x: x[:, :, [1, 0, 3, 2]]),
+        {},
+        "were used, with the right values",
+    ),
+    "values of another head": (
+        lambda s: changed_data(s, value_map=lambda x: x[:, :, [1, 0, 3, 2]]),
+        {},
+        "were used, with the right keys",
+    ),
+    "the scale inverted": (
+        lambda s: partial(scores(*inputs(s)[:2], 1 / SCALE), inputs(s)[2], CAUSAL),
+        {},
+        "the scale is the inverse of the stated one",
+    ),
+    "the scale without mscale": (
+        lambda s: partial(scores(*inputs(s)[:2], SCALE / (0.1 * np.log(40) + 1) ** 2), inputs(s)[2], CAUSAL),
+        {},
+        "the scale lacks YaRN's factor mscale²",
+    ),
+    "one key too few for every 32 queries": (
+        lambda s: limited(s, I + 1 - I // 32),
+        {},
+        "a query sees one key too few for every 32 queries before it",
+    ),
+    "as many keys as one of four ranks holds": (
+        lambda s: limited(s, -(-(I + 1) // 4)),
+        {},
+        "as many as one of 4 ranks holds",
+    ),
+    "a causal mask in each of four blocks": (
+        lambda s: partial(
+            scores(*inputs(s)[:2]), inputs(s)[2], CAUSAL & ((I % 32)[None] <= (I % 32)[:, None])[None, :, None]
+        ),
+        {},
+        "in each of 4 equal blocks, by its own index",
+    ),
+    "axes exchanged in memory": (
+        lambda s: (right(s)[0].swapaxes(1, 2).reshape(1, T, N, H), right(s)[1]),
+        {},
+        "out lies in memory as [batch, heads, tokens, dim]",
+    ),
+}
+
+
+def said(result, options, has_lse):
+    out, lse = result[0].astype(np.float16), result[1].astype(np.float32)
+    verdict = judge(*inputs(0), out, lse if has_lse else None, **options)
+    assert not verdict.passed
+    return verdict
+
+
+@pytest.mark.parametrize("has_lse", [True, False], ids=["with lse", "out only"])
+@pytest.mark.parametrize("fault", NAMED)
+def test_what_is_reported_most_is_named(fault, has_lse):
+    make, options, words = NAMED[fault]
+    if fault.startswith("lse is") and not has_lse:
+        return  # its out is right
+    verdict = said(make(0), options, has_lse)
+    assert words in verdict.diagnosis[0], verdict.diagnosis
+    assert "one of" not in verdict.diagnosis[0], verdict.diagnosis
+    assert not any("scale" in reason for reason in verdict.reasons), verdict.reasons
+
+
+def test_the_plain_results_are_right():
+    assert judge(*inputs(0), right(0)[0].astype(np.float16), right(0)[1].astype(np.float32)).passed
+    together = merged(parts(0, CHUNK4))
+    assert judge(*inputs(0), together[0].astype(np.float16), together[1].astype(np.float32), cp=2).passed
+
+
+def column(out, rng):
+    out[..., 5] *= 1.01
+
+
+def element(out, rng):
+    out[0, 100, 1, 7] *= 1.1
+
+
+def row(out, rng):
+    out[0, 100, 1] *= 1.003
+
+
+def tile(out, rng):
+    out[0, 64:80, 1, 8:16] = rng.standard_normal((16, 8))
+
+
+def noise_in_a_head(out, rng):
+    out[:, :, 3] += 0.01 * rng.standard_normal(out[:, :, 3].shape)
+
+
+def foreign_rows(out, rng):
+    out[0, 40:56] = rng.standard_normal((16, N, H)) * 0.3
+
+
+@pytest.mark.parametrize("has_lse", [True, False], ids=["with lse", "out only"])
+@pytest.mark.parametrize("change", [column, element, row, tile, noise_in_a_head, foreign_rows])
+def test_what_has_no_entry_is_unknown_and_no_cause_is_told(change, has_lse):
+    out, lse = right(0)
+    out = out.copy()
+    change(out, np.random.default_rng(1))
+    verdict = said((out, lse), {}, has_lse)
+    assert verdict.diagnosis[0].startswith("It is wrong, and no fault of the dictionary explains it"), verdict.diagnosis
+    assert np.isfinite(verdict.hard_ratio)
+    if change is not column:
+        assert len(verdict.diagnosis) == 2, "where it is wrong"
+        assert verdict.diagnosis[1].startswith("Wrong are")
+
+
+def test_the_worst_output_is_the_worst():
+    """Rows that see one key must be exact: an error of one unit there is not the worst."""
+    out, lse = (x.copy() for x in right(0))
+    out = out.astype(np.float16)
+    out[0, 0, 0, 0] = np.nextafter(out[0, 0, 0, 0], np.float16(np.inf))
+    out[0, 77, 2, 3] += np.float16(3.0)
+    verdict = judge(*inputs(0), out, lse.astype(np.float32))
+    assert "position 77, head 2, is off by 3" in verdict.reasons[0]
+
+
+def test_scores_beyond_fp16_are_said():
+    rng = np.random.default_rng(0)
+    query, key = ((rng.standard_normal((1, T, N, H)) + mean).astype(np.float16) for mean in (20, 120))
+    value = inputs(0)[2]
+    product = scores(query, key, 1.0)
+    out = partial(product * SCALE, value, CAUSAL)[0].astype(np.float16)
+    over = np.where(CAUSAL, product, 0).max(-1) > 65504
+    out[over] = np.nan
+    assert 0 < over.sum() < over.size
+    told = judge(query, key, value, out).diagnosis
+    assert any("q·k, before it is scaled, exceeds 65,504" in sentence for sentence in told), told
+
+
+def test_batch_rows_exchanged():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((3, T, N, H)).astype(np.float16) for _ in range(3))
+    out, lse = partial(scores(query, key), value, CAUSAL)
+    told = judge(query, key, value, out[[1, 0, 2]].astype(np.float16), lse.astype(np.float32)).diagnosis
+    assert told[0].startswith(
+        "Batch rows are exchanged: row 0 has the outputs of row 1, row 1 has the outputs of row 0"
+    )
+
+
+def test_a_wrong_lse_is_no_exchange_of_heads():
+    """All heads have the same keys, and out is right."""
+    query, key, value = inputs(0)
+    same = [np.repeat(x[:, :, :1], N, axis=2) for x in (key, value)]
+    out, lse = partial(scores(query, same[0]), same[1], CAUSAL)
+    told = judge(query, *same, out.astype(np.float16), (lse / LN2).astype(np.float32)).diagnosis
+    assert "lse is the logarithm to base two" in told[0]
