@@ -216,7 +216,7 @@ def test_what_is_reported_most_is_named(fault, has_lse):
         return  # its out is right
     verdict = said(make(0), options, has_lse)
     assert words in verdict.diagnosis[0], verdict.diagnosis
-    assert "one of" not in verdict.diagnosis[0], verdict.diagnosis
+    assert "cannot tell apart" not in verdict.diagnosis[0], verdict.diagnosis
     assert not any("scale" in reason for reason in verdict.reasons), verdict.reasons
 
 
@@ -276,7 +276,7 @@ def test_the_worst_output_is_the_worst():
 
 def test_scores_beyond_fp16_are_said():
     rng = np.random.default_rng(0)
-    query, key = ((rng.standard_normal((1, T, N, H)) + mean).astype(np.float16) for mean in (20, 120))
+    query, key = ((rng.standard_normal((1, T, N, H)) + mean).astype(np.float16) for mean in (20, 102))
     value = inputs(0)[2]
     product = scores(query, key, 1.0)
     out = partial(product * SCALE, value, CAUSAL)[0].astype(np.float16)

@@ -23,6 +23,9 @@ MOST_LOG = 30
 COUNTED = 2e-3
 """A term this near to a whole number, relative to itself, may be so many keys of score 0."""
 
+MOST_RUNS = 4
+"""Runs of positions that a sentence names."""
+
 LOOKED_AT = 64
 """Rows with and without a NaN whose products are looked at."""
 
@@ -238,8 +241,9 @@ def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out:
         if len(np.unique(chunk)) > len(np.unique(chunk[wrong])):
             held = f" (rank {ranks(problem, chunk[wrong])})" if problem.cp > 1 else ""
             parts.append(f"query chunk {numbers(chunk[wrong])}{held} only")
-        if wrong.sum() == 1:
-            parts.append(f"position {table.position[wrong][0]}")
+        places = np.unique(table.position[wrong])
+        if len(places) < len(np.unique(table.position)) and (np.diff(places) > 1).sum() < MOST_RUNS:
+            parts.append(f"position{'s' * (len(places) > 1)} {numbers(places)} only")
         if parts:
             sentences.append(f"Wrong are {int(wrong.sum()):,} of {len(wrong):,} judged rows: {', '.join(parts)}.")
     return sentences

@@ -66,7 +66,8 @@ def suspicious_rows(
         return rest
     bits = np.ascontiguousarray(out).view(np.dtype(f"u{out.dtype.itemsize}"))
     # Equal rows have equal sums of products with random numbers (mod 2^64); others hardly ever.
-    factors = np.random.default_rng(seed).integers(1, 2**63, out.shape[3], dtype=np.uint64) | np.uint64(1)
+    largest = np.iinfo(np.int64).max
+    factors = np.random.default_rng(seed).integers(1, largest, out.shape[3], dtype=np.uint64) | np.uint64(1)
     sums = np.stack([bits[:, :, n].astype(np.uint64) @ factors for n in range(out.shape[2])], axis=2)
     _, number, count = np.unique(sums, return_inverse=True, return_counts=True)
     is_suspicious = rest & ((count[number.reshape(sums.shape)] > 1) | (out == 0).all(axis=3))
