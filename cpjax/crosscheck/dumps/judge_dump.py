@@ -314,8 +314,8 @@ def _chosen(question: Question, tried: list[Tried], dropped: list[str], ranks: s
     partitions = [one.dump.partition.name for one in tried if one.dump.partition is not None]
     if not passing and len(partitions) > 1:
         raise InputError(
-            f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and a wrong result does not tell how "
-            f"they were cut; say --partition"
+            f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and a wrong result does not tell "
+            f"how they were cut; say --partition"
         )
     chosen = (passing or tried)[0]
     remarks = list(chosen.remarks)

@@ -72,6 +72,8 @@ def in_layout(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str
         says = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, out {list(o.shape)} as {layout}"
         hint = "name the right layout with --layout-of"
         batches = len(q) == len(k) == len(v)
+        if not (batches or paged):
+            hint += "; a paged cache [blocks, block_size, heads, dim] is said by --block-table"
         if not (batches or paged) or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
             raise InputError(f"{says} [B, S, N, D]: they do not fit together; {hint}")
         if q.shape[2] % k.shape[2] or o.shape != (*q.shape[:3], v.shape[3]):

@@ -144,15 +144,15 @@ def checked_problem(
     query = _finite("query", query, np.asarray(q_tokens.segment) != PAD)
     key, value = (_finite(n, x, _seen(mask, q_tokens, kv_tokens, x)) for n, x in (("key", key), ("value", value)))
     scale = number("scale", query.shape[-1] ** -0.5 if scale is None else scale)
-    if not np.isfinite(scale_in(precision, scale)):
+    with np.errstate(over="ignore"):
+        rounded = scale_in(precision, scale)
+    if not np.isfinite(rounded):
         raise InputError(f"scale is {scale}, which {precision.score} does not hold; name another precision or scale")
     check_order(order)
     if order == "together":
         partition, order = Contiguous(1), "ascending"
     partition.check(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
-    return Problem(
-        query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, partition, order, dtypes
-    )
+    return Problem(query, key, value, q_tokens, kv_tokens, mask, rounded, precision, partition, order, dtypes)
 
 
 def said_partition(partition: str | Partition | None, cp: int, layout: str | None) -> Partition:
