@@ -43,7 +43,9 @@ def judge(
     """Does correct arithmetic in the stated precision explain this result?
 
     Args:
-      query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]` in global token order; N a multiple of K.
+      query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]` in global token order; N a multiple of K. Arrays
+        of NumPy, torch, JAX or DLPack, or lists; where their dtypes differ a precision must be named. What no query
+        sees may hold NaN.
       out: the result that is judged, `[B, T, N, V]`, in the profile's out format (or a wider dtype that holds it).
       lse: `[B, T, N]` float32 or wider, natural logarithm of Σ exp(scaled score), −inf where nothing is seen; or None.
       scale: multiplies q·k; None is 1/√H.
@@ -63,7 +65,7 @@ def judge(
       progress: called with the number of rows done and their total.
 
     Returns:
-      The verdict. A result of the wrong shape or dtype does not pass; it never raises.
+      The verdict. A result of the wrong shape or dtype does not pass; it never raises. `asked` says what it answers.
 
     Raises:
       ValueError: the problem itself makes no sense: inputs that do not fit together, an unknown name, causal with

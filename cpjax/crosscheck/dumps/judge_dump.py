@@ -46,6 +46,8 @@ class Dump(NamedTuple):
     partition: Partition | None
     """As ranks were joined; None where the files are whole."""
     places: dict[str, Any]
+    dtypes: list[np.dtype]
+    """Of query, key and value in the files: FP8 is scaled here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +202,7 @@ def _dumps(
 def _joined(question: Question, tensors: dict[str, list[Read]], arrays: Arrays, partition: Partition | None) -> Dump:
     query, key, value, out = (np.concatenate(x, axis=1) for x in arrays[:4])
     batch, length, heads = query.shape[:3]
+    dtypes = [tensors[name][0].parts[0].dtype for name in ("query", "key", "value")]
     lse: dict[str, list[np.ndarray]] = {}
     if "lse" in tensors:
         shapes = [(len(x), x.shape[1], x.shape[2]) for x in arrays.query]
@@ -213,14 +216,14 @@ def _joined(question: Question, tensors: dict[str, list[Read]], arrays: Arrays, 
         summed = {word: x.reshape(1, batch * length, heads) for word, x in summed.items()}
         key, value, offsets = paged.key, paged.value, (paged.q_offsets, paged.kv_offsets)
         where = places(question, 1, batch * length, key.shape[1], offsets)
-        return Dump(query, key, value, out, summed, arrays.layout, None, where)
+        return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
     where = places(question, batch, length, key.shape[1], None)
     if partition is None:
-        return Dump(query, key, value, out, summed, arrays.layout, None, where)
+        return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
     back = [_back(partition, x.shape[1], where, name) for name, x in (("q", query), ("kv", key))]
     query, out = query[:, back[0]], out[:, back[0]]
     summed = {word: x[:, back[0]] for word, x in summed.items()}
-    return Dump(query, key[:, back[1]], value[:, back[1]], out, summed, arrays.layout, partition, where)
+    return Dump(query, key[:, back[1]], value[:, back[1]], out, summed, arrays.layout, partition, where, dtypes)
 
 
 def _back(partition: Partition, length: int, where: dict[str, Any], side: str) -> np.ndarray:
@@ -262,8 +265,8 @@ def _best(question: Question, dump: Dump, cp: int, options: dict[str, np.ndarray
 
 def _each(question: Question, dump: Dump, cp: int, options: dict[str, np.ndarray | float]) -> Iterator[Tried]:
     """The dump in every likely precision and order."""
-    of_files = [x.dtype for x in (dump.query, dump.key, dump.value)]
-    found, remark = candidates(of_files[0], of_files[1], of_files[2], dump.out, question.precision)
+    query_dtype, key_dtype, value_dtype = dump.dtypes
+    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, question.precision)
     remarks = [] if remark is None else [remark]
     orders = [question.order] if question.order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"])
     lse = None
