@@ -120,7 +120,7 @@ def judge_dump(question: Question) -> Said:
     return Said(chosen.verdict, remarks, chosen.out, chosen.lse, chosen.problem, about)
 
 
-def _read(question: Question) -> tuple[dict[str, list[Read]], dict[str, np.ndarray | float], dict[str, str]]:
+def _read(question: Question) -> tuple[dict[str, list[Read]], dict[str, Any], dict[str, str]]:
     """The tensors by name, the options of attention as `judge` takes them, and all files with their SHA-256."""
     paths: dict[str, tuple[Path, ...]] = {
         "query": question.query, "key": question.key, "value": (question.value,), "out": (question.out,),
@@ -128,7 +128,7 @@ def _read(question: Question) -> tuple[dict[str, list[Read]], dict[str, np.ndarr
     if question.lse is not None:
         paths["lse"] = (question.lse,)
     tensors = {name: [read(path, name) for path in some] for name, some in paths.items()}
-    options: dict[str, np.ndarray | float] = {} if question.softcap is None else {"softcap": question.softcap}
+    options: dict[str, Any] = {} if question.softcap is None else {"softcap": question.softcap}
     files = {file: digest for reads in tensors.values() for one in reads for file, digest in one.files.items()}
     for name in ("sink", "alibi", "bias"):
         path = getattr(question, name)
@@ -239,7 +239,7 @@ def _back(partition: Partition, length: int, where: dict[str, Any], side: str) -
     )
 
 
-def _best(question: Question, dump: Dump, cp: int, options: dict[str, np.ndarray | float]) -> Tried:
+def _best(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> Tried:
     """The first precision and order that pass; if none, the strictest precision, nearest order: a laxer one would
     only make the failure look smaller.
     """
@@ -263,7 +263,7 @@ def _best(question: Question, dump: Dump, cp: int, options: dict[str, np.ndarray
     return Tried(**{**vars(best), "remarks": remarks})
 
 
-def _each(question: Question, dump: Dump, cp: int, options: dict[str, np.ndarray | float]) -> Iterator[Tried]:
+def _each(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> Iterator[Tried]:
     """The dump in every likely precision and order."""
     query_dtype, key_dtype, value_dtype = dump.dtypes
     found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, question.precision)

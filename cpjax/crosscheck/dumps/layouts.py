@@ -55,7 +55,8 @@ def in_layout(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str
         axes = {"bsnd": 4, "bnsd": 4, "tnd": 3}[layout]
         is_cache = paged and name in ("key", "value")
         ranks = []
-        for parts in zip(*(piece.parts for piece in pieces), strict=True):
+        for rank in range(len(pieces[0].parts)):
+            parts = [piece.parts[rank] for piece in pieces]
             for part in parts:
                 if part.ndim != (4 if is_cache else axes) or 0 in part.shape:
                     raise InputError(
@@ -81,7 +82,9 @@ def in_layout(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str
     return arrays
 
 
-def readable(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str | None, *, paged: bool):
+def readable(
+    tensors: dict[str, list[Read]], paths: dict[str, str], layout: str | None, *, paged: bool
+) -> tuple[list[Arrays], list[str]]:
     """The dump in the layout that was said, or in all that fit and make sense; and what was dropped and why.
 
     Returns:

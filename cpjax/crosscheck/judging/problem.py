@@ -227,7 +227,7 @@ def _seen(mask: Mask, q: Tokens, kv: Tokens, x: np.ndarray) -> Bool[np.ndarray, 
 
 
 def _is_finite(x: np.ndarray) -> Bool[np.ndarray, "B T"]:
-    return np.isfinite(x).all(axis=(2, 3))
+    return np.asarray(np.isfinite(x).all(axis=(2, 3)))
 
 
 def _finite(name: str, x: np.ndarray, counts: Bool[np.ndarray, "B T"]) -> np.ndarray:
