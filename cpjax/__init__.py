@@ -9,7 +9,7 @@
 
 Read in this order; a file imports only what stands above it (tests/project/test_imports.py):
 
-    precision, mask, errors                 which quantity is rounded, who sees whom: values, no JAX
+    precision, mask, errors, arrays         which quantity is rounded, who sees whom: values, no JAX; arrays of any kind
     partition/                              who holds which tokens, in which order chunks are merged: integers
     dense, inputs                           the definition in float64; the inputs of attention, checked
     rounding, partial, attention            casts in JAX; (out, lse) and its merge; what is computed, in one value

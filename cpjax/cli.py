@@ -50,10 +50,25 @@ Example: cpjax judge out/cases out/results/npu
 
 DUMP_HELP = """Judge tensors that any tool dumped: .npy, .npz, .safetensors, torch .pt; a folder holds one file a rank.
 
-FILE::NAME chooses one array of several. Give --query and --key twice for MLA's nope and rope parts; for the latent form
-the absorbed query, and the latent as key. Layout, precision and order of merging are found out by trying if not said.
+One FILE may hold all tensors, under names like q, k, v, o, lse (else --names). FILE::NAME chooses one array of several.
+Give --query and --key twice for MLA's nope and rope parts; for the latent form the absorbed query, the latent as key.
 
-Example: cpjax judge-dump --query q.npy --key k.npy --value v.npy --out o.npy --scale 0.125 --causal
+Layout, precision, order of merging, axes and base of lse, and how ranks were cut are found by trying if not said, and
+printed. What no trial can tell is asked for (exit status 2). Sink, softcap, bias and window: none if not said.
+
+Examples:
+
+cpjax judge-dump --query q.npy --key k.npy --value v.npy --out o.npy --scale 0.125 --causal
+
+cpjax judge-dump dump.safetensors --names query=attn.q,out=attn.y --scale 0.125 --causal --window 4096 --sink sinks.npy
+
+cpjax judge-dump dump.pt --scale 0.125 --causal --layout-of tnd --cu-seqlens-q cu_q.pt --cu-seqlens-k cu_k.pt
+--align bottom-right --lse-layout nt
+
+cpjax judge-dump --query q.pt --key k_cache.pt --value v_cache.pt --out o.pt --block-table table.pt --seq-lens lens.pt
+--scale 0.125 --no-causal --kv-scale 0.05
+
+cpjax judge-dump --query q --key k --value v --out o --scale 0.125 --causal --partition zigzag   (folders of ranks)
 """
 
 Report = Annotated[
@@ -240,48 +255,111 @@ def bench(
 
 @app.command("judge-dump", help=DUMP_HELP)
 def judge_dump(
-    query: Annotated[list[Path], typer.Option(help="file with the queries")],
-    key: Annotated[list[Path], typer.Option(help="file with the keys")],
-    value: Annotated[Path, typer.Option(help="file with the values")],
-    out: Annotated[Path, typer.Option(help="file with the result that is judged")],
     scale: Annotated[float, typer.Option(help="multiplies q·k")],
     causal: Annotated[bool, typer.Option("--causal/--no-causal", help="whether a causal mask applies")],
-    lse: Annotated[Path | None, typer.Option(help="file with lse, natural logarithm")] = None,
-    layout_of: Annotated[str | None, typer.Option(help="bsnd, bnsd or tnd")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="one file of several tensors: .safetensors, .npz, .pt")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option(help="query=NAME,… of the tensors in FILE, if they have other names")
+    ] = None,
+    query: Annotated[list[Path] | None, typer.Option(help="file with the queries")] = None,
+    key: Annotated[list[Path] | None, typer.Option(help="file with the keys")] = None,
+    value: Annotated[Path | None, typer.Option(help="file with the values")] = None,
+    out: Annotated[Path | None, typer.Option(help="file with the result that is judged")] = None,
+    lse: Annotated[Path | None, typer.Option(help="file with the logarithm of the softmax sum")] = None,
+    lse_base: Annotated[str | None, typer.Option(help="of the logarithm: e, 2")] = None,
+    lse_layout: Annotated[
+        str | None, typer.Option(help="bsn, bns, tn, nt; bsn1, … with an axis of 1 behind; bsn8, … of 8 equal numbers")
+    ] = None,
+    layout_of: Annotated[
+        str | None, typer.Option(help="bsnd, bnsd or tnd: batch, sequence (of all requests: tokens), heads n, head dim")
+    ] = None,
     positions: Annotated[Path | None, typer.Option(help="file with the global position of each query")] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(help="of other numbers of queries than keys: bottom-right (the last query sees all), top-left"),
+    ] = None,
     lengths: Annotated[str | None, typer.Option(help="LENGTH,… of the requests of a packed batch")] = None,
-    cp: Annotated[int, typer.Option(min=1, max=2**16, help="ranks; keys were cut into 2·cp chunks")] = 1,
+    segments: Annotated[Path | None, typer.Option(help="file with the request of each token, -1 for a pad")] = None,
+    cu_seqlens_q: Annotated[Path | None, typer.Option(help="file with 0 and the end of each request's queries")] = None,
+    cu_seqlens_k: Annotated[Path | None, typer.Option(help="the same of the keys, if there are others")] = None,
+    cu_seqlens_padded: Annotated[
+        Path | None, typer.Option(help="the same with pads: where requests really begin; cu-seqlens are their lengths")
+    ] = None,
+    block_table: Annotated[
+        Path | None, typer.Option(help="file [requests, blocks]; key and value are [blocks, block_size, heads, dim]")
+    ] = None,
+    seq_lens: Annotated[Path | None, typer.Option(help="file with the cached tokens of each request")] = None,
+    window: Annotated[int | None, typer.Option(help="keys that a query sees, its own included")] = None,
+    sink: Annotated[Path | None, typer.Option(help="file [heads]: a logit more in each head's softmax")] = None,
+    softcap: Annotated[float | None, typer.Option(help="X: scores become X·tanh(score / X)")] = None,
+    alibi: Annotated[Path | None, typer.Option(help="file with slopes [heads] or [batch, heads]")] = None,
+    bias: Annotated[Path | None, typer.Option(help="file added to scores, as [batch, heads, queries, keys]")] = None,
+    kv_scale: Annotated[float | None, typer.Option(help="of an FP8 cache: multiplies keys and values")] = None,
+    key_scale: Annotated[float | None, typer.Option(help="of the keys alone")] = None,
+    value_scale: Annotated[float | None, typer.Option(help="of the values alone")] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(help="contiguous, zigzag, striped, packed, blocks, interleaved: who holds which tokens"),
+    ] = None,
+    cp: Annotated[int | None, typer.Option(min=1, help="ranks; one if not said, or as many as folders hold")] = None,
     precision: Annotated[str | None, typer.Option(help="a profile, see docs/precision.md")] = None,
-    order: Annotated[str | None, typer.Option(help="of merging: ring, gather, ascending, unknown")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="of merging: ring, gather, ascending, unknown; together: nothing is merged")
+    ] = None,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
     """See DUMP_HELP."""
     from dataclasses import replace
 
-    from cpjax.crosscheck.dumps import judge_dump as dumped
+    from cpjax.crosscheck.dumps.judge_dump import judge_dump as judge_question
+    from cpjax.crosscheck.dumps.names import named
+    from cpjax.crosscheck.dumps.question import Question
     from cpjax.crosscheck.run.session import Judged, Shown
 
     with _errors():
         _free(report)
-        try:
-            several = None if lengths is None else [int(n) for n in lengths.split(",")]
-        except ValueError:
-            raise InputError(f"--lengths {lengths!r} must be whole numbers with commas, as 512,300") from None
-        said = dumped.judge_dump(
-            query, key, value, out, lse, scale=scale, is_causal=causal, layout=layout_of, positions=positions,
-            lengths=several, cp=cp, precision=precision, order=order,
+        found = {} if file is None else named(file, names)
+        if file is None and names is not None:
+            raise InputError("--names is of the tensors in FILE; give the file")
+        files = {"query": query, "key": key, "value": value, "out": out}
+        missing = [f"--{name}" for name, x in files.items() if not x and name not in found]
+        if missing:
+            raise InputError(f"{', '.join(missing)} missing: say them, or give one FILE that holds all tensors")
+        question = Question(
+            query=tuple(query or [found["query"]]), key=tuple(key or [found["key"]]), value=value or found["value"],
+            out=out or found["out"], lse=lse or found.get("lse"), scale=scale, is_causal=causal, layout=layout_of,
+            positions=positions, align=align, lengths=_whole_numbers(lengths), segments=segments,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, cu_seqlens_padded=cu_seqlens_padded,
+            block_table=block_table, seq_lens=seq_lens, sink=sink or found.get("sink"), softcap=softcap, window=window,
+            alibi=alibi, bias=bias, key_scale=kv_scale if key_scale is None else key_scale,
+            value_scale=kv_scale if value_scale is None else value_scale, partition=partition, cp=cp,
+            precision=precision, order=order, lse_base=lse_base, lse_layout=lse_layout,
         )  # fmt: skip
+        said = judge_question(question)
         for remark in said.remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
-        judged = Judged(out.name, "dump", said.verdict.precision, said.verdict.order, verdict=said.verdict)
+        name = question.out.name
+        judged = Judged(
+            name, "dump", said.verdict.precision, said.verdict.order, verdict=said.verdict, about=said.about
+        )
         if report is not None:
             # What is no result at all, by its form, cannot be drawn.
-            shown = Shown(said.problem, said.dump.out, said.dump.lse)
+            shown = Shown(said.problem, said.out, said.lse)
             shown = None if "form" in said.verdict.failed_tests else shown
             judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
         _report(report, [judged], "cpjax judge-dump")
-        _show([judged], as_json)
+        _show([judged], as_json, asked=True)
+
+
+def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
+    """--lengths."""
+    try:
+        return None if text is None else tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise InputError(f"--lengths {text!r} must be whole numbers with commas, as 512,300") from None
 
 
 def main() -> None:
@@ -334,10 +412,13 @@ def _report(report: Path | None, judged: list, title: str) -> None:
         print(f"cpjax: report: {write_report(report, judged, title)}", file=sys.stderr)
 
 
-def _show(judged: list, as_json: bool, compared: list | None = None, budgets: list | None = None) -> None:
+def _show(
+    judged: list, as_json: bool, compared: list | None = None, budgets: list | None = None, *, asked: bool = False
+) -> None:
     """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
     from rich.console import Console
 
+    from cpjax.crosscheck.judging.asked import sentences
     from cpjax.crosscheck.run.compare import between_sentence
     from cpjax.crosscheck.run.summary import all_passed, sentence, table_of
 
@@ -359,6 +440,13 @@ def _show(judged: list, as_json: bool, compared: list | None = None, budgets: li
                 console.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
             for cause in one.verdict.diagnosis if one.verdict is not None else []:
                 console.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
+        for one in judged if asked else []:
+            for line in sentences({"layout": one.about["layout"]} | one.verdict.asked):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            for name, digest in one.about["files"].items():
+                console.print(f"file: {name}, SHA-256 {digest}", highlight=False, markup=False, soft_wrap=True)
+            versions = ", ".join(f"{name} {x}" for name, x in one.about["versions"].items())
+            console.print(f"judged: {one.about['date']}, {versions}", highlight=False, markup=False)
         for backend, reason in dict.fromkeys((x.backend, x.unsupported) for x in judged if x.outcome == "unsupported"):
             which = [x.case for x in judged if (x.backend, x.unsupported) == (backend, reason)]
             names = ", ".join(which[:3]) + (f" and {len(which) - 3} more" if len(which) > 3 else "")

@@ -52,7 +52,19 @@ def check_inputs(
                 raise InputError(f"{field}s of the {name} have shape {array.shape}; they must be {x.shape[:2]}")
             if np.dtype(array.dtype).kind not in "iu":
                 raise InputError(f"{field}s of the {name} are of dtype {array.dtype}; they must be integers")
-    return q_tokens, kv_tokens
+    return _signed("query", q_tokens), _signed("key", kv_tokens)
+
+
+def _signed(name: str, places: Tokens) -> Tokens:
+    """Places whose differences do not wrap: 3 − 5 is 2^8 − 2 in uint8, and no key would be the future.
+
+    Raises:
+      InputError: uint32 or uint64, which int32 does not hold.
+    """
+    for field, array in zip(Tokens._fields, places, strict=True):
+        if np.dtype(array.dtype).kind == "u" and np.dtype(array.dtype).itemsize >= 4:
+            raise InputError(f"{field}s of the {name} are of dtype {array.dtype}; give them as int32")
+    return Tokens(*(x.astype(np.int32) if np.dtype(x.dtype).kind == "u" else x for x in places))
 
 
 def _is_floating(dtype: Any) -> bool:

@@ -20,6 +20,10 @@ PAD = -1
 """The segment of a token that is only filling: it sees nothing and nobody sees it."""
 
 
+MOST_WINDOW = 2**31 - 1
+"""A window is compared with int32 positions; no text is longer."""
+
+
 class Tokens(NamedTuple):
     """Where tokens are: `position` counts from 0 within a request, `segment` numbers the request in its batch row."""
 
@@ -35,17 +39,23 @@ class Mask:
     Mask(is_causal=True, window=3)
 
     Raises:
-      InputError: for a window below 1.
+      InputError: is_causal is no boolean; window is no whole number of at least 1.
     """
 
     is_causal: bool = True
     window: int | None = None
 
     def __post_init__(self):
-        """Refuse a window that would hide the query's own key."""
-        if self.window is not None and self.window < 1:
+        """Refuse what is no rule: "no" is true to Python, and a window of 0 would hide the query's own key."""
+        if not isinstance(self.is_causal, bool | np.bool_):
+            raise InputError(f"is_causal is {self.is_causal!r:.60}; it must be True or False")
+        if self.window is None:
+            return
+        is_whole = isinstance(self.window, int | np.integer) and not isinstance(self.window, bool)
+        if not is_whole or not 1 <= self.window <= MOST_WINDOW:
             raise InputError(
-                f"window is {self.window}; it must be at least 1, the query's own key (or None for no window)"
+                f"window is {self.window!r:.60}; it must be at least 1, the query's own key, a whole number below 2^31 "
+                f"(or None for no window)"
             )
 
     def __and__(self, other: "Mask") -> "Mask":

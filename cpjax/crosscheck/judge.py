@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cpjax.arrays import as_array
 from cpjax.crosscheck.diagnosis import diagnose
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.evidence import collect
@@ -13,6 +14,7 @@ from cpjax.crosscheck.judging.problem import Array, Problem, checked_problem
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
 from cpjax.crosscheck.judging.sampling import chosen_rows, suspicious_rows
 from cpjax.crosscheck.judging.verdict import Verdict, decide, malformed
+from cpjax.errors import InputError
 from cpjax.partition import Partition
 from cpjax.precision import Precision
 
@@ -41,7 +43,9 @@ def judge(
     """Does correct arithmetic in the stated precision explain this result?
 
     Args:
-      query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]` in global token order; N a multiple of K.
+      query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]` in global token order; N a multiple of K. Arrays
+        of NumPy, torch, JAX or DLPack, or lists; where their dtypes differ a precision must be named. What no query
+        sees may hold NaN.
       out: the result that is judged, `[B, T, N, V]`, in the profile's out format (or a wider dtype that holds it).
       lse: `[B, T, N]` float32 or wider, natural logarithm of Σ exp(scaled score), −inf where nothing is seen; or None.
       scale: multiplies q·k; None is 1/√H.
@@ -61,7 +65,7 @@ def judge(
       progress: called with the number of rows done and their total.
 
     Returns:
-      The verdict. A result of the wrong shape or dtype does not pass; it never raises.
+      The verdict. A result of the wrong shape or dtype does not pass; it never raises. `asked` says what it answers.
 
     Raises:
       ValueError: the problem itself makes no sense: inputs that do not fit together, an unknown name, causal with
@@ -99,10 +103,13 @@ def judge_problem(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
     """As `judge`, of a problem that is checked already."""
+    try:
+        out, lse = as_array(out, "out"), None if lse is None else as_array(lse, "lse")
+    except InputError as error:
+        return malformed(problem, str(error))
     wrong = _misshapen(problem, out, lse)
     if wrong is not None:
         return malformed(problem, wrong)
-    out, lse = np.asarray(out), None if lse is None else np.asarray(lse)
     chosen = chosen_rows(problem, seed)
     chosen = chosen | suspicious_rows(problem, out, chosen, seed)
     judged = np.broadcast_to(problem.is_judged[..., None], chosen.shape)
@@ -116,22 +123,18 @@ def judge_problem(
     return replace(verdict, search=lambda: diagnose(problem, evidence, out, lse))
 
 
-def _misshapen(problem: Problem, out: object, lse: object) -> str | None:
+def _misshapen(problem: Problem, out: np.ndarray, lse: np.ndarray | None) -> str | None:
     """Why this is no result at all, or None."""
     batch, length, heads, _ = problem.query.shape
     expected = {"out": (batch, length, heads, problem.value.shape[3]), "lse": (batch, length, heads)}
-    for name, given in (("out", out), ("lse", lse)):
-        if name == "lse" and given is None:
+    for name, array in (("out", out), ("lse", lse)):
+        if array is None:
             continue
-        try:
-            array = np.asarray(given)
-        except (ValueError, TypeError) as error:
-            return f"{name} is no array ({str(error).splitlines()[0]})"
-        if array.dtype.name not in ("float16", "float32", "float64", "bfloat16"):
-            return f"{name} has dtype {array.dtype}; it must be a floating-point format"
+        if array.dtype.name not in FORMATS:
+            return f"{name} has dtype {array.dtype}; it must be a floating-point format, one of {', '.join(FORMATS)}"
         if array.shape != expected[name]:
             return f"{name} has shape {array.shape}; it must be {expected[name]}"
-    return _off_format(problem, np.asarray(out))
+    return _off_format(problem, out)
 
 
 def _off_format(problem: Problem, out: np.ndarray) -> str | None:

@@ -78,6 +78,9 @@ def test_ranks_are_joined_and_a_swapped_rank_is_wrong(tmp_path, arrays):
     b.rename(a)
     c.rename(b)
     said = run(files)
+    assert said.exit_code == 2
+    assert "say --partition" in said.output
+    said = run(files, "--partition", "zigzag")
     assert said.exit_code == 1
     assert "exchanged" in said.output
 
@@ -95,7 +98,7 @@ def test_query_and_key_in_two_parts(tmp_path, arrays):
 @pytest.mark.slow
 def test_what_is_wrong_is_diagnosed(tmp_path, arrays):
     arrays["lse"] = arrays["lse"] / np.float32(np.log(2))
-    said = run(saved(tmp_path, arrays, "npy"), "--order", "ring")
+    said = run(saved(tmp_path, arrays, "npy"), "--order", "ring", "--lse-base", "e")
     assert said.exit_code == 1
     assert "base two" in " ".join(said.output.split())
 
@@ -248,7 +251,7 @@ def test_inputs_that_are_no_numbers_are_refused(tmp_path, arrays, name, number):
     said = run(saved(tmp_path, arrays, "npy"))
     assert said.exit_code == 2, said.output
     assert said.output.startswith(f"cpjax: --{name}"), said.output
-    assert "has a NaN or an infinity at [0, 3, 0, 0]" in said.output
+    assert "holds a NaN or an infinity, first at batch 0, token 3, head 0, component 0" in said.output
     assert said.output.count("\n") == 1, said.output
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # but that is not an import that anybody wrote.
 LAYERS = [
     ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.crosscheck.exact"],
-    ["cpjax.mask", "cpjax.precision"],
+    ["cpjax.arrays", "cpjax.mask", "cpjax.precision"],
     ["cpjax.attention", "cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
@@ -225,6 +225,7 @@ print(*[name for name in LAZY if name in sys.modules])
 from pathlib import Path
 import numpy as np
 from cpjax.crosscheck.dumps.judge_dump import judge_dump
+from cpjax.crosscheck.dumps.question import Question
 from cpjax.crosscheck.files.case import gaussian_case, read_case, write_case
 from cpjax.crosscheck.files.result import Result, write_result
 from cpjax.crosscheck.report.page import write_report
@@ -257,7 +258,7 @@ for name in ("query", "key", "value"):
     np.save(folder / f"{name}.npy", getattr(case, name))
 np.save(folder / "out.npy", attention(case, right).out)
 query, key, value, out = (folder / f"{name}.npy" for name in ("query", "key", "value", "out"))
-said = judge_dump([query], [key], value, out, None, scale=case.scale, is_causal=True, layout="bsnd", cp=2)
+said = judge_dump(Question((query,), (key,), value, out, scale=case.scale, is_causal=True, layout="bsnd", cp=2))
 print("dump", said.verdict.passed)
 """
 ABSENT = ("jax", "jaxlib", "flax", "torch")

@@ -1,197 +1,358 @@
 """A verdict on dumped tensors. What was not said is found out by trying, and said; what cannot be, is asked for."""
 
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cpjax.crosscheck.diagnosis.precision_search import consistent_with
-from cpjax.crosscheck.dumps.readers import LAYOUTS, read_tensor
+from cpjax.crosscheck.dumps.dtypes import Candidate, candidates
+from cpjax.crosscheck.dumps.layouts import Arrays, readable
+from cpjax.crosscheck.dumps.lse import choose, read_lse, without_infinity
+from cpjax.crosscheck.dumps.pages import gathered
+from cpjax.crosscheck.dumps.places import places
+from cpjax.crosscheck.dumps.question import Question
+from cpjax.crosscheck.dumps.readers import WHOLE, Read, read
+from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judge import judge_problem
-from cpjax.crosscheck.judging.problem import PROFILE_OF, Problem, checked_problem
+from cpjax.crosscheck.judging.problem import Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.errors import InputError
-from cpjax.partition import ORDERS
-from cpjax.precision import PROFILES
+from cpjax.partition import Packed, Partition, inverse, partition_of
+from cpjax.partition.sequence import SequencePartition
+
+JOINED = ("zigzag", "contiguous", "striped")
+"""How ranks may lie in a folder, tried in this order."""
+
+FLAT = 1.2
+"""A z up to here is that of a right result: beneath it no failure is told from another."""
 
 
 class Dump(NamedTuple):
-    """Tensors in global token order, `[B, S, N, D]`."""
+    """Tensors in global token order, `[B, S, N, D]`; lse by each of its readings, `[B, S, N]`."""
 
     query: np.ndarray
     key: np.ndarray
     value: np.ndarray
     out: np.ndarray
-    lse: np.ndarray | None
+    lse: dict[str, np.ndarray]
     layout: str
+    partition: Partition | None
+    """As ranks were joined; None where the files are whole."""
+    places: dict[str, Any]
+    dtypes: list[np.dtype]
+    """Of query, key and value in the files: FP8 is scaled here."""
 
 
-class Said(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A reading of the dump, and its best verdict."""
+
+    dump: Dump
+    candidate: Candidate
+    order: str
+    problem: Problem
+    out: np.ndarray
+    lse: np.ndarray | None
+    verdict: Verdict
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Said:
     """The verdict, and what was found out on the way."""
 
     verdict: Verdict
     remarks: list[str]
-    dump: Dump
+    out: np.ndarray
+    lse: np.ndarray | None
     problem: Problem
     """What the verdict answers."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """The files with their SHA-256, what was taken for granted, versions, the date."""
 
 
-def judge_dump(
-    query: list[Path],
-    key: list[Path],
-    value: Path,
-    out: Path,
-    lse: Path | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    layout: str | None = None,
-    positions: Path | None = None,
-    lengths: list[int] | None = None,
-    cp: int = 1,
-    precision: str | None = None,
-    order: str | None = None,
-) -> Said:
-    """Judge one dumped call of attention. Two files for query or key are its nope and rope parts.
+def judge_dump(question: Question) -> Said:
+    """Judge one dumped call of attention.
 
     Raises:
       InputError: files that cannot be read or do not fit together; a problem that nobody could answer by trying.
     """
-    if order is not None and order not in ORDERS:
-        raise InputError(f"--order {order!r} is unknown; known are {', '.join(ORDERS)}")
-    if precision is not None and precision not in PROFILES:
-        raise InputError(f"--precision {precision!r} is unknown; known are {', '.join(PROFILES)}")
-    if layout is not None and layout not in LAYOUTS:
-        raise InputError(f"--layout-of {layout!r} is unknown; known are {', '.join(LAYOUTS)}")
-    dumps = _readable(query, key, value, out, lse, layout)
-    found: list[tuple[tuple, Verdict, Dump, Problem]] = []
+    tensors, options, files = _read(question)
+    scaled = _scaled(question, tensors)
+    paths = {
+        name: str(getattr(question, name)) if name in ("value", "out") else str(getattr(question, name)[0])
+        for name in scaled
+    }
+    ranks = {len(read.parts) for reads in tensors.values() for read in reads if read.by_rank}
+    cp = _cp(question, tensors, ranks)
+    arrays, dropped = readable(scaled, paths, question.layout, paged=question.block_table is not None)
+    dumps, reasons = _dumps(question, tensors, arrays, cp, bool(ranks))
+    tried = []
     for dump in dumps:
-        places = _places(dump, positions, lengths, is_causal=is_causal)
-        profiles = [precision] if precision else _profiles(dump)
-        for profile in profiles:
-            for one in [order] if order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"]):
-                if found and found[-1][1].passed:
-                    break
-                try:
-                    problem = checked_problem(
-                        dump.query, dump.key, dump.value, scale=scale, is_causal=is_causal, window=None, cp=cp,
-                        precision=profile, order=one, **places,
-                    )  # fmt: skip
-                except ValueError as error:
-                    raise InputError(f"{next(iter(str(error).splitlines()), '')}") from None
-                found.append(((dump.layout, profile, one), judge_problem(problem, dump.out, dump.lse), dump, problem))
-    # If nothing passes the strictest precision is taken: a laxer one would only make the failure look smaller.
-    profiles = list(dict.fromkeys(entry[0][1] for entry in found))
-    choice, verdict, dump, problem = min(
-        found, key=lambda entry: (not entry[1].passed, profiles.index(entry[0][1]), _badness(entry[1]))
+        try:
+            tried.append(_best(question, dump, cp, options))
+        except ValueError as error:
+            reasons.append(error)
+    # A layout that needs another word may be the right one: nothing is called wrong before it was said.
+    needs = reasons and question.layout is None and len(arrays) > 1
+    if not tried or (needs and not any(one.verdict.passed for one in tried)):
+        raise InputError(_worded(reasons[0], question)) from None
+    chosen, remarks = _chosen(question, tried, dropped, ranks)
+    if question.cp is None and cp > 1:
+        remarks.insert(0, f"cp: {cp}, as many as the folders have ranks")
+    if chosen.verdict.passed:
+        remarks += _computes(chosen, question.scale)
+    about = {
+        "tensors": {name: [f"{read.about}" for read in reads] for name, reads in tensors.items()},
+        "files": files,
+        "taken": remarks,
+        "layout": chosen.dump.layout,
+        "versions": {name: version(name) for name in ("cpjax", "numpy")} | {"python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return Said(chosen.verdict, remarks, chosen.out, chosen.lse, chosen.problem, about)
+
+
+def _read(question: Question) -> tuple[dict[str, list[Read]], dict[str, Any], dict[str, str]]:
+    """The tensors by name, the options of attention as `judge` takes them, and all files with their SHA-256."""
+    paths: dict[str, tuple[Path, ...]] = {
+        "query": question.query, "key": question.key, "value": (question.value,), "out": (question.out,),
+    }  # fmt: skip
+    if question.lse is not None:
+        paths["lse"] = (question.lse,)
+    tensors = {name: [read(path, name) for path in some] for name, some in paths.items()}
+    options: dict[str, Any] = {} if question.softcap is None else {"softcap": question.softcap}
+    files = {file: digest for reads in tensors.values() for one in reads for file, digest in one.files.items()}
+    for name in ("sink", "alibi", "bias"):
+        path = getattr(question, name)
+        if path is not None:
+            found = read(path, name)
+            if found.by_rank:
+                raise InputError(f"--{name} {path}: is a folder; it must be one file for all ranks")
+            options[name] = found.parts[0]
+            files |= found.files
+    unknown = options.keys() - signature(checked_problem).parameters.keys()
+    if unknown:
+        raise InputError(f"the judge does not know {', '.join(sorted(unknown))}; leave it out")
+    for name in (
+        "positions",
+        "segments",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "cu_seqlens_padded",
+        "block_table",
+        "seq_lens",
+    ):
+        path = getattr(question, name)
+        if path is not None:
+            files |= read(path, name.replace("_", "-"), WHOLE).files
+    return tensors, options, files
+
+
+def _scaled(question: Question, tensors: dict[str, list[Read]]) -> dict[str, list[Read]]:
+    """query, key, value and out; keys and values times the scale of their FP8 format, in float64, which holds it."""
+    found = {name: tensors[name] for name in ("query", "key", "value", "out")}
+    for name, scale in (("key", question.key_scale), ("value", question.value_scale)):
+        for one in found[name]:
+            if scale is None and one.parts[0].dtype.name.startswith("float8"):
+                raise InputError(
+                    f"--{name}: is {one.parts[0].dtype}; say --{name}-scale, by which its numbers are multiplied"
+                )
+        if scale is not None:
+            found[name] = [one._replace(parts=[x.astype(np.float64) * scale for x in one.parts]) for one in found[name]]
+    return found
+
+
+def _cp(question: Question, tensors: dict[str, list[Read]], ranks: set[int]) -> int:
+    whole = [name for name, reads in tensors.items() if not all(one.by_rank for one in reads)]
+    if ranks and whole:
+        raise InputError(f"--{whole[0]} is one file, others are folders of ranks; give all as one or the other")
+    if len(ranks) > 1:
+        raise InputError(f"folders have {', '.join(map(str, sorted(ranks)))} ranks; all must have as many")
+    found = next(iter(ranks), None)
+    if question.cp is not None and found is not None and question.cp != found:
+        raise InputError(f"--cp {question.cp}, but the folders have {found} ranks; leave --cp out")
+    return question.cp or found or 1
+
+
+def _dumps(
+    question: Question, tensors: dict[str, list[Read]], arrays: list[Arrays], cp: int, by_rank: bool
+) -> tuple[list[Dump], list[Exception]]:
+    """Every layout, joined in every partition; and why others dropped out."""
+    names: list[str | None] = [None]
+    if by_rank:
+        names = [question.partition] if question.partition is not None else list(JOINED if cp > 1 else JOINED[1:2])
+    found, reasons = [], []
+    for one in arrays:
+        for name in names:
+            try:
+                found.append(_joined(question, tensors, one, None if name is None else partition_of(name, cp)))
+            except ValueError as error:
+                reasons.append(error)
+    return found, reasons
+
+
+def _joined(question: Question, tensors: dict[str, list[Read]], arrays: Arrays, partition: Partition | None) -> Dump:
+    query, key, value, out = (np.concatenate(x, axis=1) for x in arrays[:4])
+    batch, length, heads = query.shape[:3]
+    dtypes = [tensors[name][0].parts[0].dtype for name in ("query", "key", "value")]
+    lse: dict[str, list[np.ndarray]] = {}
+    if "lse" in tensors:
+        shapes = [(len(x), x.shape[1], x.shape[2]) for x in arrays.query]
+        lse = read_lse(tensors["lse"][0].parts, shapes, question.lse_layout, str(question.lse))
+    summed = {word: np.concatenate(parts, axis=1) for word, parts in lse.items()}
+    if question.block_table is not None:
+        if partition is not None:
+            raise InputError("--block-table is of one cache; judge every rank of a folder for itself")
+        paged = gathered(question, key, value, batch, length)
+        query, out = (x.reshape(1, batch * length, *x.shape[2:]) for x in (query, out))
+        summed = {word: x.reshape(1, batch * length, heads) for word, x in summed.items()}
+        key, value, offsets = paged.key, paged.value, (paged.q_offsets, paged.kv_offsets)
+        where = places(question, 1, batch * length, key.shape[1], offsets)
+        return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
+    where = places(question, batch, length, key.shape[1], None)
+    if partition is None:
+        return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
+    back = [_back(partition, x.shape[1], where, name) for name, x in (("q", query), ("kv", key))]
+    query, out = query[:, back[0]], out[:, back[0]]
+    summed = {word: x[:, back[0]] for word, x in summed.items()}
+    return Dump(query, key[:, back[1]], value[:, back[1]], out, summed, arrays.layout, partition, where, dtypes)
+
+
+def _back(partition: Partition, length: int, where: dict[str, Any], side: str) -> np.ndarray:
+    """The permutation from ranks laid one after the other to the text."""
+    if isinstance(partition, SequencePartition):
+        return inverse(partition.order(length))
+    if isinstance(partition, Packed) and "segment_ids" in where:
+        segment = np.asarray(where["segment_ids"][0 if side == "q" else 1])[0]
+        return inverse(partition.held(segment).ravel())
+    raise InputError(
+        f"--partition {partition.name}: folders of ranks are joined for {', '.join(JOINED)}, and for packed requests "
+        f"with --segments; join them yourself and give whole files"
     )
-    remarks = _remarks(choice, verdict, found, layout, precision, order)
-    if verdict.passed:
-        remarks += _computes(dump, problem, scale)
-    return Said(verdict, remarks, dump, problem)
 
 
-def _computes(dump: Dump, problem: Problem, scale: float) -> list[str]:
-    """What was computed, and with which precisions the result is consistent."""
-    names = consistent_with(problem, scale, dump.out, dump.lse)
-    mask = "causal" if problem.mask.is_causal else "full"
-    what = f"computes: {mask} attention, {dump.query.shape[2]} heads on {dump.key.shape[2]}"
-    return [f"{what}; consistent with {'; or '.join(names)}"] if names else [what]
+def _best(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> Tried:
+    """The first precision and order that pass; if none, the strictest precision, nearest order: a laxer one would
+    only make the failure look smaller.
+    """
+    tried = []
+    for one in _each(question, dump, cp, options):
+        tried.append(one)
+        if one.verdict.passed:
+            break
+    names = list(dict.fromkeys(one.candidate.name for one in tried))
+    best = min(tried, key=lambda one: (not one.verdict.passed, names.index(one.candidate.name), _badness(one.verdict)))
+    remarks = list(best.remarks)
+    if question.precision is None:
+        failed = [name for name in names if name != best.candidate.name]
+        says = "passes" if best.verdict.passed else "is taken"
+        more = (
+            f"; {', '.join(failed)} {'does not' if best.verdict.passed else 'does not pass either'}" if failed else ""
+        )
+        remarks.append(f"precision: {best.candidate.name} {says}{more}")
+    if question.order is None and len({one.order for one in tried}) > 1:
+        remarks.append(f"order of merging: {best.order} {'passes' if best.verdict.passed else 'is nearest'}")
+    return Tried(**{**vars(best), "remarks": remarks})
+
+
+def _each(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> Iterator[Tried]:
+    """The dump in every likely precision and order."""
+    query_dtype, key_dtype, value_dtype = dump.dtypes
+    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, question.precision)
+    remarks = [] if remark is None else [remark]
+    orders = [question.order] if question.order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"])
+    lse = None
+    for candidate in found:
+        query = dump.query if candidate.query is None else _rounded(dump.query, candidate.query)
+        for order in orders:
+            problem = checked_problem(
+                query, dump.key, dump.value, scale=question.scale, is_causal=question.is_causal, window=question.window,
+                cp=cp, partition=dump.partition or question.partition, precision=candidate.precision, order=order,
+                **dump.places, **options,
+            )  # fmt: skip
+            if lse is None and dump.lse:
+                reading, says = choose(problem, dump.lse, question.lse_base, options)
+                lse, infinite = without_infinity(problem, np.asarray(_wide(reading.lse)))
+                remarks += [x for x in (says, infinite) if x is not None]
+            verdict = judge_problem(problem, dump.out, lse)
+            yield Tried(dump, candidate, order, problem, dump.out, lse, verdict, remarks)
+
+
+def _wide(lse: np.ndarray) -> np.ndarray:
+    """lse in FP16 is judged as the numbers that it holds."""
+    return lse if lse.dtype.name == "float64" else lse.astype(np.float32)
+
+
+def _rounded(x: np.ndarray, fmt: str) -> np.ndarray:
+    return x.astype(FORMATS[fmt].dtype)
 
 
 def _badness(verdict: Verdict) -> float:
     """How far `out` is from passing, to choose which failure is shown; if it is right, the first that was tried."""
-    return max(float(np.nan_to_num(verdict.z, nan=1e300)), 1.2)
+    return max(float(np.nan_to_num(verdict.z, nan=1e300)), FLAT)
 
 
-def _remarks(
-    choice: tuple, verdict: Verdict, found: list, layout: str | None, precision: str | None, order: str | None
-) -> list[str]:
-    remarks = []
-    if layout is None:
-        tried = len({entry[0][0] for entry in found})
-        how = "it fits best of those whose shapes fit" if tried > 1 else "no other layout fits the shapes"
-        remarks.append(f"layout: taken as {choice[0]}, {how}; say --layout-of")
-    if precision is None:
-        tried = list(dict.fromkeys(entry[0][1] for entry in found))
-        failed = [name for name in tried if name != choice[1]]
-        more = f"; {', '.join(failed)} {'does not' if verdict.passed else 'does not pass either'}" if failed else ""
-        remarks.append(f"precision: {choice[1]} {'passes' if verdict.passed else 'is taken'}{more}")
-    if order is None and len({entry[0][2] for entry in found}) > 1:
-        remarks.append(f"order of merging: {choice[2]} {'passes' if verdict.passed else 'is nearest'}")
-    return remarks
+def _chosen(question: Question, tried: list[Tried], dropped: list[str], ranks: set[int]) -> tuple[Tried, list[str]]:
+    """The reading that is judged. A wrong result is wrong in every reading: then it is asked, not guessed.
 
-
-def _profiles(dump: Dump) -> list[str]:
-    """Likely precisions, the strictest first."""
-    name = PROFILE_OF.get(dump.query.dtype.name, "float32")
-    if dump.query.dtype.name == "float16":
-        return [name, "ring_mla_fp16"] if dump.out.dtype.name == "float16" else [name]
-    return [name]
-
-
-def _readable(
-    query: list[Path], key: list[Path], value: Path, out: Path, lse: Path | None, layout: str | None
-) -> list[Dump]:
-    """The dump in every layout in which its shapes fit together."""
-    fits, reasons = [], []
-    for name in [layout] if layout else LAYOUTS:
-        try:
-            dump = _in_layout(query, key, value, out, lse, name)
-        except InputError as error:
-            if layout or "--layout-of" not in str(error):
-                raise
-            reasons.append(f"{name}: {error}")
-            continue
-        fits.append(dump)
-    if not fits:
-        raise InputError(f"no layout fits all files; name it with --layout-of. {reasons[0]}")
-    return fits
-
-
-def _in_layout(query: list[Path], key: list[Path], value: Path, out: Path, lse: Path | None, layout: str) -> Dump:
-    q, k = (
-        np.concatenate([read_tensor(path, name, layout=layout) for path in paths], axis=-1)
-        for name, paths in (("query", query), ("key", key))
-    )
-    v, o = read_tensor(value, "value", layout=layout), read_tensor(out, "out", layout=layout)
-    summed = None if lse is None else read_tensor(lse, "lse", layout=layout)
-    hint = "name the right layout with --layout-of"
-    if not (len(q) == len(k) == len(v)) or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise InputError(f"query {q.shape}, key {k.shape}, value {v.shape} do not fit together as {layout}; {hint}")
-    if q.shape[2] % k.shape[2] or o.shape != (*q.shape[:3], v.shape[3]):
-        raise InputError(f"query {q.shape}, key {k.shape}, out {o.shape} do not fit together as {layout}; {hint}")
-    if summed is not None and summed.shape != q.shape[:3]:
-        raise InputError(f"lse {summed.shape} must be {q.shape[:3]} (batch, tokens, heads); {hint}")
-    return Dump(q, k, v, o, None if summed is None else summed.astype(np.float32), layout)
-
-
-def _places(dump: Dump, positions: Path | None, lengths: list[int] | None, *, is_causal: bool) -> dict:
-    """Positions and segments as `judge` takes them."""
-    batch, length = dump.query.shape[:2]
-    keys = dump.key.shape[1]
-    if lengths is not None:
-        if length != keys or sum(lengths) > length or min(lengths) < 1:
-            raise InputError(
-                f"--lengths {lengths} must be positive and sum to at most the {length} tokens of query and key"
-            )
-        position = np.concatenate([*(np.arange(n) for n in lengths), np.zeros(length - sum(lengths))]).astype(np.int32)
-        segment = np.full(length, -1, np.int32)
-        segment[: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
-        spread = np.broadcast_to(position, (batch, length))
-        return {"q_positions": spread, "kv_positions": spread, "segment_ids": np.broadcast_to(segment, (batch, length))}
-    if positions is not None:
-        from cpjax.crosscheck.dumps.readers import read_array
-
-        given = read_array(positions, "positions")
-        if given.dtype.kind not in "iu" or given.shape not in ((length,), (batch, length)):
-            raise InputError(
-                f"--positions {positions}: is {given.dtype} {list(given.shape)}; it must be whole numbers [{length}]"
-            )
-        natural = np.broadcast_to(np.arange(keys, dtype=np.int32), (batch, keys))
-        return {"q_positions": np.broadcast_to(given.astype(np.int32), (batch, length)), "kv_positions": natural}
-    if is_causal and length != keys:
+    Raises:
+      InputError: several layouts or partitions are as good as each other.
+    """
+    passing = [one for one in tried if one.verdict.passed]
+    layouts = list(dict.fromkeys(one.dump.layout for one in passing or tried))
+    if len(layouts) > 1:
+        how = "the result passes" if passing else "the result is wrong"
         raise InputError(
-            f"causal with {length} queries and {keys} keys: give --positions, the global position of each query"
+            f"{' and '.join(layouts)} both fit the shapes and make sense, and {how} in both: say --layout-of "
+            f"{' or --layout-of '.join(layouts)}"
         )
-    return {}
+    partitions = [one.dump.partition.name for one in tried if one.dump.partition is not None]
+    if not passing and len(partitions) > 1:
+        raise InputError(
+            f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and a wrong result does not tell "
+            f"how they were cut; say --partition"
+        )
+    chosen = (passing or tried)[0]
+    remarks = list(chosen.remarks)
+    if question.layout is None:
+        others = [one for one in tried if one.dump.layout != chosen.dump.layout]
+        why = [*dropped, *(f"as {x.dump.layout} it does not pass (z {x.verdict.z:.3g})" for x in others)]
+        says = "; ".join(why) if why else "no other layout fits the shapes"
+        remarks.insert(0, f"layout: taken as {chosen.dump.layout}; {says}; say --layout-of")
+    if question.partition is None and chosen.dump.partition is not None and len(partitions) > 1:
+        fit = [one.dump.partition.name for one in passing if one is not chosen and one.dump.partition is not None]
+        not_fit = [one.dump.partition.name for one in tried if one.dump.partition is not None and one not in passing]
+        more = [f"{' and '.join(fit)} fits too"] * bool(fit) + [f"{' and '.join(not_fit)} does not fit"] * bool(not_fit)
+        remarks.insert(
+            0, f"partition: ranks joined as {chosen.dump.partition.name}; {'; '.join(more)}; say --partition"
+        )
+    elif question.partition is None and not ranks and chosen.problem.cp > 1:
+        remarks.insert(0, f"partition: {chosen.problem.partition.name} is assumed; say --partition")
+    return chosen, remarks
+
+
+def _computes(chosen: Tried, scale: float) -> list[str]:
+    """What was computed, and with which precisions the result is consistent."""
+    problem = chosen.problem
+    names = consistent_with(problem, scale, chosen.out, chosen.lse)
+    mask = "causal" if problem.mask.is_causal else "full"
+    what = f"computes: {mask} attention, {problem.query.shape[2]} heads on {problem.key.shape[2]}"
+    return [f"{what}; consistent with {'; or '.join(names)}"] if names else [what]
+
+
+def _worded(error: Exception, question: Question) -> str:
+    """The error as of an option: what `judge` calls query came from a file."""
+    line = next(iter(str(error).splitlines()), "")
+    for name in ("query", "key", "value"):
+        if line.startswith(f"{name} "):
+            path = getattr(question, name)
+            return f"--{name} {path[0] if isinstance(path, tuple) else path}: {line.removeprefix(f'{name} ')}"
+    return line

@@ -4,19 +4,21 @@ What a file claims is checked before memory is taken for it: sizes in headers, c
 """
 
 import io
+import json
 import math
 import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from cpjax.arrays import of_torch
+from cpjax.crosscheck.files.checksums import sha256_of
 from cpjax.errors import InputError
-from cpjax.partition import Zigzag, inverse
 
 MOST_BYTES = 2**34
 """An array, unpacked, may take 16 GiB."""
@@ -24,80 +26,117 @@ MOST_BYTES = 2**34
 RATIO = 1100
 """No deflated stream is more than 1032 times smaller than its content; what claims more lies."""
 
-DTYPES = {"float16", "float32", "float64", "bfloat16", "int32", "int64"}
+FLOATS = {"float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
+"""What query, key, value, out and lse may be; FP8 in caches."""
 
-LAYOUTS = ("bsnd", "bnsd", "tnd")
+WHOLE = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+"""What positions, segments, lengths and block tables may be."""
+
+FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+"""Names of safetensors."""
 
 
-def read_array(path: Path, name: str) -> np.ndarray:
-    """The one array of a file; `path:key` chooses among several. A folder holds one file or folder for each rank.
+class Read(NamedTuple):
+    """The arrays of a file, or of the ranks of a folder, and where they came from."""
+
+    parts: list[np.ndarray]
+    """One, or one for each rank."""
+    by_rank: bool
+    files: dict[str, str]
+    """File → SHA-256."""
+
+    @property
+    def about(self) -> str:
+        """dtype and shape in words."""
+        ranks = f"{len(self.parts)} ranks of " if self.by_rank else ""
+        return f"{ranks}{self.parts[0].dtype} {list(self.parts[0].shape)}"
+
+
+def read(path: Path, name: str, dtypes: set[str] = FLOATS) -> Read:
+    """The one array of a file, or one for each rank of a folder; `path::key` chooses among several.
 
     Raises:
       InputError: one line that names the file, what is wrong, and the fix.
     """
     file_name, _, key = str(path).partition("::")
     try:
-        array = _read(Path(file_name), key)
+        found = _read(Path(file_name), key)
     except InputError as error:
         raise InputError(f"--{name} {path}: {error}") from None
-    except (OSError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile, MemoryError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
-        raise InputError(f"--{name} {path}: cannot be read ({reason}); dump the array again") from None
-    if array.dtype.name not in DTYPES:
-        raise InputError(f"--{name} {path}: holds {array.dtype}; it must be one of {', '.join(sorted(DTYPES))}")
-    return array
+    # Whatever a damaged file provokes in a reader (zlib.error, TokenError, RuntimeError, …), it cannot be read.
+    except Exception as error:
+        raise InputError(f"--{name} {path}: cannot be read ({_reason(error)}); dump the array again") from None
+    for part in found.parts:
+        if part.dtype.name not in dtypes:
+            raise InputError(f"--{name} {path}: holds {part.dtype}; it must be one of {', '.join(sorted(dtypes))}")
+    return found
 
 
-def read_tensor(path: Path, name: str, *, layout: str) -> np.ndarray:
-    """Query, key, value or out as `[B, S, N, D]`; lse as `[B, S, N]`. Ranks of a folder are joined in zigzag order.
+def read_array(path: Path, name: str, dtypes: set[str] = FLOATS | WHOLE) -> np.ndarray:
+    """The one array of a file; of a folder, one after the other along a new first axis.
 
     Raises:
-      InputError: see `read_array`; a number of axes that the layout has not; NaN or infinity in an input.
+      InputError: see `read`; ranks of different shapes.
     """
-    array = read_array(path, name)
-    by_rank = Path(str(path).partition("::")[0]).is_dir()
-    axes = {"bsnd": 4, "bnsd": 4, "tnd": 3}[layout] - (name == "lse") + by_rank
-    if array.ndim != axes or 0 in array.shape:
-        raise InputError(
-            f"--{name} {path}: has shape {list(array.shape)}, but --layout-of {layout} has {axes} axes, none empty; "
-            f"name the layout it has with --layout-of bsnd|bnsd|tnd"
-        )
-    parts = [_natural(part, layout) for part in (array if by_rank else array[None])]
-    joined = np.concatenate(parts, axis=1)
-    if by_rank:
-        joined = joined[:, inverse(Zigzag(len(parts)).order(joined.shape[1]))]
-    if name not in ("out", "lse") and not np.isfinite(joined.astype(np.float32)).all():
-        where = [int(x) for x in np.argwhere(~np.isfinite(joined.astype(np.float32)))[0]]
-        raise InputError(f"--{name} {path}: has a NaN or an infinity at {where}; inputs must be finite to be judged")
-    return np.ascontiguousarray(joined)
+    found = read(path, name, dtypes)
+    if not found.by_rank:
+        return found.parts[0]
+    if len({part.shape for part in found.parts}) != 1:
+        raise InputError(f"--{name} {path}: ranks have different shapes; they must be equal")
+    return np.stack(found.parts)
 
 
-def _natural(array: np.ndarray, layout: str) -> np.ndarray:
-    """`[B, S, N, …]`."""
-    if layout == "tnd":
-        return array[None]
-    return array.swapaxes(1, 2) if layout == "bnsd" else array
+def names_in(path: Path) -> list[str]:
+    """The names of the arrays of one file of several.
+
+    Raises:
+      InputError: as `read`.
+    """
+    try:
+        _check_file(path)
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return sorted(info.filename.removesuffix(".npy") for info in archive.infolist())
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                return sorted(file.keys())
+        if path.suffix in (".pt", ".pth"):
+            loaded = _loaded(path)
+            return sorted(map(str, loaded)) if isinstance(loaded, dict) else []
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # as in `read`
+        raise InputError(f"{path}: cannot be read ({_reason(error)}); dump it again") from None
+    raise InputError(f"{path}: a file of several arrays is .npz, .safetensors, or .pt with a dict of tensors")
 
 
-def _read(path: Path, key: str) -> np.ndarray:
+def _reason(error: Exception) -> str:
+    return (next(iter(str(error).splitlines()), "") or type(error).__name__)[:120]
+
+
+def _check_file(path: Path) -> None:
     info = path.lstat() if path.exists() or path.is_symlink() else None
     if info is None:
         raise InputError("does not exist; give a .npy, .npz, .safetensors or .pt file, or a folder of ranks")
     if stat.S_ISLNK(info.st_mode):
         raise InputError("is a symbolic link, and none is followed; give the file itself")
-    if stat.S_ISDIR(info.st_mode):
-        return _ranks(path, key)
-    if not stat.S_ISREG(info.st_mode):
+    if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
         raise InputError("is no regular file; give a file")
+
+
+def _read(path: Path, key: str) -> Read:
+    _check_file(path)
+    if path.is_dir():
+        return _ranks(path, key)
     readers: dict[str, Callable[[Path, str], np.ndarray]] = {
         ".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _torch, ".pth": _torch,
     }  # fmt: skip
     if path.suffix not in readers:
         raise InputError(f"ends in {path.suffix!r}; known are {', '.join(readers)}")
-    return readers[path.suffix](path, key)
+    return Read([readers[path.suffix](path, key)], False, {str(path): sha256_of(path)})
 
 
-def _ranks(folder: Path, key: str) -> np.ndarray:
+def _ranks(folder: Path, key: str) -> Read:
     """One file (or folder with one file) for each rank, in the order of the last number in the name."""
     entries = sorted(
         (entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda e: _number(e.stem)
@@ -107,16 +146,17 @@ def _ranks(folder: Path, key: str) -> np.ndarray:
         raise InputError(
             f"has entries numbered {numbers[:8]}; a folder holds ranks 0, 1, 2, …, one file or folder each"
         )
-    parts = []
+    parts, seen = [], {}
     for entry in entries:
         files = [f for f in sorted(entry.iterdir()) if not f.name.startswith(".")] if entry.is_dir() else [entry]
         if entry.is_symlink() or len(files) != 1:
             raise InputError(f"{entry.name} holds {len(files)} files (or is a symbolic link); it must hold one")
-        parts.append(_read(files[0], key))
-    shapes = {part.shape for part in parts}
-    if len(shapes) != 1:
-        raise InputError(f"ranks have different shapes {sorted(shapes)[:4]}; they must be equal")
-    return np.stack(parts)
+        one = _read(files[0], key)
+        if one.by_rank:
+            raise InputError(f"{entry.name} holds a folder; it must hold one file")
+        parts += one.parts
+        seen |= one.files
+    return Read(parts, True, seen)
 
 
 def _number(stem: str) -> int:
@@ -145,6 +185,8 @@ def _npy_stream(file: Any, size: int) -> np.ndarray:
     array = flat.reshape(shape[::-1]).T if is_fortran else flat.reshape(shape)
     if dtype.kind == "V" and dtype.itemsize == 2:  # how np.save writes ml_dtypes.bfloat16
         array = array.view(ml_dtypes.bfloat16)
+    if dtype.kind == "V" and dtype.itemsize == 1:
+        raise InputError("holds raw bytes: .npy forgets which FP8 format they are; save them as .safetensors or .pt")
     return array
 
 
@@ -162,11 +204,23 @@ def _npz(path: Path, key: str) -> np.ndarray:
 
 def _safetensors(path: Path, key: str) -> np.ndarray:
     with safe_open(path, framework="numpy") as file:
-        return file.get_tensor(_choose(sorted(file.keys()), key))
+        name = _choose(sorted(file.keys()), key)
+        dtype = str(file.get_slice(name).get_dtype())
+        if not dtype.startswith("F8"):
+            return file.get_tensor(name)
+    if dtype not in FLOAT8:
+        raise InputError(f"holds {dtype}; of FP8 formats known are {', '.join(FLOAT8)}")
+    # The library has checked the header, but knows no NumPy dtype for it.
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(length))[name]
+        first, last = entry["data_offsets"]
+        stream.seek(8 + length + first)
+        return np.frombuffer(stream.read(last - first), FLOAT8[dtype]).reshape(entry["shape"])
 
 
-def _torch(path: Path, key: str) -> np.ndarray:
-    """A tensor, or a flat dict of them, saved by torch.save; weights_only refuses every pickle that names code."""
+def _loaded(path: Path) -> Any:
+    """What torch.save wrote; weights_only refuses every pickle that names code."""
     try:
         import torch
     except ImportError:
@@ -177,22 +231,23 @@ def _torch(path: Path, key: str) -> np.ndarray:
             if sum(info.file_size for info in archive.infolist()) > MOST_BYTES:
                 raise InputError("claims more than 16 GiB; split it")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile pickle provokes in the reader, it is refused
         reason = next(iter(str(error).splitlines()), "")[:80]
         raise InputError(f"is no plain tensor ({reason}); code is never executed: save tensors only") from None
+
+
+def _torch(path: Path, key: str) -> np.ndarray:
+    """A tensor, or a flat dict of them, saved by torch.save."""
+    loaded = _loaded(path)
+    import torch
+
     if isinstance(loaded, dict):
-        loaded = loaded[_choose(sorted(map(str, loaded)), key)]
+        named = {str(name): x for name, x in loaded.items()}
+        loaded = named[_choose(sorted(named), key)]
     if not isinstance(loaded, torch.Tensor):
         raise InputError(f"holds a {type(loaded).__name__}; it must hold a tensor, or a dict of tensors")
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    if loaded.layout is not torch.strided or loaded.is_meta or loaded.is_quantized or dtype not in DTYPES:
-        kind = f"{loaded.layout} tensor of {dtype} on {loaded.device}".replace("torch.", "")
-        raise InputError(f"holds a {kind}; it must be a dense one of {', '.join(sorted(DTYPES))}")
-    loaded = loaded.detach().contiguous()
-    if loaded.dtype == torch.bfloat16:
-        return loaded.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return loaded.numpy()
+    return of_torch(loaded, "it")
 
 
 def _choose(names: list[str], key: str) -> str:

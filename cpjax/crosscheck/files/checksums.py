@@ -11,7 +11,7 @@ NAME = "SHA256SUMS"
 
 def write_sums(folder: Path, title: str) -> None:
     """Write the checksums of all cases of a folder; `title` is a comment."""
-    lines = [f"{_digest(path)}  {path.name}" for path in sorted(folder.glob("*.safetensors"))]
+    lines = [f"{sha256_of(path)}  {path.name}" for path in sorted(folder.glob("*.safetensors"))]
     (folder / NAME).write_text("\n".join([f"# {title}", *lines, ""]), encoding="utf-8")
 
 
@@ -40,10 +40,11 @@ def verify(folder: Path) -> None:
             raise InputError(f"{folder / name} is not among the checksums in {NAME}; keep other cases elsewhere")
         if name not in found:
             raise InputError(f"{folder / name} is missing; {NAME} lists it, write the cases again")
-        if _digest(folder / name) != wanted[name]:
+        if sha256_of(folder / name) != wanted[name]:
             raise InputError(f"{folder / name} was altered: its checksum is not that of {NAME}; write the cases again")
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

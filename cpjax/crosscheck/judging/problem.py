@@ -5,19 +5,28 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from cpjax.arrays import as_array
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.errors import InputError
 from cpjax.inputs import check_inputs
-from cpjax.mask import PAD, Mask, Tokens
+from cpjax.mask import PAD, Mask, Tokens, visible
 from cpjax.partition import Contiguous, Partition, Zigzag, partition_of
 from cpjax.partition.partition import check_order
 from cpjax.precision import PROFILES, Precision, profile, scale_in
 
 Array = Any
-"""NumPy's, or what NumPy makes one of: JAX's, a list."""
+"""NumPy's, or what `cpjax.arrays.as_array` makes one of: torch's, JAX's, DLPack's, a list."""
 
 PROFILE_OF = {"float16": "flash_fp16", "float32": "float32", "float64": "float64", "bfloat16": "flash_bf16"}
 """The profile in which arrays of a dtype are judged when none is named."""
+
+FURTHEST = 2**61
+"""Positions further from 0 are refused: their differences would leave int64."""
+
+PAIRS = 2**24
+"""Pairs of queries and keys that are looked at together: memory only, so no test pins it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Problem:
     """Who holds which tokens, and into which chunks the keys were cut."""
     order: str
     """In which order the chunks' results were merged, one of `cpjax.partition.ORDERS`."""
+    dtypes: tuple[str, ...] = ()
+    """Of query, key and value as they were given; here they stand in one dtype that holds all of them."""
 
     @property
     def cp(self) -> int:
@@ -111,8 +122,11 @@ def checked_problem(
     Raises:
       ValueError: whatever does not fit, named with the rule and the fix.
     """
-    query, key, value = (np.asarray(x) for x in (query, key, value))
-    precision = _profile(query, precision)
+    query, key, value = (as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    precision = _profile((query, key, value), precision)
+    dtypes = tuple(x.dtype.name for x in (query, key, value))
+    query, key, value = in_one_dtype(query, key, value)
+    mask = Mask(is_causal=is_causal, window=window)
     partition = said_partition(partition, cp, layout)
     if query.ndim == 4 and key.ndim == 4 and is_causal and query.shape[1] != key.shape[1]:
         for name, given in (("q_positions", q_positions), ("kv_positions", kv_positions)):
@@ -127,18 +141,18 @@ def checked_problem(
         raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape}: nothing may be empty")
     if (np.asarray(q_tokens.segment) == PAD).all():
         raise ValueError("every query is a pad (segment -1); there is nothing to judge")
-    _check_finite({"query": (query, q_tokens), "key": (key, kv_tokens), "value": (value, kv_tokens)})
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    if not np.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be a finite number")
+    query = _finite("query", query, np.asarray(q_tokens.segment) != PAD)
+    key, value = (_finite(n, x, _seen(mask, q_tokens, kv_tokens, x)) for n, x in (("key", key), ("value", value)))
+    scale = number("scale", query.shape[-1] ** -0.5 if scale is None else scale)
+    with np.errstate(over="ignore"):
+        rounded = scale_in(precision, scale)
+    if not np.isfinite(rounded):
+        raise InputError(f"scale is {scale}, which {precision.score} does not hold; name another precision or scale")
     check_order(order)
     if order == "together":
         partition, order = Contiguous(1), "ascending"
     partition.check(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
-    mask = Mask(is_causal=is_causal, window=window)
-    return Problem(
-        query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, partition, order
-    )
+    return Problem(query, key, value, q_tokens, kv_tokens, mask, rounded, precision, partition, order, dtypes)
 
 
 def said_partition(partition: str | Partition | None, cp: int, layout: str | None) -> Partition:
@@ -155,22 +169,101 @@ def said_partition(partition: str | Partition | None, cp: int, layout: str | Non
     return Zigzag(cp) if Zigzag(cp).cp > 1 else Contiguous(1)
 
 
-def _check_finite(arrays: dict[str, tuple[np.ndarray, Tokens]]) -> None:
-    """Pads may hold anything; a NaN or an infinity in a real token makes every answer right and wrong."""
-    for name, (x, places) in arrays.items():
-        bad = ~np.isfinite(x).all(axis=(2, 3)) & (np.asarray(places.segment) != PAD)
-        if bad.any():
-            b, t = np.argwhere(bad)[0]
-            raise ValueError(f"{name} holds a NaN or an infinity, first at batch {b}, token {t}; inputs must be finite")
+def number(name: str, x: Any) -> float:
+    """A finite real number, as a float.
+
+    >>> number("scale", 10**400)
+    Traceback (most recent call last):
+    cpjax.errors.InputError: scale is no number that float64 holds; give a finite one
+
+    Raises:
+      InputError: what is none, NaN and infinity among it.
+    """
+    is_real = isinstance(x, int | float | np.integer | np.floating) or (
+        hasattr(x, "dtype") and getattr(x, "ndim", None) == 0 and not isinstance(x, np.bool_)
+    )
+    if isinstance(x, bool) or not is_real:
+        raise InputError(f"{name} is {x!r:.60}; it must be a finite number")
+    try:
+        found = float(x)
+    except (OverflowError, TypeError, ValueError):
+        raise InputError(f"{name} is no number that float64 holds; give a finite one") from None
+    if not np.isfinite(found):
+        raise InputError(f"{name} is {found}; it must be a finite number")
+    return found
 
 
-def _profile(query: np.ndarray, precision: str | Precision | None) -> Precision:
+def in_one_dtype(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same numbers in one dtype that holds all of them; what is no floating dtype stays, to be refused.
+
+    >>> [x.dtype.name for x in in_one_dtype(np.ones(1, np.float32), np.ones(1, np.float16))]
+    ['float32', 'float32']
+    """
+    names = {x.dtype.name for x in arrays}
+    if len(names) == 1 and names <= FORMATS.keys():
+        return arrays
+    if not all(is_float(x.dtype) for x in arrays):
+        return arrays
+    common = np.float64 if "float64" in names else np.float32
+    return tuple(x.astype(common) for x in arrays)
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether float32 or float64 holds all numbers of a dtype: NumPy's floats and ml_dtypes', FP8 too."""
+    return dtype.name in FORMATS or dtype.name.startswith("float8_")
+
+
+def _seen(mask: Mask, q: Tokens, kv: Tokens, x: np.ndarray) -> Bool[np.ndarray, "B S"]:
+    """Of the tokens that hold a NaN or an infinity, those that any query sees; False for all others."""
+    q, kv = (Tokens(*map(np.asarray, places)) for places in (q, kv))
+    seen = np.zeros(x.shape[:2], bool)
+    for b, bad in enumerate(~_is_finite(x)):
+        where = np.flatnonzero(bad)
+        step = max(1, PAIRS // q.position.shape[1])
+        for some in (where[i : i + step] for i in range(0, len(where), step)):
+            keys = Tokens(*(field[b : b + 1, some] for field in kv))
+            seen[b, some] = visible(mask, Tokens(*(field[b : b + 1] for field in q)), keys)[0].any(axis=0)
+    return seen
+
+
+def _is_finite(x: np.ndarray) -> Bool[np.ndarray, "B T"]:
+    return np.asarray(np.isfinite(x).all(axis=(2, 3)))
+
+
+def _finite(name: str, x: np.ndarray, counts: Bool[np.ndarray, "B T"]) -> np.ndarray:
+    """`x` with zeros in the tokens that hold a NaN or an infinity and do not count: pads, keys that no query sees.
+
+    Raises:
+      InputError: a NaN or an infinity in a token that counts makes every answer right and wrong.
+    """
+    bad = ~_is_finite(x)
+    if not bad.any():
+        return x
+    if (bad & counts).any():
+        b, t = np.argwhere(bad & counts)[0]
+        n, h = np.argwhere(~np.isfinite(x[b, t]))[0]
+        raise InputError(
+            f"{name} holds a NaN or an infinity, first at batch {b}, token {t}, head {n}, component {h}; "
+            f"inputs that are seen must be finite"
+        )
+    return np.where(bad[..., None, None], x.dtype.type(0), x)
+
+
+def _profile(arrays: tuple[np.ndarray, ...], precision: str | Precision | None) -> Precision:
     if isinstance(precision, Precision):
+        formats = ("compute", "score", "probability", "out", "carry", "lse")
+        unknown = {name: getattr(precision, name) for name in formats if str(getattr(precision, name)) not in FORMATS}
+        if unknown:
+            raise InputError(f"precision {precision.name!r} has {unknown}; known formats are {', '.join(FORMATS)}")
         return precision
     if precision is None:
-        name = PROFILE_OF.get(query.dtype.name)
-        if name is None or name not in PROFILES:
-            raise ValueError(f"query is {query.dtype}; name a precision, one of {', '.join(PROFILES)}")
+        names = {x.dtype.name for x in arrays}
+        name = PROFILE_OF.get(arrays[0].dtype.name)
+        if name is None or (len(names) > 1 and all(is_float(x.dtype) for x in arrays)):
+            raise InputError(
+                f"query, key and value are {', '.join(x.dtype.name for x in arrays)}; name a precision, one of "
+                f"{', '.join(PROFILES)}, or a cpjax.precision.Precision"
+            )
         precision = name
     return profile(precision)
 
@@ -185,6 +278,10 @@ def _tokens(
     """Places as given, or 0, 1, 2, … of one request."""
     if query.ndim != 4 or key.ndim != 4:
         return None, None  # refused by check_inputs
+    if isinstance(segment_ids, tuple) and len(segment_ids) != 2:
+        raise InputError(
+            f"segment_ids is a tuple of {len(segment_ids)}; give one array, or a pair for queries and keys"
+        )
     q_segment, kv_segment = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     return (
         _places(query.shape[0], query.shape[1], q_positions, q_segment),
@@ -194,9 +291,16 @@ def _tokens(
 
 def _places(batch: int, length: int, positions: Array | None, segments: Array | None) -> Tokens:
     natural = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
-    position = natural if positions is None else np.asarray(positions)
-    segment = np.zeros_like(natural) if segments is None else np.asarray(segments)
-    for name, x in (("positions", position), ("segment_ids", segment)):
-        if x.dtype.kind not in "iu":
-            raise ValueError(f"{name} are {x.dtype}; they must be whole numbers")
+    position = natural if positions is None else _whole("positions", positions)
+    segment = np.zeros_like(natural) if segments is None else _whole("segment_ids", segments)
     return Tokens(position, segment)
+
+
+def _whole(name: str, x: Array) -> Int[np.ndarray, "B T"]:
+    """Whole numbers as int64, in which no difference of two wraps: 3 − 5 is 254 in uint8."""
+    array = as_array(x, name)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{name} are {array.dtype}; they must be whole numbers")
+    if array.size and (int(array.max()) > FURTHEST or int(array.min()) < -FURTHEST):
+        raise InputError(f"{name} lie beyond ±2^61; count from 0 within each request")
+    return array.astype(np.int64)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cpjax.crosscheck.judging.asked import asked_of
 from cpjax.crosscheck.judging.evidence import Evidence, RowTable
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.score_tests import Score, z_score
@@ -100,6 +101,8 @@ class Verdict:
     """The scale fitted to the errors, relative to the stated one: 1e-3 is 0.1 % too large."""
     scale_z_score: float
     parts: list[Part] = field(repr=False, default_factory=list)
+    asked: dict[str, Any] = field(repr=False, default_factory=dict)
+    """The question that this answers, and what was assumed (`cpjax.crosscheck.judging.asked`)."""
     search: Callable[[], Explanation] | None = field(repr=False, compare=False, default=None)
     """Looks for what went wrong; None when passed. It takes seconds, so it runs when somebody asks."""
 
@@ -151,6 +154,7 @@ def malformed(problem: Problem, reason: str) -> Verdict:
         bias=nan,
         scale_error=nan,
         scale_z_score=nan,
+        asked=asked_of(problem),
     )
 
 
@@ -211,6 +215,7 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
         scale_error=scale_error,
         scale_z_score=scale_z_score,
         parts=parts,
+        asked=asked_of(problem),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpjax.crosscheck.files.atomic import atomic_write, is_free
+from cpjax.crosscheck.judging.asked import sentences
 from cpjax.crosscheck.report.figures import EDGES, Figures, figures
 from cpjax.crosscheck.run.session import Judged
 from cpjax.crosscheck.run.summary import BACKENDS, all_passed, sentence
@@ -77,8 +78,15 @@ def _section(one: Judged) -> dict[str, Any]:
         "diagnosis": verdict.diagnosis if verdict is not None else [],
         "maps": [] if drawn is None else list(_maps(drawn, weights)),
         "bars": [] if drawn is None else _bars(drawn), "rows": 0 if drawn is None else drawn.rows,
-        "about": {} if one.about is None else {str(k): _short(x) for k, x in one.about.items()},
+        "about": {str(k): _short(x) for k, x in (_asked(one) | (one.about or {})).items()},
     }  # fmt: skip
+
+
+def _asked(one: Judged) -> dict[str, str]:
+    """What was asked and assumed, unless the result says nothing that was judged."""
+    if one.verdict is None or not one.verdict.asked:
+        return {}
+    return {name: said for name, _, said in (line.partition(": ") for line in sentences(one.verdict.asked))}
 
 
 def _maps(drawn: Figures, weights: np.ndarray | None):

@@ -1,0 +1,75 @@
+"""In which precisions a dump may have been computed, from the dtypes of its files, the strictest first."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.judging.problem import PROFILE_OF
+from cpjax.precision import PROFILES, Precision
+
+
+class Candidate(NamedTuple):
+    """A precision, and the format to which the query is rounded first, if it is."""
+
+    precision: Precision
+    query: str | None = None
+
+    @property
+    def name(self) -> str:
+        """In a remark."""
+        return self.precision.name + (f", of the query rounded to {self.query}" if self.query else "")
+
+
+def candidates(
+    query: np.dtype, key: np.dtype, value: np.dtype, out: np.ndarray, named: str | None
+) -> tuple[list[Candidate], str | None]:
+    """The precisions to try, and a sentence where the dtypes differ.
+
+    >>> found, _ = candidates(np.dtype("float32"), *[np.dtype("float16")] * 2, np.zeros(1, np.float32), None)
+    >>> [one.name for one in found][-1]
+    'float16 probabilities with float32 out, of the query rounded to float16'
+    """
+    names = [x.name for x in (query, key, value)]
+    store = out.dtype.name
+    if named is not None:
+        profile = PROFILES[named]
+        if not _holds(out, profile.out) and store in FORMATS and FORMATS[store].digits > FORMATS[profile.out].digits:
+            wider = replace(profile, name=f"{named} with {store} out", out=store, carry=store)
+            return [Candidate(wider)], f"precision: out is {store}, so {named} is taken with out stored in {store}"
+        return [Candidate(profile)], None
+    narrow = PROFILE_OF.get(names[0])
+    if len(set(names)) == 1 and narrow is not None and (store == names[0] or _holds(out, names[0])):
+        more = ["ring_mla_fp16"] if names[0] == store == "float16" else []
+        return [Candidate(PROFILES[name]) for name in (narrow, *more)], None
+    says = f"dtypes: query {names[0]}, key {names[1]}, value {names[2]}, out {store}; exact from the numbers given"
+    low = [name for name in (names[2], names[1], names[0], store) if name in ("float16", "bfloat16")]
+    stored = store if store in FORMATS else "float32"
+    found = [_mixed("float64" if stored == "float64" else "float32", stored)]
+    for fmt in dict.fromkeys(low):
+        found.append(_mixed(fmt, stored))
+        # llama.cpp rounds a float32 query to the cache's format before it multiplies.
+        if fmt == names[1] and names[0] in ("float32", "float64"):
+            found.append(Candidate(_mixed(fmt, stored).precision, fmt))
+    if any(name.startswith("float8") for name in names):
+        says += (
+            "; scale times FP8 number is taken without rounding, and probabilities in FP8 are not among the precisions"
+        )
+    return found, says
+
+
+def _mixed(probability: str, out: str) -> Candidate:
+    """float32 scores and sums, probabilities rounded to one format, out stored in another."""
+    compute = "float64" if probability == "float64" else "float32"
+    name = f"{probability} probabilities with {out} out"
+    return Candidate(Precision(name, compute, compute, probability, out))
+
+
+def _holds(out: np.ndarray, fmt: str) -> bool:
+    """Whether all finite numbers are numbers of the format."""
+    if out.dtype.name == fmt:
+        return True
+    finite = out[np.isfinite(out)]
+    with np.errstate(over="ignore"):
+        return bool((finite.astype(FORMATS[fmt].dtype).astype(out.dtype) == finite).all())

@@ -1,0 +1,79 @@
+"""Paged caches as they are: blocks of tokens, and a table that says which blocks are a request's."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cpjax.crosscheck.dumps.places import Row, read_offsets
+from cpjax.crosscheck.dumps.question import Question
+from cpjax.crosscheck.dumps.readers import WHOLE, read_array
+from cpjax.errors import InputError
+
+
+class Gathered(NamedTuple):
+    """One row of requests, one after the other."""
+
+    key: np.ndarray
+    value: np.ndarray
+    q_offsets: Row
+    kv_offsets: Row
+
+
+def gathered(question: Question, key: np.ndarray, value: np.ndarray, batch: int, length: int) -> Gathered:
+    """The cached tokens of every request, taken from their blocks; unused slots are left where they are.
+
+    Args:
+      key, value: `[blocks, block_size, K, H]`.
+      batch, length: of the queries: a row a request, or one row of all requests.
+
+    Raises:
+      InputError: a table that does not fit the caches, or the lengths.
+    """
+    assert question.block_table is not None
+    table = read_array(question.block_table, "block-table", WHOLE).astype(np.int64)
+    table = table[None] if table.ndim == 1 else table
+    if table.ndim != 2:
+        raise InputError(f"--block-table has shape {list(table.shape)}; it must be [requests, blocks]")
+    requests, blocks, size = len(table), key.shape[0], key.shape[1]
+    lengths = _cached(question)
+    if len(lengths) != requests:
+        raise InputError(f"--block-table has {requests} requests, but the cached tokens are of {len(lengths)}")
+    slots = []
+    for i, (row, n) in enumerate(zip(table, lengths, strict=True)):
+        needed = -(-int(n) // size)
+        if n < 1 or needed > len(row):
+            raise InputError(
+                f"request {i} has {n} cached tokens; its {len(row)} blocks of {size} hold 1 to {len(row) * size}"
+            )
+        used = row[:needed]
+        if ((used < 0) | (used >= blocks)).any():
+            raise InputError(f"--block-table: request {i} uses block {int(used.max())}; there are {blocks}, from 0")
+        slots.append((used[:, None] * size + np.arange(size)).ravel()[:n])
+    flat = np.concatenate(slots)
+    key, value = (x.reshape(-1, *x.shape[2:])[flat][None] for x in (key, value))
+    return Gathered(key, value, _queries(question, requests, batch, length), np.cumsum([0, *lengths]))
+
+
+def _cached(question: Question) -> Row:
+    if question.seq_lens is None:
+        assert question.cu_seqlens_k is not None  # one of the two was asked for
+        return np.diff(read_offsets(question.cu_seqlens_k, "cu-seqlens-k"))
+    lengths = read_array(question.seq_lens, "seq-lens", WHOLE)
+    if lengths.ndim != 1:
+        raise InputError(f"--seq-lens has shape {list(lengths.shape)}; it must be [requests]")
+    return lengths.astype(np.int64)
+
+
+def _queries(question: Question, requests: int, batch: int, length: int) -> Row:
+    if question.cu_seqlens_q is not None and batch == 1:
+        ends = read_offsets(question.cu_seqlens_q, "cu-seqlens-q", length)
+        if len(ends) != requests + 1:
+            raise InputError(f"--cu-seqlens-q has {len(ends) - 1} requests, --block-table {requests}; make them equal")
+        return ends
+    if batch == requests:
+        return np.arange(requests + 1) * length
+    if batch == 1 and length == requests:
+        return np.arange(requests + 1)
+    raise InputError(
+        f"query has batch {batch} and {length} tokens, --block-table {requests} requests: say --cu-seqlens-q"
+    )
