@@ -61,6 +61,11 @@ class Arithmetic:
         return FORMATS[self.precision.compute].u * (ORACLE if self.precision.compute == "float64" else 1.0)
 
     @property
+    def least_normal(self) -> float:
+        """Of the compute format: processors may take anything below it for 0."""
+        return FORMATS[self.precision.compute].least_normal
+
+    @property
     def scale_size(self) -> float:
         """|scale|, or 1 where it is 0 and every score is exact."""
         return abs(self.scale) or 1.0
@@ -107,6 +112,25 @@ class Arithmetic:
         with np.errstate(invalid="ignore"):  # −inf − (−inf) where a row sees nothing; replaced below
             worth = np.exp(rows.chunk_max - rows.lse[:, None])
         return np.where(rows.seen, rows.per_key(np.nan_to_num(worth, nan=0.0)), 0.0)
+
+    @cached_property
+    def flushed(self) -> Float[np.ndarray, "R S"]:
+        """Weights of keys whose p is below the least normal number of the compute format, and may become 0."""
+        return np.where(self.p_value < self.least_normal, self.rows.weight, 0.0)
+
+    @cached_property
+    def underflow(self) -> Float[np.ndarray, "R V"]:
+        """The most that `out` loses where whatever is below the least normal number becomes 0 (§3.7)."""
+        of_sums = np.minimum(self.weighted_size, self.seen_keys[:, None] * self.least_normal)
+        return of_sums + self.lost_to_zero
+
+    @cached_property
+    def lost_to_zero(self) -> Float[np.ndarray, "R V"]:
+        """What `out` loses where exponentials and the output itself become 0."""
+        least, out = self.least_normal, np.abs(self.rows.out)
+        of_p = self.flushed @ self.rows.size + self.flushed.sum(axis=1, keepdims=True) * out
+        is_small = (out < 2 * least) & (FORMATS[self.precision.out].least_normal == least)
+        return of_p + np.where(is_small, np.minimum(out, least), 0.0)
 
     @cached_property
     def largest_running(self) -> Float[np.ndarray, "R V"]:

@@ -99,6 +99,7 @@ class Bound:
             "outputs of chunks": several_chunks * (share * (a.out.u * chunk_out + a.out.tiny / 2)).sum(axis=1),
             "outputs of merges": several_chunks * merges * (a.carry.u * a.largest_running + a.carry.tiny / 2),
             "weights of the merge": several_chunks * several_keys * of_weights,
+            "underflow": a.underflow,
         }
 
     @cached_property
