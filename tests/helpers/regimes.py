@@ -161,7 +161,8 @@ def distant_keys() -> Regime:
 def common_factor() -> Regime:
     """A sink of value 1, and 3,000 keys of value −1 and half of the weight some 8 below it, in base two.
 
-    Their own errors are independent and average out; what scale · log2 e is off by does not. Rounding it is almost as bad as can be.
+    Their own errors are independent and average out; what scale · log2 e is off by, here by nearly as much as it can,
+    does not.
     """
     some = rng(44)
     key = np.concatenate([np.zeros((ROWS, 1)), -some.uniform(7.5, 8.5, (ROWS, 3000))], axis=1)

@@ -26,13 +26,18 @@ def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
         yield _factor(a)
         return
     spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a)
-    maxima = [RunningMax(a.rows, a.score, spacing, size) for size in tile_sizes(a.rows)]
     raw = (a.scale_size * a.score.spacing(_score(a) / a.scale_size)) ** 2 / 12
-    # In the largest tiles the maximum is furthest from each score, and the difference has its widest spacing.
-    scores = _scores(a, _computed_variance(a) + raw + scaling**2 + maxima[-1].own_sigma ** 2)
+    variance = _computed_variance(a) + raw + scaling**2
+    maxima = []
+    if a.has_rounded_distances:
+        maxima = [RunningMax(a.rows, a.score, spacing, size) for size in tile_sizes(a.rows)]
+        # In the largest tiles the maximum is furthest from each score, and the difference has its widest spacing.
+        variance = variance + maxima[-1].own_sigma ** 2
+    scores = _scores(a, variance)
     yield scores
     yield _scaling(a, scaling, scores)
-    yield _maxima(a, maxima)
+    if maxima:
+        yield _maxima(a, maxima)
 
 
 def _score(a: Arithmetic) -> Float[np.ndarray, "R S"]:

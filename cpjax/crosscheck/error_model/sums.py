@@ -88,8 +88,8 @@ def _merge_totals(a: Arithmetic) -> Term:
 def _merged_parts(a: Arithmetic) -> tuple[Float[np.ndarray, "R C V"], Float[np.ndarray, "R C"]]:
     """What has been merged after each chunk, as a part of the output, and the spacing of its lse; 0 for the first.
 
-    Keys of one chunk may be merged too, or be weighed by exp(s − lse). If the order is not known, the largest of either,
-    as often as there are merges.
+    Keys of one chunk may be merged too, or be weighed by exp(s − lse). If the order is not known, the largest of
+    either, as often as there are merges.
     """
     rows, fmt = a.rows, FORMATS[a.precision.compute]
     lse = np.where(a.seen_keys > 0, rows.lse, 0.0)[:, None]

@@ -195,7 +195,7 @@ def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
     seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
-    query = problem.query[b, at, tile.head].astype(np.float64)
+    query = problem.queries(b, at, tile.head)
     rows = attention_rows(query, key, value, seen, problem.kv_chunk, problem.scale)
     merging = problem.merging_of(problem.q_chunk[at], rows.chunks)
     return rows, ErrorModel(rows, problem.precision, merging, problem.query.shape[3], problem.scale)

@@ -12,7 +12,7 @@ from cpjax.mask import PAD, Mask, Tokens
 from cpjax.partition import packed, paged
 from cpjax.partition.layout import chunks_per_rank
 from cpjax.partition.merge_order import chunk_of, merge_orders
-from cpjax.precision import PROFILES, Precision, profile, scale_in
+from cpjax.precision import PROFILES, Precision, profile, query_in, scale_in
 
 Array = Any
 """NumPy's, or what NumPy makes one of: JAX's, a list."""
@@ -45,6 +45,12 @@ class Problem:
     def group(self) -> int:
         """Query heads that share a key/value head."""
         return self.query.shape[2] // self.key.shape[2]
+
+    def queries(
+        self, batch: int, position: Int[np.ndarray, " R"], head: Int[np.ndarray, " R"]
+    ) -> Float[np.ndarray, "R H"]:
+        """These queries as the profile rounds them, in float64."""
+        return query_in(self.precision, self.query[batch, position, head], self.scale)
 
     # Every tile of rows asks for these three again.
 
