@@ -308,7 +308,7 @@ EDGES: dict[str, tuple[Callable[[float], bool], float]] = {
     "least change of a key": (partial(key_is_named, regimes.many_rows, True), 0.2423),
     "most change of a key": (lambda size: not key_is_named(regimes.many_rows, True, size), 3.0445),
     "a key like the output": (partial(key_is_named, regimes.nearly_constant, False), 0.396),
-    "outputs on the BF16 lattice": (lattice_is_named, 341),
+    "outputs on the BF16 lattice": (lattice_is_named, 378),
     "noise beside a scale": (scale_is_not_named, 52),
     "range of float32, few keys": (partial(is_out_of_range, "float32", 4, 1.0), 8.705e-6),
     "range of float16": (partial(is_out_of_range, "float16", 4, 1.0), 4.894e-3),
