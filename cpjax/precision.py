@@ -125,8 +125,8 @@ def query_in(precision: Precision, query: np.ndarray, scale: float) -> np.ndarra
 
     Where scale · q is a tensor of its own, it is multiplied in float32 and rounded.
 
-    >>> query_in(profile("scaled_query_fp16"), np.float16([1.0]), 0.1).item()  # 0.1 in FP16 is 0.09998
-    0.9997557997703552
+    >>> round(query_in(profile("scaled_query_fp16"), np.float16([1.0]), 0.1).item(), 6)  # 0.1 in FP16 is 0.099976
+    0.999756
     """
     if not precision.query or scale == 0:
         return query.astype(np.float64)

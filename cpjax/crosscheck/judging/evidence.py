@@ -245,9 +245,7 @@ def _lse(
     return columns, finite
 
 
-def _lattice(
-    problem: Problem, rows: Rows, expected: Expected, given: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _lattice(problem: Problem, rows: Rows, expected: Expected, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """FP16 numbers (as bits) that are no BF16 numbers and should come out, and whether a BF16 number came instead.
 
     Where σ is more than a spacing, as between chunks that cancel, the last digits are those of what was rounded before.
