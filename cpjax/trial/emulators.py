@@ -73,6 +73,16 @@ for _name, _fmt in (("fp16", "float16"), ("bf16", "bfloat16")):
         f"scaled_query_{_name}": _flash(_fmt, query=_fmt),
     }
 
+
+def dtype_of(profile: str) -> str:
+    """The dtype of the arrays that a profile is meant for.
+
+    >>> dtype_of("flash_bf16"), dtype_of("float32")
+    ('bfloat16', 'float32')
+    """
+    return {"fp16": "float16", "bf16": "bfloat16"}.get(profile.rpartition("_")[2], profile)
+
+
 Chunks = Int[np.ndarray, "C L"]
 """Indices of the keys in each chunk, −1 where a chunk is shorter than the longest."""
 

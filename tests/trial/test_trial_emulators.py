@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import dense
 
-from cpjax.trial.emulators import PROFILES, Arithmetic, attend, cut, rounded, visits
+from cpjax.trial.emulators import PROFILES, Arithmetic, attend, cut, dtype_of, rounded, visits
 from cpjax.trial.problem import Problem, visible
 from cpjax.trial.summation import SUMMATIONS, product, total
 
@@ -33,7 +33,7 @@ def drawn(seed: int, profile: str, logits: float = 2.0, cp: int = 2) -> Problem:
         window=int(rng.choice([3, 30])),
         cp=cp,
     )
-    return problem.cast({"fp16": "float16", "bf16": "bfloat16"}.get(profile.rpartition("_")[2], profile))
+    return problem.cast(dtype_of(profile))
 
 
 def chosen(order: str, chunks: int, seed: int) -> str | tuple[int, ...]:
