@@ -76,7 +76,7 @@ FAMILIES = {
         Family(
             "fia",
             ("npu::npu_fused_infer_attention_score_v2", "npu::npu_attention_update"),
-            "flash_fp16",
+            "fia_fp16",
             "inner_precise 0",
             "192 and 128, or equal ones, a multiple of 16 up to 512",
             _latent_or_equal,
@@ -95,3 +95,15 @@ FAMILIES = {
         ),
     )
 }
+
+
+def precision_of(family: Family, cp: int) -> str:
+    """The profile in which a prefill over `cp` ranks is judged.
+
+    FIA's blocks are merged in float32 at once, if the operator takes all of them; what is merged group by group is
+    rounded after each, as in FlashAttention.
+
+    >>> precision_of(FAMILIES["fia"], 8), precision_of(FAMILIES["fia"], 16)
+    ('fia_fp16', 'flash_fp16')
+    """
+    return "flash_fp16" if family.precision == "fia_fp16" and 2 * cp > PARTIALS else family.precision

@@ -16,7 +16,7 @@ from torch import Tensor
 from npu_backend.decode import Decoding, decode_attention
 from npu_backend.errors import InputError, LinkError, RankError
 from npu_backend.exchange import Held, Link, Report
-from npu_backend.families import FAMILIES, Family
+from npu_backend.families import FAMILIES, Family, precision_of
 from npu_backend.files import Case, RankResult, read_case, write_result
 from npu_backend.latent import PREFIX, Made, check_same, digests, in_order, latents_of, up_projection
 from npu_backend.operators import Partial
@@ -104,7 +104,7 @@ def compute_case(
             result_path,
             case,
             list(results),
-            precision=family.precision,
+            precision=precision_of(family, case.cp),
             order=order,
             about=about,
             key_value=_stated(made, ring, case) if made else None,

@@ -7,7 +7,7 @@ import numpy as np
 
 from npu_backend.contracts.latent import HEADS
 from npu_backend.errors import InputError
-from npu_backend.families import FAMILIES, Family
+from npu_backend.families import FAMILIES, Family, precision_of
 from npu_backend.files import Case
 from npu_backend.packing import held_rows
 from npu_backend.schedule import chunk_count
@@ -96,11 +96,12 @@ def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
         )
     if abs(case.scale) >= 65520:
         raise InputError(f"{name}: scale {case.scale:g} is not finite in FP16, where npu_ring_mla multiplies with it")
-    wanted = case.precision.get("npu", family.precision)
-    if wanted != family.precision:
+    computes = precision_of(family, case.cp)
+    wanted = case.precision.get("npu", computes)
+    if wanted != computes:
         raise InputError(
             f"{name}: precision {str(wanted)[:40]!r} is wanted of backend npu; operators {family.name} compute in "
-            f"{family.precision}"
+            f"{computes}"
         )
     if case.layout == "packed":
         _check_pack(case)

@@ -106,9 +106,11 @@ def scores(
     query: Float[Array, "B K G T H"], key: Float[Array, "B K S H"], seen: Bool[Array, "B 1 1 T S"], attention: Attention
 ) -> Float[Array, "B K G T S"]:
     """`scale · q·k` (through the softcap), rounded where the profile says, −inf where the key is not seen."""
-    fmt = attention.precision.score
-    raw = rounded(jnp.einsum("BKGTH,BKSH->BKGTS", query, key, precision="highest"), fmt)
-    scaled = rounded(raw * jnp.asarray(scale_in(attention.precision, attention.scale), raw.dtype), fmt)
+    fmt, of_query = attention.precision.score, attention.precision.query
+    scale = jnp.asarray(scale_in(attention.precision, attention.scale), query.dtype)
+    query = rounded(query * scale, of_query) if of_query else query
+    scaled = rounded(jnp.einsum("BKGTH,BKSH->BKGTS", query, key, precision="highest"), fmt)
+    scaled = scaled if of_query else rounded(scaled * scale, fmt)
     if attention.softcap is not None:
         scaled = rounded(attention.softcap * jnp.tanh(scaled / attention.softcap), fmt)
     return jnp.where(seen, scaled, -jnp.inf)
@@ -121,12 +123,12 @@ def accumulate(
     # No result depends on the maximum (it cancels), so no derivative goes through it.
     maximum = lax.stop_gradient(jnp.maximum(state.maximum, score.max(axis=-1, initial=-jnp.inf)))
     base = finite(maximum)
-    p = jnp.exp(rounded(score - base[..., None], precision.score))
-    rescale = jnp.exp(rounded(state.maximum - base, precision.score))
+    p = jnp.exp(rounded(score - base[..., None], precision.distance))
+    rescale = jnp.exp(rounded(state.maximum - base, precision.distance))
     weighted = jnp.einsum("BKGTS,BKSV->BKGTV", rounded(p, precision.probability), value, precision="highest")
     return Running(
         maximum,
-        state.total * rescale + p.sum(axis=-1),
+        state.total * rescale + rounded(p, precision.total).sum(axis=-1),
         state.weighted * rescale[..., None] + weighted,
     )
 

@@ -3,8 +3,9 @@
     problem      what is asked: query, key, value, scale, who sees whom, into how many chunks the keys are cut
     emulators    correct results, rounded where the profile says, written without looking at the judge's error model
     kinds        data, friendly and hostile; activations: data of a trained model
+    foreign      correct results of kernels that are not ours
     faults       wrong results, one named function each
     rivals       the acceptance rules of others, on the same results
 
-`python -m cpjax.trial --help` runs both halves; docs/trial.md has the figures.
+`python -m cpjax.trial --help` runs them; docs/trial.md has the figures.
 """

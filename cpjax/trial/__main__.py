@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.errors import InputError
-from cpjax.trial import activations, detection, tables
+from cpjax.trial import activations, detection, foreign, foreign_kernels, tables
 from cpjax.trial.emulators import PROFILES
 from cpjax.trial.false_alarms import SETS, Outcome, is_alarm, outcomes, rate_bound, table
 
@@ -88,6 +88,45 @@ def false_alarms(
     sys.exit(1 if alarms else 0)
 
 
+@app.command("foreign", epilog="Example: python -m cpjax.trial foreign --count 3000")
+def of_foreign_kernels(
+    count: Annotated[int, typer.Option(min=1, help="Correct results to judge; kernels and dtypes take turns.")] = 3000,
+    seed: Seed = 0,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Judge correct results of kernels that are not ours. Exit status: 0 none called wrong, 1 some, 2 bad input.
+
+    The judge is told what an honest user would say. Kernels whose package is not installed are left out, and named.
+    """
+    _must_not_exist(out)
+    if absent := foreign_kernels.missing():
+        error_console.print(f"left out, not installed: {', '.join(absent)}", markup=False, highlight=False)
+    started = time.monotonic()
+    seen = list(_progress(foreign.outcomes(seed, count, workers), count, "judged"))
+    seconds = time.monotonic() - started
+    alarms = sorted((one for one in seen if one.judgeable and not one.passed), key=lambda one: one.number)
+    rows = foreign.table(seen)
+    report = {
+        "seed": seed,
+        "count": count,
+        "seconds": round(seconds, 1),
+        "left_out": absent,
+        "rows": [row._asdict() for row in rows],
+        "alarms": [_without_nan(one._asdict()) for one in alarms],
+    }
+    _write(out, report)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        print(tables.foreign(rows))
+        print(f"\n{len(alarms)} of {len(seen):,} correct results were called wrong. {seconds:,.0f} s.")
+        for one in alarms[:20]:
+            print(f"  number {one.number}, {one.kernel}, {one.dtype}, {one.kind}: {', '.join(one.failed_tests)}")
+    sys.exit(1 if alarms else 0)
+
+
 @app.command("detection", epilog="Example: python -m cpjax.trial detection --profile flash_fp16 --keys 1024")
 def detect(
     profile: Annotated[list[str] | None, typer.Option(help="Profiles; may be repeated.")] = None,
@@ -122,6 +161,11 @@ def detect(
         print("\nand what others say, lse included\n")
         print(tables.rules(found, name, length))
     print(f"\nFaults caught at any size\n\n{tables.summary(found)}\n\n{seconds:,.0f} s.")
+
+
+def _without_nan(one: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what was not measured is null."""
+    return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in one.items()}
 
 
 def _plain(one: detection.Caught) -> dict[str, Any]:

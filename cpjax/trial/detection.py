@@ -14,7 +14,7 @@ import numpy as np
 
 from cpjax.crosscheck import judge
 from cpjax.crosscheck.run.workers import each
-from cpjax.trial.emulators import PROFILES
+from cpjax.trial.emulators import PROFILES, dtype_of
 from cpjax.trial.faults import FAULTS, SIZED, Bench, Fault, changes
 from cpjax.trial.problem import Problem, Result
 from cpjax.trial.rivals import RULES, References, accepted_by, references
@@ -86,9 +86,7 @@ def bench(setting: Setting, seed: int, *, is_causal: bool) -> Bench:
         kv_positions=np.arange(setting.keys, dtype=np.int32)[None],
         cp=2,
     )
-    return Bench(
-        problem.cast("float16" if setting.profile.endswith("fp16") else setting.profile), PROFILES[setting.profile]
-    )
+    return Bench(problem.cast(dtype_of(setting.profile)), PROFILES[setting.profile])
 
 
 def caught_in(seed: int, setting: Setting) -> list[Caught]:

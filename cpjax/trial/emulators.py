@@ -15,7 +15,9 @@ kernel stage by stage. Plain NumPy; tests/trial/test_trial_emulators.py holds it
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Int
 
@@ -28,24 +30,58 @@ Order = str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Formats by name, and what a correct implementation is free to choose: tile, order of summation, base of exp."""
+    """Formats by name, and what a correct implementation is free to choose: tile, order of summation, base of exp.
+
+    `scale` and `distance` are those of the scores unless said; `query`: of scale · q, multiplied before q·k; `summed`:
+    of the exponentials that the row sum takes; `block`: of a chunk's out, `carry` unless said. `is_normalised`: one
+    tile, whose e^… are divided by l before they are rounded.
+    """
 
     compute: str
     score: str
     probability: str
     carry: str
     out: str
+    scale: str = ""
+    distance: str = ""
+    query: str = ""
+    summed: str = ""
+    block: str = ""
+    is_normalised: bool = False
     tile: int = 512
     summation: str = "blas"
     base_two: bool = False
 
 
+def _flash(fmt: str, **more: Any) -> Arithmetic:
+    return Arithmetic("float32", more.pop("score", "float32"), fmt, more.pop("carry", fmt), fmt, **more)
+
+
 PROFILES: dict[str, Arithmetic] = {
-    "flash_fp16": Arithmetic("float32", "float32", "float16", "float16", "float16"),
-    "ring_mla_fp16": Arithmetic("float32", "float16", "float16", "float16", "float16"),
-    "float32": Arithmetic("float32", "float32", "float32", "float32", "float32"),
+    "flash_fp16": _flash("float16"),
+    "ring_mla_fp16": _flash("float16", score="float16"),
+    "float32": _flash("float32"),
     "float64": Arithmetic("float64", "float64", "float64", "float64", "float64"),
+    "flash_bf16": _flash("bfloat16"),
 }
+for _name, _fmt in (("fp16", "float16"), ("bf16", "bfloat16")):
+    PROFILES |= {
+        f"fia_{_name}": _flash(_fmt, carry="float32", block=_fmt),
+        f"softmax_{_name}": _flash(_fmt, is_normalised=True),
+        f"eager_{_name}": _flash(_fmt, score=_fmt, scale="float32", distance="float32", is_normalised=True),
+        f"rounded_sum_{_name}": _flash(_fmt, summed=_fmt),
+        f"scaled_query_{_name}": _flash(_fmt, query=_fmt),
+    }
+
+
+def dtype_of(profile: str) -> str:
+    """The dtype of the arrays that a profile is meant for.
+
+    >>> dtype_of("flash_bf16"), dtype_of("float32")
+    ('bfloat16', 'float32')
+    """
+    return {"fp16": "float16", "bf16": "bfloat16"}.get(profile.rpartition("_")[2], profile)
+
 
 Chunks = Int[np.ndarray, "C L"]
 """Indices of the keys in each chunk, −1 where a chunk is shorter than the longest."""
@@ -91,30 +127,40 @@ def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> R
     kv_heads, value_dim = problem.value.shape[2:]
     query = problem.query.astype(compute).reshape(batch, length, kv_heads, heads // kv_heads, -1)
     query = query.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    scale, tile = problem.scale, arithmetic.tile
+    if arithmetic.query:
+        query, scale = rounded(query * compute.type(scale), arithmetic.query), 1.0
+    if arithmetic.is_normalised:
+        tile = chunks.shape[1]
     rows = (len(chunks), *query.shape[:4])
     maximum = np.full(rows, -np.inf, compute)
     weight, weighted = np.zeros(rows, compute), np.zeros((*rows, value_dim), compute)
-    for start in range(0, chunks.shape[1], arithmetic.tile):
-        index = chunks[:, start : start + arithmetic.tile]
+    for start in range(0, chunks.shape[1], tile):
+        index = chunks[:, start : start + tile]
         seen = visible(problem, index.ravel()).reshape(batch, length, *index.shape)
-        score = scores(query, _gathered(problem.key, index, compute), problem.scale, arithmetic)
+        score = scores(query, _gathered(problem.key, index, compute), scale, arithmetic)
         score = np.where(seen.transpose(2, 0, 1, 3)[:, :, None, None], score, compute.type(-np.inf))
         before, maximum = maximum, np.maximum(maximum, score.max(axis=-1))
         base = _finite(maximum)
-        p = _exp(rounded(score - base[..., None], arithmetic.score), arithmetic)
-        shrink = _exp(rounded(before - base, arithmetic.score), arithmetic)
-        weight = weight * shrink + total(p, arithmetic.summation)
+        distance = arithmetic.distance or arithmetic.score
+        p = _exp(rounded(score - base[..., None], distance), arithmetic)
+        shrink = _exp(rounded(before - base, distance), arithmetic)
+        weight = weight * shrink + total(rounded(p, arithmetic.summed or arithmetic.compute), arithmetic.summation)
+        if arithmetic.is_normalised:
+            p = p / np.where(weight == 0, 1, weight)[..., None]
         values = _gathered(problem.value, index, compute)
         part = product(rounded(p, arithmetic.probability), values, arithmetic.summation)
         weighted = weighted * shrink[..., None] + part
-    out = rounded(weighted / np.where(weight == 0, 1, weight)[..., None], arithmetic.carry)
+    if not arithmetic.is_normalised:
+        weighted = weighted / np.where(weight == 0, 1, weight)[..., None]
+    out = rounded(weighted, arithmetic.block or arithmetic.carry)
     return Result(out, _log_sum(_finite(maximum), weight, arithmetic))
 
 
 def scores(query: np.ndarray, key: np.ndarray, scale: float, arithmetic: Arithmetic) -> np.ndarray:
     """scale · q·k for `[B, K, G, T, H]` and `[C, B, K, 1, L, H]`; times log2(e) if exponentials are to base two."""
     factor = np.float64(scale) * (np.log2(np.e) if arithmetic.base_two else 1.0)
-    factor = rounded(np.asarray(factor, arithmetic.compute), arithmetic.score)
+    factor = rounded(np.asarray(factor, arithmetic.compute), arithmetic.scale or arithmetic.score)
     raw = product(query, key.swapaxes(-1, -2), arithmetic.summation)
     return rounded(rounded(raw, arithmetic.score) * factor, arithmetic.score)
 
@@ -149,7 +195,7 @@ def as_result(rows: Result, arithmetic: Arithmetic) -> Result:
     length, batch, kv_heads, group = rows.lse.shape
     out = rows.out.swapaxes(0, 1).reshape(batch, length, kv_heads * group, -1)
     with np.errstate(over="ignore"):
-        out = out.astype(arithmetic.out)
+        out = out.astype(ml_dtypes.bfloat16 if arithmetic.out == "bfloat16" else arithmetic.out)
     return Result(out, rows.lse.swapaxes(0, 1).reshape(batch, length, kv_heads * group))
 
 

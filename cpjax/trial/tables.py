@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from cpjax.trial import foreign as foreign_trial
 from cpjax.trial.detection import Caught, Setting
 from cpjax.trial.false_alarms import Row
 from cpjax.trial.rivals import RULES
@@ -24,6 +25,28 @@ def false_alarms(rows: Sequence[Row]) -> str:
     def line(row: Row) -> list[str]:
         numbers = (f"{x:.2f}" for x in (row.hard_ratio, row.z, row.lse_z, row.z_score, row.scale_z_score))
         return [row.kind, row.profile, *(f"{x:,}" for x in row[2:5]), *numbers]
+
+    return markdown(head, map(line, rows))
+
+
+def foreign(rows: Sequence[foreign_trial.Row]) -> str:
+    """One line per kernel and dtype."""
+    head = (
+        "kernel",
+        "dtype",
+        "judged as",
+        "results",
+        "called wrong",
+        "not judged",
+        "median z",
+        "z",
+        "lse z",
+        "bound",
+        "scale",
+    )
+
+    def line(row: foreign_trial.Row) -> list[str]:
+        return [*row[:3], *(f"{x:,}" for x in row[3:6]), *(f"{x:.2f}" for x in row[6:])]
 
     return markdown(head, map(line, rows))
 

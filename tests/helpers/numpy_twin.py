@@ -26,6 +26,8 @@ class Stages(NamedTuple):
     out: str
     carry: str
     lse: str
+    query: str = ""
+    total: str = "float32"
 
 
 PROFILES = {
@@ -34,6 +36,10 @@ PROFILES = {
     "decode_fp16_lse": Stages("float32", "float16", "float16", "float32", "float16"),
     "flash_bf16": Stages("float32", "bfloat16", "bfloat16", "bfloat16", "float32"),
 }
+for short, fmt in (("fp16", "float16"), ("bf16", "bfloat16")):
+    PROFILES[f"fia_{short}"] = Stages("float32", fmt, fmt, "float32", "float32")
+    PROFILES[f"rounded_sum_{short}"] = Stages("float32", fmt, fmt, fmt, "float32", total=fmt)
+    PROFILES[f"scaled_query_{short}"] = Stages("float32", fmt, fmt, fmt, "float32", query=fmt)
 
 
 class Variant(NamedTuple):
@@ -87,6 +93,8 @@ def times_plus(a, b, c, fused: bool) -> np.ndarray:
 
 def scores(query, key, seen, scale, softcap, stages: Stages, v: Variant) -> np.ndarray:
     """`[T, S]` for one head; q·k must be exact in float32."""
+    if stages.query:
+        query, scale = to(query.astype(np.float32) * np.float32(scale), stages.query), 1.0
     raw = to(query.astype(np.float64) @ key.astype(np.float64).T, stages.score)
     scaled = to(raw * to(np.float32(scale), stages.score), stages.score)
     if softcap is not None:
@@ -109,7 +117,7 @@ def accumulate(state, score, value, stages: Stages, v: Variant):
         p = exp(to(score - base[:, None], stages.score))
         rescale = exp(to(m - base, stages.score))
     mean = (to(p, stages.probability).astype(np.float64) @ value.astype(np.float64)).astype(np.float32)
-    summed = p.astype(np.float64).sum(axis=-1).astype(np.float32)
+    summed = to(p, stages.total).astype(np.float64).sum(axis=-1).astype(np.float32)
     return (
         top,
         times_plus(total, rescale, summed, v.summed),

@@ -30,10 +30,7 @@ from cpjax.trial.emulators import PROFILES as ARITHMETIC
 from cpjax.trial.emulators import Arithmetic, attend
 from cpjax.trial.problem import Problem, Result
 
-ARITHMETIC = {
-    **{name: replace(arithmetic, summation="sequential") for name, arithmetic in ARITHMETIC.items()},
-    "flash_bf16": Arithmetic("float32", "float32", "bfloat16", "bfloat16", "bfloat16", summation="sequential"),
-}
+ARITHMETIC = {name: replace(arithmetic, summation="sequential") for name, arithmetic in ARITHMETIC.items()}
 """The trial's profiles with one accumulator: the same bits on every machine, and the deepest sum that is correct."""
 
 

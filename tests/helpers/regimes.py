@@ -11,7 +11,7 @@ import numpy as np
 from power import ARITHMETIC, Regime, one_row
 
 from cpjax.trial import faults
-from cpjax.trial.emulators import attend, chunk_results, cut, fold, merge, rounded, visits
+from cpjax.trial.emulators import as_result, attend, chunk_results, cut, fold, merge, rounded, visits
 from cpjax.trial.problem import Problem, Result
 
 TINY = 2.0**-24
@@ -155,6 +155,23 @@ def distant_keys() -> Regime:
     key, value = alone(key[:, :, None], value, -60.0)
     arithmetic = replace(ARITHMETIC["float32"], summation="pairwise")
     return Regime(rows_of(some.uniform(0.99, 1, (ROWS, 1)), key, value), "float32", arithmetic=arithmetic)
+
+
+@cache
+def common_factor() -> Regime:
+    """A sink of value 1, and 3,000 keys of value −1 and half of the weight some 8 below it, in base two.
+
+    Their own errors are independent and average out; what scale · log2 e is off by, here by nearly as much as it can,
+    does not.
+    """
+    some = rng(44)
+    key = np.concatenate([np.zeros((ROWS, 1)), -some.uniform(7.5, 8.5, (ROWS, 3000))], axis=1)
+    value = np.concatenate([np.full((ROWS, 1, 4), 1.0), np.full((ROWS, 3000, 4), -1.0)], axis=1)
+    arithmetic = replace(ARITHMETIC["float32"], base_two=True, summation="pairwise")
+    key, value = alone(key[:, :, None], value, -60.0)
+    return Regime(
+        rows_of(np.ones((ROWS, 1)), key / 184 * 256, value, scale=184 / 256), "float32", arithmetic=arithmetic
+    )
 
 
 @cache
@@ -356,6 +373,57 @@ def last_rounding() -> Regime:
     some = rng(26)
     scores = some.uniform(-1, 1, (ROWS, 512))
     return Decode(one_row(scores, 1.3 + 0.05 * some.standard_normal((ROWS, 512, 16)), cp=8), "decode_fp16_lse")
+
+
+class Split(Regime):
+    """Chunks are weighed by exp(lse_c − lse), and the weights are not divided by their sum: lse is what is rounded."""
+
+    @cached_property
+    def result(self) -> Result:
+        arithmetic = ARITHMETIC["float32"]
+        blocks = chunk_results(self.problem, arithmetic, cut(self.problem.key.shape[1], self.problem.chunk_count))
+        top = blocks.lse.max(axis=0)
+        lse = top + np.log(np.exp(blocks.lse - top).sum(axis=0))
+        out = (np.exp(blocks.lse - lse)[..., None] * blocks.out).sum(axis=0)
+        return as_result(Result(np.moveaxis(out, 3, 0), np.moveaxis(lse, 3, 0)), arithmetic)
+
+
+@cache
+def split(lse: float, order: str = "ascending") -> Regime:
+    """Four chunks of one mean, and a large lse, whose last place every output feels."""
+    some = rng(42)
+    scores = some.uniform(-1, 1, (64, 64)) + lse - np.log(64) + some.uniform(-1, 1, (64, 1))
+    return Split(one_row(scores, 1.3 + 0.05 * some.standard_normal((64, 64, 4)), cp=2), "float32", order)
+
+
+class Flushed(Regime):
+    """Weights in float32, and 0 for each product and each sum that is less than the least normal number."""
+
+    @cached_property
+    def result(self) -> Result:
+        problem, least = self.problem, np.float32(2.0**-126)
+        score = problem.key[:, :, 0, 0].astype(np.float32)
+        p = np.exp(score - score.max(axis=1, keepdims=True))
+        weight, out = p / p.sum(axis=1, keepdims=True), np.float32(0)
+        for j in range(score.shape[1]):
+            part = weight[:, j, None] * problem.value[:, j, 0].astype(np.float32)
+            out = out + np.where(np.abs(part) < least, np.float32(0), part)
+            out = np.where(np.abs(out) < least, np.float32(0), out)
+        lse = attend(problem, ARITHMETIC["float32"]).lse
+        return Result(out[:, None, None], lse)
+
+
+@cache
+def flushed(products: float, *, signs: bool) -> Regime:
+    """Products of about so many least normal numbers, all positive or with random `signs`.
+
+    Where they are less than one, all are lost; else sums may be, that pass 0.
+    """
+    some = rng(43, int(signs))
+    value = some.uniform(0.8, 1.2, (ROWS, 512, 16)) * products * 512 * 2.0**-126
+    if signs:
+        value *= some.choice([-1.0, 1.0], value.shape)
+    return Flushed(one_row(some.uniform(-0.1, 0.1, (ROWS, 512)), value), "float32")
 
 
 @cache

@@ -345,3 +345,15 @@ def test_rows_that_see_nothing_and_columns_of_zeros_pass_in_every_format(profile
         changed = out.copy()
         changed[0, 1, 0, 2] = wrong
         assert not judge(*_arrays(p), changed, lse, **p.judge_arguments(), precision=profile, order="ring").passed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_chunks_that_cancel_leave_did_not_go_through_bf16(seed):
+    """Outputs of ±100 are multiples of 1/16, and so is what is left of them: numbers of few digits."""
+    rng = np.random.default_rng(seed)
+    query, key, value = (rng.standard_normal((1, 256, 4, 64)) for _ in range(3))
+    value[:, :128], value[:, 128:] = value[:, :128] + 100, value[:, 128:] - 100
+    p = Problem(query * 0, key, value, 0.125, cp=1).cast("float16")
+    out, lse = attend(p, PROFILES["flash_fp16"])
+    verdict = judge(p.query, p.key, p.value, out, lse, **p.judge_arguments())
+    assert verdict.passed, verdict.reasons

@@ -10,25 +10,31 @@ from hypothesis import strategies as st
 from strategies import examples
 
 from cpjax.crosscheck import judge
+from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.parallel import context_parallel_attention, cp_mesh
 from cpjax.precision import PROFILES
+from cpjax.trial.emulators import PROFILES as ARITHMETIC
+from cpjax.trial.emulators import attend
+from cpjax.trial.problem import Problem
 
 NARROWER = {
     "float64": "float32",
     "float32": "flash_fp16",
-    "flash_fp16": "flash_bf16",
-    "ring_mla_fp16": "flash_bf16",
-    "decode_fp16_lse": "flash_bf16",
+    **{name: "flash_bf16" for name in PROFILES if PROFILES[name].out == "float16"},
+    # Of the profiles in BF16 none is coarser than the one whose scores are, too.
+    **{name: "eager_bf16" for name in PROFILES if PROFILES[name].out == "bfloat16" and name != "eager_bf16"},
 }
 """Profile → a coarser one, whose results it must refuse."""
 
 
 @cache
 def computed(profile: str, seed: int, cp: int):
-    """Inputs and the specification's result, 64 tokens of two heads."""
+    """Inputs and the specification's result, 64 tokens of two heads; the trial's where the specification has none."""
     rng = np.random.default_rng(seed)
-    dtype = {"float64": np.float64, "float32": np.float32}.get(profile, np.float16)
-    inputs = [rng.standard_normal((1, 64, 2, 32)).astype(dtype) for _ in range(3)]
+    precision = PROFILES[profile]
+    inputs = [rng.standard_normal((1, 64, 2, 32)).astype(FORMATS[precision.out].dtype) for _ in range(3)]
+    if precision.is_normalised:
+        return inputs, attend(Problem(*inputs, 32**-0.5, is_causal=True, cp=cp), ARITHMETIC[profile], "ring")
     with jax.enable_x64():
         result = context_parallel_attention(*inputs, mesh=cp_mesh(cp), precision=profile)
     return inputs, [np.asarray(x) for x in result]
@@ -50,5 +56,5 @@ def test_the_specification_passes_in_the_profile_it_computes_in(profile, seed, c
 @examples(0.05)
 def test_a_result_in_a_coarser_profile_is_refused(profile, narrower, seed):
     inputs, (out, lse) = computed(narrower, seed, 2)
-    finer = [x.astype(PROFILES[profile].out if profile.startswith("float") else np.float16) for x in inputs]
+    finer = [x.astype(FORMATS[PROFILES[profile].out].dtype) for x in inputs]
     assert not judge(*finer, out, lse, cp=2, precision=profile, order="ring").passed

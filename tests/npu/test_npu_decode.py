@@ -61,7 +61,7 @@ def test_decode_agrees_with_dense_and_the_specification(pools, cp, data):
 def test_the_default_loses_nothing_and_the_result_says_what_was_chosen(pools, tmp_path):
     assert Decoding() == ("float32", "attention-update", "mindie", 1)
     case = write_decode(tmp_path, [300, 5], [1, 2], cp=2)
-    for lse, precision in (("float32", "flash_fp16"), ("float16", "decode_fp16_lse")):
+    for lse, precision in (("float32", "fia_fp16"), ("float16", "decode_fp16_lse")):
         result = tmp_path / "r" / f"{lse}.safetensors"
         result.parent.mkdir(exist_ok=True)
         pools[2].run(case, result, settings=Settings(operators="fia", decoding=Decoding(lse)))
@@ -134,7 +134,7 @@ def test_the_verdict_notices_a_broken_merge(tmp_path, fault):
     (tmp_path / "r").mkdir()
     ranks = [files.RankResult(out, lse, asked.q_position, asked.q_segment)] * 3
     result = tmp_path / "r" / case.name
-    files.write_result(result, asked, ranks, precision="flash_fp16", order="ascending", about={})
+    files.write_result(result, asked, ranks, precision="fia_fp16", order="ascending", about={})
     assert judge_result(read_case(case), result).passed == (fault is None)
 
 
@@ -203,7 +203,7 @@ def test_the_command_decodes(tmp_path):
     [
         ({}, ["--profile"], "--profile times the steps of prefill"),
         ({"precision": {"npu": "flash_fp16"}}, [], "compute in decode_fp16_lse"),
-        ({"precision": {"npu": "decode_fp16_lse"}}, ["--operators", "fia"], "lse in float32 compute in flash_fp16"),
+        ({"precision": {"npu": "decode_fp16_lse"}}, ["--operators", "fia"], "lse in float32 compute in fia_fp16"),
     ],
 )
 def test_options_that_do_not_go_with_decode_are_refused(tmp_path, capsys, changes, arguments, rule):

@@ -351,7 +351,7 @@ def test_what_cannot_be_computed_is_refused_before_any_process_starts(tmp_path, 
     assert "do not divide 3 ranks" in refusal(capsys, case, tmp_path / "r", "--exchange", "double-ring", "--inner", "2")
     assert "needs --inner" in refusal(capsys, case, tmp_path / "r", "--exchange", "double-ring")
     assert "has no nodes" in refusal(capsys, case, tmp_path / "r", "--inner", "3")
-    assert "compute in flash_fp16" in refusal(capsys, case, tmp_path / "r", "--operators", "fia")
+    assert "compute in fia_fp16" in refusal(capsys, case, tmp_path / "r", "--operators", "fia")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

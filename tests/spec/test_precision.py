@@ -143,7 +143,7 @@ def test_no_two_profiles_compute_the_same(name):
 
     def merged(stages):
         parts = [
-            twin.attend(query, key[s], value[s], seen[:, s], SCALE, None, stages, 2, twin.Variant())
+            twin.attend(query, key[s], value[s], seen[:, s], 0.3, None, stages, 2, twin.Variant())
             for s in (slice(0, 4), slice(4, 7))
         ]
         return twin.merge(*parts, stages, twin.Variant())
@@ -153,11 +153,17 @@ def test_no_two_profiles_compute_the_same(name):
 
 
 def test_the_twin_knows_every_rounding_profile():
-    assert {*twin.PROFILES, "float32", "float64"} == set(PROFILES)
+    assert {*twin.PROFILES, "float32", "float64"} == {name for name, p in PROFILES.items() if not p.is_normalised}
     for name, stages in twin.PROFILES.items():
         p = profile(name)
-        assert stages == (p.score, p.probability, p.out, p.carry, p.lse)
-        assert p.compute == "float32"
+        assert stages == (p.score, p.probability, p.out, p.carry, p.lse, p.query, p.total)
+        assert (p.compute, p.scale, p.distance) == ("float32", p.score, p.score)
+
+
+@pytest.mark.parametrize("name", [name for name, p in PROFILES.items() if p.is_normalised])
+def test_a_profile_that_tiles_cannot_compute_is_refused(name):
+    with pytest.raises(InputError, match=f"'{name}'.*one to judge in.*'flash_fp16'"):
+        attention(RULES[0], name)
 
 
 @given(st.floats(width=32, allow_nan=False), st.sampled_from(["float16", "bfloat16"]))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import dense
 
-from cpjax.trial.emulators import PROFILES, Arithmetic, attend, cut, rounded, visits
+from cpjax.trial.emulators import PROFILES, Arithmetic, attend, cut, dtype_of, rounded, visits
 from cpjax.trial.problem import Problem, visible
 from cpjax.trial.summation import SUMMATIONS, product, total
 
@@ -33,7 +33,7 @@ def drawn(seed: int, profile: str, logits: float = 2.0, cp: int = 2) -> Problem:
         window=int(rng.choice([3, 30])),
         cp=cp,
     )
-    return problem.cast("float16" if profile.endswith("fp16") else profile)
+    return problem.cast(dtype_of(profile))
 
 
 def chosen(order: str, chunks: int, seed: int) -> str | tuple[int, ...]:
@@ -51,11 +51,16 @@ def scalar_row(problem: Problem, arithmetic: Arithmetic, chunks: list[int], b: i
         with np.errstate(over="ignore"):
             return number(np.dtype(fmt).type(x))
 
+    def factor(h: int):
+        x = query[b, t, n, h]
+        return to(arithmetic.query, x * number(problem.scale)) if arithmetic.query else x
+
     def score(j: int):
-        raw = query[b, t, n, 0] * key[b, j, kv_head, 0]
+        raw = factor(0) * key[b, j, kv_head, 0]
         for h in range(1, query.shape[3]):
-            raw = raw + query[b, t, n, h] * key[b, j, kv_head, h]
-        return to(arithmetic.score, to(arithmetic.score, raw) * to(arithmetic.score, number(problem.scale)))
+            raw = raw + factor(h) * key[b, j, kv_head, h]
+        scale = number(1 if arithmetic.query else problem.scale)
+        return to(arithmetic.score, to(arithmetic.score, raw) * to(arithmetic.scale or arithmetic.score, scale))
 
     def sees(j: int) -> bool:
         ahead = int(problem.q_positions[b, t]) - int(problem.kv_positions[b, j])
@@ -64,17 +69,22 @@ def scalar_row(problem: Problem, arithmetic: Arithmetic, chunks: list[int], b: i
     def block(chunk: int):
         m, weight, acc = number(-inf), number(0), [number(0)] * value.shape[3]
         keys = range(chunk * size, min((chunk + 1) * size, key.shape[1]))
-        for start in range(0, len(keys), arithmetic.tile):
-            tile = [(score(j), j) for j in keys[start : start + arithmetic.tile] if sees(j)]
+        width = size if arithmetic.is_normalised else arithmetic.tile
+        for start in range(0, len(keys), width):
+            tile = [(score(j), j) for j in keys[start : start + width] if sees(j)]
             higher = max([m] + [s for s, _ in tile])
             if not tile:
                 continue
-            shrink = np.exp(to(arithmetic.score, m - higher))
-            p = [np.exp(to(arithmetic.score, s - higher)) for s, _ in tile]
-            p_sum = p[0]
-            for x in p[1:]:
+            distance = arithmetic.distance or arithmetic.score
+            shrink = np.exp(to(distance, m - higher))
+            p = [np.exp(to(distance, s - higher)) for s, _ in tile]
+            summed = [to(arithmetic.summed or arithmetic.compute, x) for x in p]
+            p_sum = summed[0]
+            for x in summed[1:]:
                 p_sum = p_sum + x
             weight = weight * shrink + p_sum
+            if arithmetic.is_normalised:
+                p = [x / weight for x in p]
             for v in range(len(acc)):
                 terms = [
                     to(arithmetic.probability, x) * value[b, j, kv_head, v] for x, (_, j) in zip(p, tile, strict=True)
@@ -86,7 +96,8 @@ def scalar_row(problem: Problem, arithmetic: Arithmetic, chunks: list[int], b: i
             m = higher
         if weight == 0:
             return [number(0)] * len(acc), number(-inf)
-        return [to(arithmetic.carry, x / weight) for x in acc], m + np.log(weight)
+        by = number(1) if arithmetic.is_normalised else weight
+        return [to(arithmetic.block or arithmetic.carry, x / by) for x in acc], m + np.log(weight)
 
     out, lse = block(chunks[0])
     for chunk in chunks[1:]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
 
-from cpjax.trial.emulators import PROFILES, attend
+from cpjax.trial.emulators import PROFILES, attend, dtype_of
 from cpjax.trial.faults import FAULTS, SIZED, Bench, changes
 from cpjax.trial.problem import Problem, Result
 from cpjax.trial.rivals import RULES, Against, accepted_by, references
@@ -29,11 +29,15 @@ def ordinary(
         scale=0.25,
         is_causal=is_causal,
         cp=cp,
-    ).cast("float16" if profile.endswith("fp16") else profile)
+    ).cast(dtype_of(profile))
     return Bench(problem, PROFILES[profile])
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+FINE = [profile for profile in PROFILES if not profile.endswith("bf16")]
+"""Faults are sized for FP16 and finer: scores in BF16 do not feel a scale that is 0.03 % off."""
+
+
+@pytest.mark.parametrize("profile", FINE)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_changes_an_ordinary_result(fault, profile):
     bench = ordinary(profile)

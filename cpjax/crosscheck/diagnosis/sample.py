@@ -175,7 +175,7 @@ def _sample(
         kv_head=k,
         position=at,
         head=head,
-        query=problem.query[b, at, head].astype(np.float64),
+        query=problem.queries(b, at, head),
         key=np.nan_to_num(problem.key[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
         value=np.nan_to_num(problem.value[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
         seen=np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0],

@@ -56,9 +56,24 @@ class Arithmetic:
         return self.precision.score != self.precision.compute
 
     @property
+    def has_rounded_distances(self) -> bool:
+        """Whether s − m is rounded to a format of its own."""
+        return self.precision.distance != self.precision.compute
+
+    @property
+    def has_rounded_sum(self) -> bool:
+        """Whether the row sum takes the probabilities as they are rounded."""
+        return self.precision.total != self.precision.compute
+
+    @property
     def eps(self) -> float:
         """Unit roundoff of everything that is not stored in a format of its own."""
         return FORMATS[self.precision.compute].u * (ORACLE if self.precision.compute == "float64" else 1.0)
+
+    @property
+    def least_normal(self) -> float:
+        """Of the compute format: processors may take anything below it for 0."""
+        return FORMATS[self.precision.compute].least_normal
 
     @property
     def scale_size(self) -> float:
@@ -97,16 +112,40 @@ class Arithmetic:
 
     @cached_property
     def p_value(self) -> Float[np.ndarray, "R S"]:
-        """p = exp(s − M_c)."""
-        return np.exp(self.rows.below)
+        """The number that is rounded as the factor of v: p = exp(s − M_c), or its share of the chunk's sum."""
+        if not self.precision.is_normalised:
+            return np.exp(self.rows.below)
+        of_chunk = self.rows.per_key(self.rows.chunk_weight)
+        return np.divide(self.rows.weight, of_chunk, out=np.zeros_like(of_chunk), where=of_chunk > 0)
 
     @cached_property
     def p_worth(self) -> Float[np.ndarray, "R S"]:
-        """What one unit of p is worth in the output, g_c = exp(M_c − lse); 0 where hidden."""
+        """What one unit of p is worth in the output, g_c = exp(M_c − lse), or a_c; 0 where hidden."""
         rows = self.rows
+        if self.precision.is_normalised:
+            return np.where(rows.seen, rows.per_key(rows.chunk_weight), 0.0)
         with np.errstate(invalid="ignore"):  # −inf − (−inf) where a row sees nothing; replaced below
             worth = np.exp(rows.chunk_max - rows.lse[:, None])
         return np.where(rows.seen, rows.per_key(np.nan_to_num(worth, nan=0.0)), 0.0)
+
+    @cached_property
+    def flushed(self) -> Float[np.ndarray, "R S"]:
+        """Weights of keys whose p is below the least normal number of the compute format, and may become 0."""
+        return np.where(self.p_value < self.least_normal, self.rows.weight, 0.0)
+
+    @cached_property
+    def underflow(self) -> Float[np.ndarray, "R V"]:
+        """The most that `out` loses where whatever is below the least normal number becomes 0 (§3.7)."""
+        of_sums = np.minimum(self.weighted_size, self.seen_keys[:, None] * self.least_normal)
+        return of_sums + self.lost_to_zero
+
+    @cached_property
+    def lost_to_zero(self) -> Float[np.ndarray, "R V"]:
+        """What `out` loses where exponentials and the output itself become 0."""
+        least, out = self.least_normal, np.abs(self.rows.out)
+        of_p = self.flushed @ self.rows.size + self.flushed.sum(axis=1, keepdims=True) * out
+        is_small = (out < 2 * least) & (FORMATS[self.precision.out].least_normal == least)
+        return of_p + np.where(is_small, np.minimum(out, least), 0.0)
 
     @cached_property
     def largest_running(self) -> Float[np.ndarray, "R V"]:

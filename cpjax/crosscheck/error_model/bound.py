@@ -64,15 +64,30 @@ class Bound:
             spill = np.maximum(fmt.u * s / a.scale_size, fmt.tiny / 2) * a.scale_size
             multiply = np.maximum(fmt.u * (s + spill), fmt.tiny / 2)
             own = spill + multiply
-            bound = bound + own + fmt.u * (below_top + 2 * (bound + own)) + fmt.tiny
+            bound = bound + own
+            if a.has_rounded_distances:
+                bound = bound + fmt.u * (below_top + 2 * bound) + fmt.tiny
         bound = bound + rows.per_key(a.chunk_lse_spacing / 2)
         return np.where(rows.seen, bound, 0.0)
 
     @cached_property
     def distortion(self) -> Float[np.ndarray, " R"]:
-        """Σ_j A_j (exp(D_j) − 1): how much the weights may be off together."""
+        """Σ_j A_j (exp(D_j) − 1): how much the weights may be off together, and what their sum may be off besides."""
         growth = np.expm1(np.minimum(self.of_exponent, LARGEST_EXPONENT))
-        return (self.arithmetic.rows.weight * growth).sum(axis=1)
+        return (self.arithmetic.rows.weight * growth).sum(axis=1) + self.of_sum
+
+    @cached_property
+    def of_probability(self) -> Float[np.ndarray, "R S"]:
+        """The most that rounding changes the factor of each value, in units of the output."""
+        a, rows = self.arithmetic, self.arithmetic.rows
+        growth = np.exp(np.minimum(self.of_exponent, LARGEST_EXPONENT))
+        error = growth * np.maximum(a.probability.u * rows.weight, a.probability.tiny / 2 * a.p_worth)
+        return np.where(rows.seen & (a.seen_keys > 1)[:, None], error, 0.0)  # a key alone has p = 1
+
+    @property
+    def of_sum(self) -> Float[np.ndarray, " R"]:
+        """The same of their sum, where the row sum takes the rounded probabilities."""
+        return self.of_probability.sum(axis=1) * self.arithmetic.has_rounded_sum
 
     @cached_property
     def parts(self) -> dict[str, Float[np.ndarray, "R V"]]:
@@ -80,10 +95,10 @@ class Bound:
         a, rows = self.arithmetic, self.arithmetic.rows
         growth = np.exp(np.minimum(self.of_exponent, LARGEST_EXPONENT))
         moved = rows.weight * (growth - 1)
-        p_error = growth * np.maximum(a.probability.u * rows.weight, a.probability.tiny / 2 * a.p_worth)
         # Weights that are off do not sum to one; all errors are relative to their sum.
-        least = (rows.weight / growth).sum(axis=1, keepdims=True)
-        least = np.where(least > 0, least, 1.0)
+        least = (rows.weight / growth).sum(axis=1, keepdims=True) - self.of_sum[:, None]
+        least = np.where(least > 0, least, 1.0)  # where it is not, the row is not judged
+        of_p = self.of_probability @ rows.size + self.of_sum[:, None] * np.abs(rows.out)
         share = rows.chunk_weight[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
             chunk_out = np.where(share > 0, np.abs(rows.chunk_part) / share, 0.0)
@@ -93,12 +108,13 @@ class Bound:
         # One key: nothing but the last rounding. One chunk: its own rounding is the last one.
         several_keys, several_chunks = (a.seen_keys > 1)[:, None], chunks > 1
         return {
-            "probabilities": several_keys * (np.where(rows.seen, p_error, 0.0) @ rows.size) / least,
+            "probabilities": of_p / least,
             "scores": several_keys * (moved @ rows.size + moved.sum(axis=1, keepdims=True) * np.abs(rows.out)) / least,
             "sums": several_keys * (OF_SUMS * (a.depth + a.head_dim) * a.eps * a.weighted_size) / least,
             "outputs of chunks": several_chunks * (share * (a.out.u * chunk_out + a.out.tiny / 2)).sum(axis=1),
             "outputs of merges": several_chunks * merges * (a.carry.u * a.largest_running + a.carry.tiny / 2),
             "weights of the merge": several_chunks * several_keys * of_weights,
+            "underflow": a.underflow,
         }
 
     @cached_property
@@ -137,5 +153,8 @@ class Bound:
         """The most that rounding changes lse; 0 where nothing is seen."""
         a = self.arithmetic
         of_log = a.eps * (a.chunk_count + 2) * (LSE_LOGS * a.lse_size + LSE_SIZE)
-        bound = np.log1p(self.distortion) + LSE_SUMS * a.depth * a.eps + of_log
+        of_weights = np.log1p(self.distortion)
+        if a.has_rounded_sum:  # the sum may be as much less as it may be more, and its logarithm then loses more
+            of_weights = -np.log1p(-np.minimum(self.distortion, MOST_DISTORTION))
+        bound = of_weights + LSE_SUMS * a.depth * a.eps + of_log
         return np.where(a.rows.seen.any(axis=1), bound, 0.0)

@@ -122,7 +122,8 @@ class ErrorModel:
     @cached_property
     def lse_variance(self) -> Float[np.ndarray, " R"]:
         """Variance of lse; 0 where nothing is seen."""
-        variance = _sum((term.lse for term in self.terms), self.lse_drift**2)
+        typical = _sum((term.typical * term.lse for term in self.systematic), np.zeros_like(self.rows.lse))
+        variance = _sum((term.lse for term in self.terms), typical**2)
         return np.where(self.arithmetic.seen_keys > 0, variance, 0.0)
 
     def variance_along(

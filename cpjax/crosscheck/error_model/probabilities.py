@@ -19,19 +19,37 @@ LEAST_ERROR = 1 / 4
 
 def probability_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     """Sections 3.1 and 3.2."""
-    sigma = _sigma(a)
+    sigma, is_summed = _sigma(a), a.has_rounded_sum
 
     def along(direction: Direction) -> Iterator[Shared]:
-        roundings = Roundings(a.p_value, sigma * direction.of_value)
+        roundings = Roundings(a.p_value, sigma * _pull(a, direction))
         yield Shared(by_cell(roundings, a.probability), variance_of_sum(roundings.sigma, a.ties))
 
-    out = variance_of(sigma, a.ties, a.rows.value, a.rows.out, center=False)
-    yield Term("probabilities", "3.1", out, is_common=True, along=along)
+    out = variance_of(sigma, a.ties, a.rows.value, a.rows.out, center=is_summed)
+    of_lse = variance_of_sum(sigma, a.ties) if is_summed else 0.0
+    yield Term("probabilities", "3.1", out, of_lse, is_common=True, along=along)
     if a.precision.probability == "float16":
         yield _least(a)
         lost = np.where(a.p_value < a.probability.tiny / 2, a.rows.weight, 0.0)
         # A partly lost sum is uniform between 0 and all of it.
-        yield Systematic("probabilities that become 0", "3.2", np.abs(lost @ a.rows.value), typical=1 / np.sqrt(3))
+        yield Systematic(
+            "probabilities that become 0",
+            "3.2",
+            np.abs(_moved(a, lost)),
+            typical=1 / np.sqrt(3),
+            lse=lost.sum(axis=1) if is_summed else 0.0,
+        )
+
+
+def _pull(a: Arithmetic, direction: Direction) -> Float[np.ndarray, "R S"]:
+    """What an error of p does to the sum: in the numerator only, or in the row sum as well."""
+    return direction.of_weight if a.has_rounded_sum else direction.of_value
+
+
+def _moved(a: Arithmetic, lost: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R V"]:
+    """What these errors of the weights do to `out` together."""
+    of_sum = lost.sum(axis=1, keepdims=True) * a.rows.out if a.has_rounded_sum else 0.0
+    return lost @ a.rows.value - of_sum
 
 
 def _sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:
@@ -46,11 +64,12 @@ def _least(a: Arithmetic) -> Term:
     error = LEAST_ERROR * a.probability.tiny
 
     def along(direction: Direction) -> Iterator[Shared]:
-        of_rows = {k: error * (cell * direction.of_value).sum(axis=1) for k, cell in cells.items()}
+        of_rows = {k: error * (cell * _pull(a, direction)).sum(axis=1) for k, cell in cells.items()}
         together = np.zeros(LEAST_CELLS + 1)
         for k, of_row in of_rows.items():
             together[k] = of_row.sum()
         yield Shared(together, sum((of_row**2 for of_row in of_rows.values()), np.zeros(len(n))))
 
-    out = sum(((error * (cell @ a.rows.value)) ** 2 for cell in cells.values()), np.zeros_like(a.rows.out))
-    return Term("least probabilities", "3.2", out, is_common=True, along=along)
+    out = sum(((error * _moved(a, cell)) ** 2 for cell in cells.values()), np.zeros_like(a.rows.out))
+    of_lse = sum(((error * cell.sum(axis=1)) ** 2 for cell in cells.values()), np.zeros(len(n)))
+    return Term("least probabilities", "3.2", out, of_lse if a.has_rounded_sum else 0.0, is_common=True, along=along)

@@ -8,26 +8,36 @@ from jaxtyping import Float
 from cpjax.crosscheck.error_model.arithmetic import Arithmetic
 from cpjax.crosscheck.error_model.row_covariance import Shared
 from cpjax.crosscheck.error_model.running_max import Moved, RunningMax, tile_sizes
-from cpjax.crosscheck.error_model.terms import Direction, Term
+from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term
 from cpjax.crosscheck.error_model.ties import sum_of_squares, variance_of, variance_of_sum
 
 OF_SCORE, OF_DISTANCE, OF_PRODUCT = 2.0, 3.0, 1.0
 """Unit roundoffs of |s|, of the distance to the maximum and of |q||k|: a score is off by so much, uniformly (§3.5)."""
 
+OF_SCALE = 2.0
+"""Unit roundoffs by which the number that multiplies every q·k may be off: scale and scale · log2(e) are rounded, or
+√scale twice (§3.5)."""
 
-def score_terms(a: Arithmetic) -> Iterator[Term]:
+
+def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     """Sections 3.5 and 3.6."""
     if not a.has_rounded_scores:
         yield _scores(a, _computed_variance(a))
+        yield _factor(a)
         return
     spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a)
-    maxima = [RunningMax(a.rows, a.score, spacing, size) for size in tile_sizes(a.rows)]
     raw = (a.scale_size * a.score.spacing(_score(a) / a.scale_size)) ** 2 / 12
-    # In the largest tiles the maximum is furthest from each score, and the difference has its widest spacing.
-    scores = _scores(a, _computed_variance(a) + raw + scaling**2 + maxima[-1].own_sigma ** 2)
+    variance = _computed_variance(a) + raw + scaling**2
+    maxima = []
+    if a.has_rounded_distances:
+        maxima = [RunningMax(a.rows, a.score, spacing, size) for size in tile_sizes(a.rows)]
+        # In the largest tiles the maximum is furthest from each score, and the difference has its widest spacing.
+        variance = variance + maxima[-1].own_sigma ** 2
+    scores = _scores(a, variance)
     yield scores
     yield _scaling(a, scaling, scores)
-    yield _maxima(a, maxima)
+    if maxima:
+        yield _maxima(a, maxima)
 
 
 def _score(a: Arithmetic) -> Float[np.ndarray, "R S"]:
@@ -51,6 +61,15 @@ def _scores(a: Arithmetic, variance: Float[np.ndarray, "R S"]) -> Term:
 
     out = variance_of(moved, a.score_ties, a.rows.value, a.rows.out, center=True)
     return Term("scores", "3.5", out, variance_of_sum(moved, a.score_ties), is_common=True, along=along)
+
+
+def _factor(a: Arithmetic) -> Systematic:
+    """The number that multiplies q·k, rounded once for all keys and rows: it errs as a scale that is off does."""
+    of_lse = (a.rows.weight * _score(a)).sum(axis=1)
+    most = _pulled(a, a.rows.weight * _score(a), slice(None))
+    size = OF_SCALE * a.eps
+    # It is as likely to be anywhere in its range.
+    return Systematic("factor of q·k", "3.5", size * np.abs(most), typical=1 / np.sqrt(3), lse=size * np.abs(of_lse))
 
 
 def _scaling_sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.error_model.arithmetic import Arithmetic
 from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term, column_by_column
+from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.precision import KEY_TILE
 
 OF_TERM = 4.0
@@ -34,7 +35,9 @@ def sum_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     )
     yield _row_sums(a)
     yield _merge_weights(a)
+    yield _merge_totals(a)
     yield _absorbed(a)
+    yield from _underflow(a)
 
 
 def sum_sigma(a: Arithmetic) -> Float[np.ndarray, " R"]:
@@ -70,6 +73,40 @@ def _merge_weights(a: Arithmetic) -> Term:
     return Term("weights of the merge", "3.7", out, along=along)
 
 
+def _merge_totals(a: Arithmetic) -> Term:
+    """Weights exp(lse_c − lse) add up to 1 except for the rounding of lse, once a merge: all of what is merged errs."""
+    part, spacing = _merged_parts(a)
+    variance = spacing**2 / 12
+
+    def along(direction: Direction) -> Iterator[Float[np.ndarray, " R"]]:
+        yield (variance * np.einsum("rv,rcv->rc", direction.per_out, part) ** 2).sum(axis=1)
+
+    out = np.einsum("rc,rcv->rv", variance, part**2)
+    return Term("totals of the merge", "3.7", out, is_common=True, along=along)
+
+
+def _merged_parts(a: Arithmetic) -> tuple[Float[np.ndarray, "R C V"], Float[np.ndarray, "R C"]]:
+    """What has been merged after each chunk, as a part of the output, and the spacing of its lse; 0 for the first.
+
+    Keys of one chunk may be merged too, or be weighed by exp(s − lse). If the order is not known, the largest of
+    either, as often as there are merges.
+    """
+    rows, fmt = a.rows, FORMATS[a.precision.compute]
+    lse = np.where(a.seen_keys > 0, rows.lse, 0.0)[:, None]
+    if a.merging is None:
+        merges = (np.maximum(a.chunk_count - 1, 1) * (a.seen_keys > 1))[:, None]
+        lowest = np.where(rows.chunk_weight > 0, rows.chunk_weight, np.inf).min(axis=1, keepdims=True)
+        size = np.maximum(np.abs(lse), np.abs(lse + np.log(np.where(np.isfinite(lowest), lowest, 1.0))))
+        return a.largest_running[:, None], np.sqrt(merges) * fmt.spacing(size)
+    weight = np.take_along_axis(rows.chunk_weight, a.merging, axis=1)
+    done = np.cumsum(weight, axis=1)
+    is_first = np.cumsum(weight > 0, axis=1) <= np.where(a.chunk_count > 1, 1, 0)[:, None]
+    is_merged = (weight > 0) & ~is_first & (a.seen_keys > 1)[:, None]
+    spacing = fmt.spacing(lse + np.log(np.where(done > 0, done, 1.0)))
+    part = np.cumsum(np.take_along_axis(rows.chunk_part, a.merging[..., None], axis=1), axis=1)
+    return part, np.where(is_merged, spacing, 0.0)
+
+
 def _absorbed(a: Arithmetic) -> Systematic:
     """Terms that are too small for the sum that they are added to: of products, and of the row sum."""
     lost = _lost_weight(a)
@@ -92,3 +129,24 @@ def _lost_weight(a: Arithmetic) -> Float[np.ndarray, "R S"]:
     lost = np.where(rows.weight < SMALL * eps * of_key, np.minimum(rows.weight, ABSORBED * eps * of_key), 0.0)
     lost = np.maximum(lost, rows.weight * np.repeat(share, sizes, axis=1))
     return lost * (a.seen_keys > 1)[:, None]
+
+
+def _underflow(a: Arithmetic) -> Iterator[Term | Systematic]:
+    """Numbers below the least normal one of the compute format, which processors may take for 0.
+
+    They are met at most where a kernel divides p by its sum before it multiplies: the products are A v, not p v.
+    """
+    least, count = a.least_normal, a.seen_keys[:, None]
+    lost = a.lost_to_zero.copy()
+    # Where products are as large as a rounding of their sum, none is so small that it would be felt.
+    for v in np.flatnonzero((count * least > a.eps * a.weighted_size).any(axis=0)):
+        product = a.rows.weight * a.rows.size[:, v]
+        lost[:, v] += np.where(product < least, product, 0.0).sum(axis=1)
+    yield Systematic("underflow", "3.7", lost, lse=a.flushed.sum(axis=1))
+    # A sum whose terms have random signs passes so near 0 about so often, and each time loses less than the least. Once
+    # it may always happen: where that is too seldom to be met, the least number is no more than a rounding.
+    near = np.divide(count * least, a.weighted_size, out=np.zeros_like(a.rows.out), where=a.weighted_size > 0)
+    times = np.minimum(count, np.maximum(2 * np.sqrt(2 * count / np.pi) * near, 1))
+    times = np.where((count > 1) & (a.weighted_size > 0), times, 0.0)
+    variance = times * least**2 / 3
+    yield Term("sums that pass 0", "3.7", variance, along=lambda d: iter([column_by_column(variance, d)]))

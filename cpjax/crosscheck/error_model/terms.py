@@ -61,7 +61,7 @@ class Systematic:
     most: Float[np.ndarray, "R V"]
     """The most that they move `out`."""
     typical: float = 1.0
-    """The share of this that stands in σ."""
+    """The share of this, and of what they do to lse, that stands in σ."""
     lse: Float[np.ndarray, " R"] | float = 0.0
     """The most that they move lse."""
 

@@ -27,6 +27,11 @@ class Format:
         return 2.0 ** (self.emin - self.digits + 1)
 
     @property
+    def least_normal(self) -> float:
+        """The least positive number with all its digits."""
+        return 2.0**self.emin
+
+    @property
     def dtype(self) -> np.dtype:
         """The format's dtype; NumPy knows BF16 by way of ml_dtypes, which JAX brings."""
         return np.dtype(ml_dtypes.bfloat16 if self.name == "bfloat16" else self.name)

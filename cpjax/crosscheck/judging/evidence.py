@@ -190,7 +190,7 @@ def _measure(
         **lse_columns,
     )
     scores = key_scores(model, expected, error, lse_error, inflation * ~unjudged)
-    return _TileEvidence(tile, table, rows.index, scores, shared, _lattice(problem, rows, given, unjudged))
+    return _TileEvidence(tile, table, rows.index, scores, shared, _lattice(problem, rows, expected, given))
 
 
 def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -> tuple[Rows, ErrorModel]:
@@ -199,7 +199,7 @@ def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
     seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
-    query = problem.query[b, at, tile.head].astype(np.float64)
+    query = problem.queries(b, at, tile.head)
     rows = attention_rows(query, key, value, seen, problem.kv_chunk, problem.scale)
     merging = problem.merging_of(problem.q_chunk[at], rows.chunks)
     return rows, ErrorModel(rows, problem.precision, merging, problem.query.shape[3], problem.scale)
@@ -255,14 +255,16 @@ def _lse(
     return columns, finite
 
 
-def _lattice(
-    problem: Problem, rows: Rows, given: np.ndarray, unjudged: Bool[np.ndarray, " R"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """FP16 numbers (as bits) that are no BF16 numbers and should come out, and whether a BF16 number came instead."""
+def _lattice(problem: Problem, rows: Rows, expected: Expected, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FP16 numbers (as bits) that are no BF16 numbers and should come out, and whether a BF16 number came instead.
+
+    Where σ is more than a spacing, as between chunks that cancel, the last digits are those of what was rounded before.
+    """
     if problem.precision.out != "float16":
         return np.empty(0, np.int64), np.empty(0, bool)
     exact = FORMATS["float16"].round(rows.out)
-    telling = ~unjudged[:, None] & ~on_bfloat16_lattice(exact) & (np.abs(exact) >= LEAST_NORMAL) & np.isfinite(exact)
+    is_fine = expected.is_judgeable[:, None] & (expected.sigma <= FORMATS["float16"].spacing(exact))
+    telling = is_fine & ~on_bfloat16_lattice(exact) & (np.abs(exact) >= LEAST_NORMAL) & np.isfinite(exact)
     bits, first = np.unique(exact[telling].astype(np.float16).view(np.uint16), return_index=True)
     with np.errstate(over="ignore", invalid="ignore"):
         return bits.astype(np.int64), on_bfloat16_lattice(given[telling][first])

@@ -14,7 +14,7 @@ from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens, visible
 from cpjax.partition import Contiguous, Partition, Zigzag, partition_of
 from cpjax.partition.partition import check_order
-from cpjax.precision import PROFILES, Precision, profile, scale_in
+from cpjax.precision import PROFILES, Precision, profile, query_in, scale_in
 
 Array = Any
 """NumPy's, or what `cpjax.arrays.as_array` makes one of: torch's, JAX's, DLPack's, a list."""
@@ -58,6 +58,12 @@ class Problem:
     def group(self) -> int:
         """Query heads that share a key/value head."""
         return self.query.shape[2] // self.key.shape[2]
+
+    def queries(
+        self, batch: int, position: Int[np.ndarray, " R"], head: Int[np.ndarray, " R"]
+    ) -> Float[np.ndarray, "R H"]:
+        """These queries as the profile rounds them, in float64."""
+        return query_in(self.precision, self.query[batch, position, head], self.scale)
 
     # Every tile of rows asks for these three again.
 

@@ -27,7 +27,7 @@ def rows_out_of_range(problem: Problem, out: np.ndarray, lse: np.ndarray | None)
     for b, n in np.ndindex(out.shape[0], out.shape[2]):
         low, high, sees = _visible_range(problem, b, n // problem.group)
         half_width = _relative(problem) * np.maximum(np.abs(low), np.abs(high))
-        half_width += STORED * problem.cp * FORMATS[problem.precision.out].tiny
+        half_width += STORED * problem.cp * FORMATS[problem.precision.out].tiny + _flushed(problem)
         given = out[b, :, n].astype(np.float64)
         inside = (given >= low - half_width) & (given <= high + half_width) & np.isfinite(given)
         empty = (given == 0).all(axis=1)
@@ -46,6 +46,12 @@ def _relative(problem: Problem) -> float:
     keys = problem.key.shape[1]
     compute = FORMATS[problem.precision.compute].u * (keys + OTHER)
     return GENEROUS * (p.u + p.tiny * keys + (2 * problem.cp + 2) * out.u + compute)
+
+
+def _flushed(problem: Problem) -> float:
+    """The most that becomes 0 where a processor has no numbers below the least normal one; FP16 keeps its own."""
+    out, compute = FORMATS[problem.precision.out], FORMATS[problem.precision.compute]
+    return out.least_normal if out.least_normal == compute.least_normal else 0.0
 
 
 def _visible_range(
