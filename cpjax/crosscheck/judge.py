@@ -33,6 +33,10 @@ def judge(
     layout: str = "zigzag",
     precision: str | Precision | None = None,
     order: str = "ascending",
+    softcap: float | None = None,
+    sink: Array | None = None,
+    alibi: Array | None = None,
+    bias: Array | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
@@ -50,6 +54,10 @@ def judge(
       precision: a profile of `cpjax.precision`, or its name; None: float16 arrays are `flash_fp16`, float32 and float64
         what they say.
       order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`.
+      softcap: a logit x = scale · q·k becomes softcap · tanh(x / softcap).
+      alibi: slopes, `[N]` or `[B, N]`: slope · |q_position − kv_position| is then taken off.
+      bias: added last; float, broadcasts to `[B, N, T, S]`. −inf hides the key, as in PyTorch's `attn_mask`.
+      sink: `[N]`, for each query head the logit of one more key, of value 0, that every query sees. `lse` counts it.
       seed: chooses the rows that are judged when there are too many; at least one in 128 of each head, and every row is
         still checked for NaN, infinity, and for being an average of the values that it may see.
       progress: called with the number of rows done and their total.
@@ -80,6 +88,10 @@ def judge(
         layout=layout,
         precision=precision,
         order=order,
+        softcap=softcap,
+        sink=sink,
+        alibi=alibi,
+        bias=bias,
     )
     return judge_problem(problem, out, lse, seed, progress)
 

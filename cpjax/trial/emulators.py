@@ -9,7 +9,8 @@ For a tile of keys, with m the running row maximum, l the row sum and acc the we
     out = acc / l, lse = m + ln l                 out rounded to `carry`
 
 then chunk after chunk in the given order: out = (e^(lse_a − m) out_a + e^(lse_b − m) out_b) / (sum of both weights),
-rounded to `carry`. The first chunk a row meets is not merged with anything. `ring_mla_fp16` follows the vendor's
+rounded to `carry`. The first chunk a row meets is not merged with anything. Between q·k and the maximum stand softcap,
+ALiBi and bias (`_shaped`); an attention sink enters in one of `SINKS`. `ring_mla_fp16` follows the vendor's
 kernel stage by stage. Plain NumPy; tests/trial/test_trial_emulators.py holds it against a twin written with scalars.
 """
 
@@ -19,16 +20,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int
 
-from cpjax.trial.problem import Problem, Result, visible
+from cpjax.trial.problem import Problem, Result, places, visible
 from cpjax.trial.summation import product, total
 
 Order = str | tuple[int, ...]
 """`ascending`, `ring`, `gather` (docs/formats.md), or the chunk numbers as every row meets them."""
 
 
+SINKS = ("first", "last", "start", "end")
+"""The sink is merged as (0, sink) before all chunks or after them, or is in the first chunk's kernel: m = sink, l = 1
+to begin with, or l + e^(sink − m) in the end, m raised to the sink if that is more."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
-    """Formats by name, and what a correct implementation is free to choose: tile, order of summation, base of exp."""
+    """Formats by name, and what a correct implementation is free to choose: tile, order of summation, base of exp, how
+    a sink enters, whether tanh(x) is 2 sigmoid(2x) − 1, whether ALiBi is slope · kv_position, lse put right afterwards.
+    """
 
     compute: str
     score: str
@@ -38,10 +46,14 @@ class Arithmetic:
     tile: int = 512
     summation: str = "blas"
     base_two: bool = False
+    sink: str = "last"
+    tanh_of_sigmoid: bool = False
+    alibi_of_key: bool = False
 
 
 PROFILES: dict[str, Arithmetic] = {
     "flash_fp16": Arithmetic("float32", "float32", "float16", "float16", "float16"),
+    "flash_bf16": Arithmetic("float32", "float32", "bfloat16", "bfloat16", "bfloat16"),
     "ring_mla_fp16": Arithmetic("float32", "float16", "float16", "float16", "float16"),
     "float32": Arithmetic("float32", "float32", "float32", "float32", "float32"),
     "float64": Arithmetic("float64", "float64", "float64", "float64", "float64"),
@@ -54,7 +66,20 @@ Chunks = Int[np.ndarray, "C L"]
 def attend(problem: Problem, arithmetic: Arithmetic, order: Order = "ascending") -> Result:
     """A correct result. Rows that see nothing: out 0, lse −inf."""
     blocks = chunk_results(problem, arithmetic, cut(problem.key.shape[1], problem.chunk_count))
-    return fold(blocks, visits(problem, order), arithmetic)
+    return fold(*with_sink(problem, arithmetic, blocks, visits(problem, order)), arithmetic)
+
+
+def with_sink(
+    problem: Problem, arithmetic: Arithmetic, blocks: Result, order: Int[np.ndarray, "T M"]
+) -> tuple[Result, Int[np.ndarray, "T M"]]:
+    """The chunk results and their order, with one more chunk for a sink that is merged as a partial."""
+    if problem.sink is None or arithmetic.sink not in ("first", "last"):
+        return blocks, order
+    logit = _of_heads(problem.sink[None], problem, arithmetic.compute)
+    lse = np.broadcast_to(logit, blocks.lse[:1].shape)
+    number = np.full((len(order), 1), len(blocks.lse))
+    blocks = Result(np.concatenate([blocks.out, 0 * blocks.out[:1]]), np.concatenate([blocks.lse, lse]))
+    return blocks, np.hstack([number, order] if arithmetic.sink == "first" else [order, number])
 
 
 def cut(length: int, count: int) -> Chunks:
@@ -92,10 +117,17 @@ def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> R
     rows = (len(chunks), *query.shape[:4])
     maximum = np.full(rows, -np.inf, compute)
     weight, weighted = np.zeros(rows, compute), np.zeros((*rows, value_dim), compute)
+    inside = problem.sink is not None and arithmetic.sink in ("start", "end")
+    if inside:
+        logit = rounded(_of_heads(problem.sink[None], problem, compute), arithmetic.score)
+        logit = logit * compute.type(np.log2(np.e)) if arithmetic.base_two else logit
+    if inside and arithmetic.sink == "start":
+        maximum[0], weight[0] = logit[0], 1
     for start in range(0, chunks.shape[1], arithmetic.tile):
         index = chunks[:, start : start + arithmetic.tile]
         seen = visible(problem, index.ravel()).reshape(batch, length, *index.shape)
         score = scores(query, _gathered(problem.key, index, compute), problem.scale, arithmetic)
+        score = _shaped(score, problem, index, arithmetic)
         score = np.where(seen.transpose(2, 0, 1, 3)[:, :, None, None], score, compute.type(-np.inf))
         before, maximum = maximum, np.maximum(maximum, score.max(axis=-1))
         base = _finite(maximum)
@@ -105,8 +137,49 @@ def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> R
         values = _gathered(problem.value, index, compute)
         part = product(rounded(p, arithmetic.probability), values, arithmetic.summation)
         weighted = weighted * shrink[..., None] + part
+    if inside and arithmetic.sink == "end":
+        before, maximum = maximum.copy(), maximum
+        maximum[0] = np.maximum(maximum[0], logit[0])
+        shrink = _exp(rounded(before[0] - maximum[0], arithmetic.score), arithmetic)
+        weight[0] = weight[0] * shrink + _exp(rounded(logit[0] - maximum[0], arithmetic.score), arithmetic)
+        weighted[0] *= shrink[..., None]
     out = rounded(weighted / np.where(weight == 0, 1, weight)[..., None], arithmetic.carry)
-    return Result(out, _log_sum(_finite(maximum), weight, arithmetic))
+    lse = _log_sum(_finite(maximum), weight, arithmetic)
+    if problem.alibi is not None and arithmetic.alibi_of_key:
+        lse = lse - _of_heads(problem.alibi, problem, compute) * places(problem)[0][:, None, None].astype(compute)
+    return Result(out, lse)
+
+
+def _of_heads(x: np.ndarray, problem: Problem, dtype: str | np.dtype) -> np.ndarray:
+    """A number a head, `[B or 1, N]`, as `[1, B or 1, K, G, 1]`."""
+    return x.astype(dtype).reshape(1, len(x), problem.key.shape[2], -1, 1)
+
+
+def _shaped(score: np.ndarray, problem: Problem, index: Chunks, arithmetic: Arithmetic) -> np.ndarray:
+    """Softcap, ALiBi and bias, rounded to `score` after each step; `score` is `[C, B, K, G, T, L]`."""
+    compute = score.dtype.type
+    unit = compute(np.log2(np.e)) if arithmetic.base_two else compute(1)
+    if problem.softcap is not None:
+        cap = compute(problem.softcap) * unit
+        inside = rounded(score / cap, arithmetic.score)
+        if arithmetic.tanh_of_sigmoid:
+            bent = compute(2) / (compute(1) + np.exp(compute(-2) * inside)) - compute(1)
+        else:
+            bent = np.tanh(inside)
+        score = rounded(cap * rounded(bent, arithmetic.score), arithmetic.score)
+    if problem.alibi is not None:
+        here, there = places(problem)
+        key = there[:, index].swapaxes(0, 1)[:, :, None, None, None]  # [C, B, 1, 1, 1, L]
+        query = here[None, :, None, None, :, None]
+        distance = (-key if arithmetic.alibi_of_key else np.abs(query - key)).astype(compute)
+        slope = _of_heads(problem.alibi, problem, compute)[..., None] * unit
+        score = rounded(score - rounded(slope * distance, arithmetic.score), arithmetic.score)
+    if problem.bias is not None:
+        batch, heads, length, _ = problem.bias.shape
+        groups = 1 if heads == 1 else problem.key.shape[2]
+        bias = problem.bias[..., index].reshape(batch, groups, -1, length, *index.shape)
+        score = rounded(score + np.moveaxis(bias, -2, 0).astype(compute) * unit, arithmetic.score)
+    return score
 
 
 def scores(query: np.ndarray, key: np.ndarray, scale: float, arithmetic: Arithmetic) -> np.ndarray:
@@ -176,6 +249,8 @@ def variant(arithmetic: Arithmetic, rng: np.random.Generator, work: int) -> Arit
         tile=min(int(rng.choice([16, 64, 128, 512, 512, 2048])), 512 if summation == "sequential" else 2048),
         summation=summation,
         base_two=arithmetic.score == arithmetic.compute and bool(rng.random() < 0.3),
+        sink=str(rng.choice(SINKS)),
+        tanh_of_sigmoid=bool(rng.random() < 0.3),
         carry="float32" if wide else arithmetic.carry,
     )
 

@@ -186,7 +186,9 @@ def _measure(
         **lse_columns,
     )
     scores = key_scores(model, expected, error, lse_error, inflation * ~unjudged)
-    return _TileEvidence(tile, table, rows.index, scores, shared, _lattice(problem, rows, given, unjudged))
+    keys = slice(rows.key_count)  # a sink is no key of the problem
+    scores = Score(*(x[keys] for x in scores))
+    return _TileEvidence(tile, table, rows.index[keys], scores, shared, _lattice(problem, rows, given, unjudged))
 
 
 def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -> tuple[Rows, ErrorModel]:
@@ -196,8 +198,9 @@ def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
     seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
     query = problem.query[b, at, tile.head].astype(np.float64)
-    rows = attention_rows(query, key, value, seen, problem.kv_chunk, problem.scale)
-    merging = problem.merging_of(problem.q_chunk[at], rows.chunks)
+    logits = problem.logits_of(b, at, tile.head)
+    rows = attention_rows(query, key, value, seen, problem.kv_chunk, problem.scale, logits)
+    merging = problem.merging_of(problem.q_chunk[at], rows.key_chunks)
     return rows, ErrorModel(rows, problem.precision, merging, problem.query.shape[3], problem.scale)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from cpjax.crosscheck.exact.logits import PLAIN, Logits
+from cpjax.crosscheck.judging.logit_checks import checked_alibi, checked_bias, checked_sink, checked_softcap
 from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens
 from cpjax.partition import packed, paged
@@ -40,11 +42,31 @@ class Problem:
     cp: int
     layout: str
     order: str
+    softcap: float | None = None
+    sink: Float[np.ndarray, " N"] | None = None
+    alibi: Float[np.ndarray, "B N"] | None = None
+    bias: np.ndarray | None = None
+    """Four axes, `[B, N, T, S]`; an axis of length 1 stands for all."""
 
     @property
     def group(self) -> int:
         """Query heads that share a key/value head."""
         return self.query.shape[2] // self.key.shape[2]
+
+    def logits_of(self, b: int, at: Int[np.ndarray, " R"], head: Int[np.ndarray, " R"]) -> Logits:
+        """What the logits of these rows are made of besides scale · q·k, over all keys."""
+        if self.softcap is None and self.sink is None and self.alibi is None and self.bias is None:
+            return PLAIN
+        alibi = size = bias = None
+        if self.alibi is not None:
+            here, there = (np.asarray(x.position)[b].astype(np.float64) for x in (self.q_tokens, self.kv_tokens))
+            slope, distance = self.alibi[b, head][:, None], np.abs(here[at][:, None] - there)
+            # Causal kernels of FlashAttention add slope · kv_position to all rows alike.
+            alibi, size = slope * distance, np.abs(slope) * np.maximum(distance, np.abs(there))
+        if self.bias is not None:
+            own = (x if length > 1 else 0 for x, length in zip((b, head, at), self.bias.shape, strict=False))
+            bias = np.broadcast_to(self.bias[*own].astype(np.float64), (len(at), self.key.shape[1]))
+        return Logits(self.softcap, alibi, size, bias, None if self.sink is None else self.sink[head])
 
     # Every tile of rows asks for these three again.
 
@@ -117,6 +139,10 @@ def checked_problem(
     layout: str = "zigzag",
     precision: str | Precision | None = None,
     order: str = "ascending",
+    softcap: float | None = None,
+    sink: Array | None = None,
+    alibi: Array | None = None,
+    bias: Array | None = None,
 ) -> Problem:
     """The problem, checked; arguments as of `cpjax.crosscheck.judge`.
 
@@ -152,8 +178,23 @@ def checked_problem(
     if layout == "decode":
         paged.check_decode(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
     mask = Mask(is_causal=is_causal, window=window)
+    (batch, length, heads, _), keys = query.shape, key.shape[1]
     return Problem(
-        query, key, value, q_tokens, kv_tokens, mask, scale_in(precision, scale), precision, cp, layout, order
+        query,
+        key,
+        value,
+        q_tokens,
+        kv_tokens,
+        mask,
+        scale_in(precision, scale),
+        precision,
+        cp,
+        layout,
+        order,
+        softcap=checked_softcap(softcap),
+        sink=checked_sink(sink, heads),
+        alibi=checked_alibi(alibi, batch, heads),
+        bias=checked_bias(bias, (batch, heads, length, keys)),
     )
 
 
