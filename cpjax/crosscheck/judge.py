@@ -33,7 +33,7 @@ def judge(
     layout: str = "zigzag",
     precision: str | Precision | None = None,
     order: str = "ascending",
-    softcap: float | None = None,
+    softcap: Any = None,
     sink: Array | None = None,
     alibi: Array | None = None,
     bias: Array | None = None,
@@ -54,7 +54,7 @@ def judge(
       precision: a profile of `cpjax.precision`, or its name; None: float16 arrays are `flash_fp16`, float32 and float64
         what they say.
       order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`.
-      softcap: a logit x = scale · q·k becomes softcap · tanh(x / softcap).
+      softcap: a positive number, or None: a logit x = scale · q·k becomes softcap · tanh(x / softcap).
       alibi: slopes, `[N]` or `[B, N]`: slope · |q_position − kv_position| is then taken off.
       bias: added last; float, broadcasts to `[B, N, T, S]`. −inf hides the key, as in PyTorch's `attn_mask`.
       sink: `[N]`, for each query head the logit of one more key, of value 0, that every query sees. `lse` counts it.

@@ -16,6 +16,7 @@ kernel stage by stage. Plain NumPy; tests/trial/test_trial_emulators.py holds it
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -71,7 +72,7 @@ def attend(problem: Problem, arithmetic: Arithmetic, order: Order = "ascending")
 
 def with_sink(
     problem: Problem, arithmetic: Arithmetic, blocks: Result, order: Int[np.ndarray, "T M"]
-) -> tuple[Result, Int[np.ndarray, "T M"]]:
+) -> tuple[Result, Int[np.ndarray, "T M1"]]:
     """The chunk results and their order, with one more chunk for a sink that is merged as a partial."""
     if problem.sink is None or arithmetic.sink not in ("first", "last"):
         return blocks, order
@@ -150,7 +151,7 @@ def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> R
     return Result(out, lse)
 
 
-def _of_heads(x: np.ndarray, problem: Problem, dtype: str | np.dtype) -> np.ndarray:
+def _of_heads(x: np.ndarray, problem: Problem, dtype: Any) -> np.ndarray:
     """A number a head, `[B or 1, N]`, as `[1, B or 1, K, G, 1]`."""
     return x.astype(dtype).reshape(1, len(x), problem.key.shape[2], -1, 1)
 
@@ -249,8 +250,6 @@ def variant(arithmetic: Arithmetic, rng: np.random.Generator, work: int) -> Arit
         tile=min(int(rng.choice([16, 64, 128, 512, 512, 2048])), 512 if summation == "sequential" else 2048),
         summation=summation,
         base_two=arithmetic.score == arithmetic.compute and bool(rng.random() < 0.3),
-        sink=str(rng.choice(SINKS)),
-        tanh_of_sigmoid=bool(rng.random() < 0.3),
         carry="float32" if wide else arithmetic.carry,
     )
 

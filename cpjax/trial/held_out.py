@@ -190,36 +190,11 @@ def blind_rows(rng: np.random.Generator) -> Problem:
     return replace(problem, is_causal=True, q_positions=places[None].astype(np.int32), kv_positions=everywhere)
 
 
-def other_logits(rng: np.random.Generator) -> Problem:
-    """Softcap, sink, ALiBi slopes or a bias, most often one of them, at times several."""
-    problem = pose(
-        rng, *gaussians(rng, draw_shape(rng), logits=log_uniform(rng, 0.1, 8.0), mean=rng.choice([0.0, 1.0]))
-    )
-    return with_other_logits(rng, problem)
-
-
-def with_other_logits(rng: np.random.Generator, problem: Problem) -> Problem:
-    """The problem with at least one of them, in numbers that float32 holds."""
-    (batch, length, heads, _), keys = problem.query.shape, problem.key.shape[1]
-    which = rng.random(4) < 0.3
-    which[rng.integers(4)] = True
-    softcap = float(np.float32(log_uniform(rng, 1.0, 50.0))) if which[0] else None
-    sink = rng.uniform(-5.0, 12.0, heads) if which[1] else None
-    alibi = np.exp2(-rng.uniform(0.5, 8.0, (1, heads))).repeat(batch, axis=0) if which[2] else None
-    bias = None
-    if which[3]:
-        shape = (int(rng.choice([1, batch])), int(rng.choice([1, heads])), length, keys)
-        bias = rng.standard_normal(shape) * log_uniform(rng, 0.1, 5.0)
-        bias[rng.random(shape) < rng.choice([0.0, 0.3])] = -np.inf
-    sink, alibi, bias = (None if x is None else x.astype(np.float16).astype(np.float32) for x in (sink, alibi, bias))
-    return replace(problem, softcap=softcap, sink=sink, alibi=alibi, bias=bias)
-
-
 HELD_OUT: dict[str, Kind] = {
     kind.__name__: kind
     for kind in (
         mixed_scales, uneven_tokens, two_needles, equal_values, eight_tokens, coin_values, any_scale, below_zero,
         sink_ladder, chunk_offsets, staircase, one_loud_dim, rotated, column_scales, value_spikes, handful, long_row,
-        hundreds_of_chunks, wide_heads, one_kv_head, packed, blind_rows, other_logits,
+        hundreds_of_chunks, wide_heads, one_kv_head, packed, blind_rows,
     )
 }  # fmt: skip

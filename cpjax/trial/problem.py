@@ -39,7 +39,7 @@ class Problem:
     softcap: float | None = None
     sink: Float[np.ndarray, " N"] | None = None
     alibi: Float[np.ndarray, "B N"] | None = None
-    bias: Float[np.ndarray, "B N T S"] | None = None
+    bias: Float[np.ndarray, "#B #N T S"] | None = None
 
     @property
     def chunk_count(self) -> int:

@@ -139,7 +139,7 @@ def checked_problem(
     layout: str = "zigzag",
     precision: str | Precision | None = None,
     order: str = "ascending",
-    softcap: float | None = None,
+    softcap: Any = None,
     sink: Array | None = None,
     alibi: Array | None = None,
     bias: Array | None = None,
