@@ -37,12 +37,13 @@ def chunk_weights(measured: Measured) -> Float[np.ndarray, " C"]:
         total = np.exp(np.clip(sample.lse - rows.lse, -LARGEST_LOG, LARGEST_LOG))
         of_lse = np.maximum(measured.expected.lse_sigma, ROUGH_LSE_SIGMA) * total
         fits.insert(0, _least_squares(np.vstack([matrix, a / of_lse[:, None]]), len(matrix), total / of_lse))
-    plain = (part / sigma[:, None]).swapaxes(1, 2).reshape(-1, len(heavy))
+    is_key = rows.chunks[heavy] != SINK  # the sink adds nothing to a sum that was never rescaled
+    plain = (part[:, is_key] / sigma[:, None]).swapaxes(1, 2).reshape(-1, int(is_key.sum()))
+    fits = [(w[is_key], deviation[is_key], z) for w, deviation, z in fits]
     fits.append(_least_squares(plain, 0, (sample.out / sigma).ravel()))
     for w, deviation, z in fits:
         if z <= MOST_Z:
-            is_key = rows.chunks[heavy] != SINK
-            weights[rows.chunks[heavy[is_key]]] = np.where(deviation <= UNSURE, w, np.nan)[is_key]
+            weights[rows.chunks[heavy[is_key]]] = np.where(deviation <= UNSURE, w, np.nan)
             break
     return weights
 
