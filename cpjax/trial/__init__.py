@@ -3,6 +3,7 @@
     problem      what is asked: query, key, value, scale, who sees whom, into how many chunks the keys are cut
     emulators    correct results, rounded where the profile says, written without looking at the judge's error model
     kinds        data, friendly and hostile; activations: data of a trained model
+    other_logits problems with softcap, sink, ALiBi slopes, bias
     faults       wrong results, one named function each
     rivals       the acceptance rules of others, on the same results
 
