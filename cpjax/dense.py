@@ -33,6 +33,8 @@ def dense_attention(
     scale: float,
     softcap: float | None = None,
     sink: Float[np.ndarray, " N"] | None = None,
+    alibi: Float[np.ndarray, " N"] | Float[np.ndarray, "B N"] | None = None,
+    bias: Float[np.ndarray, "#B #N #T #S"] | None = None,
 ) -> Dense:
     """Exact attention: `out` `[B, T, N, V]` and `lse` `[B, T, N]` in float64; (0, −inf) where a query sees no key.
 
@@ -40,6 +42,8 @@ def dense_attention(
       query, key, value: any float dtype, converted exactly to float64; N is a multiple of K. A pad's key and value may
         hold anything, NaN included.
       softcap: logits become softcap · tanh(logit / softcap).
+      alibi: slopes per head: slope · |q_position − kv_position| is taken off (arXiv 2108.12409).
+      bias: added to the logits last; broadcasts to `[B, N, T, S]`; −inf hides the key.
       sink: the logit per head of one more key, of value 0, that every query sees.
 
     >>> from cpjax.mask import tokens
@@ -49,6 +53,9 @@ def dense_attention(
     """
     group = query.shape[2] // key.shape[2]
     filling = kv_tokens.segment == PAD
+    slopes = None if alibi is None else np.broadcast_to(np.asarray(alibi, np.float64), (query.shape[0], query.shape[2]))
+    if bias is not None:
+        bias = np.broadcast_to(bias, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
     out = np.empty((*query.shape[:3], value.shape[3]))
     lse = np.empty(query.shape[:3])
     for start in range(0, query.shape[1], QUERY_TILE):
@@ -59,6 +66,11 @@ def dense_attention(
             k, v = (np.where(filling[b, :, None], 0.0, x) for x in (k, v))
             s = scale * (query[b, rows, n].astype(np.float64) @ k.T)
             s = s if softcap is None else softcap * np.tanh(s / softcap)
+            if slopes is not None:
+                here, there = (np.asarray(x.position)[b].astype(np.float64) for x in (q_tokens, kv_tokens))
+                s = s - slopes[b, n] * np.abs(here[rows, None] - there)
+            if bias is not None:
+                s = s + bias[b, n, rows].astype(np.float64)
             s = np.where(seen[b], s, -np.inf)
             if sink is not None:
                 s = np.append(s, np.full((len(s), 1), np.float64(sink[n])), axis=1)

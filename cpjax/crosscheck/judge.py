@@ -37,6 +37,10 @@ def judge(
     layout: str | None = None,
     precision: str | Precision | None = None,
     order: str = "ascending",
+    softcap: Any = None,
+    sink: Array | None = None,
+    alibi: Array | None = None,
+    bias: Array | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
@@ -59,6 +63,10 @@ def judge(
         what they say.
       order: in which order chunks were merged: `ascending`, `ring`, `gather`, or `unknown`; or `together`,
         where all keys were computed at once and nothing was merged, whatever the partition.
+      softcap: a positive number, or None: a logit x = scale · q·k becomes softcap · tanh(x / softcap).
+      alibi: slopes, `[N]` or `[B, N]`: slope · |q_position − kv_position| is then taken off.
+      bias: added last; float, broadcasts to `[B, N, T, S]`. −inf hides the key, as in PyTorch's `attn_mask`.
+      sink: `[N]`, for each query head the logit of one more key, of value 0, that every query sees. `lse` counts it.
       seed: chooses the rows that are judged when there are too many; at least one in 128 of each head, and every row is
         still checked for NaN, infinity, and for being an average of the values that it may see; rows of zeros and
         copies of other rows are judged, too.
@@ -91,6 +99,10 @@ def judge(
         layout=layout,
         precision=precision,
         order=order,
+        softcap=softcap,
+        sink=sink,
+        alibi=alibi,
+        bias=bias,
     )
     return judge_problem(problem, out, lse, seed, progress)
 

@@ -32,7 +32,7 @@ Out = Annotated[Path | None, typer.Option(help="Write the JSON to this file as w
 
 @app.command(epilog="Example: python -m cpjax.trial false-alarms --set held-out --count 2000")
 def false_alarms(
-    set_: Annotated[str, typer.Option("--set", help="Kinds of data: held-out or tuning.")] = "held-out",
+    set_: Annotated[str, typer.Option("--set", help="Kinds of data: held-out, tuning or other logits.")] = "held-out",
     count: Annotated[int, typer.Option(min=1, help="Correct results to judge.")] = 2000,
     seed: Seed = 0,
     workers: Workers = 2,

@@ -9,7 +9,8 @@ For a tile of keys, with m the running row maximum, l the row sum and acc the we
     out = acc / l, lse = m + ln l                 out rounded to `carry`
 
 then chunk after chunk in the given order: out = (e^(lse_a − m) out_a + e^(lse_b − m) out_b) / (sum of both weights),
-rounded to `carry`. The first chunk a row meets is not merged with anything. `ring_mla_fp16` follows the vendor's
+rounded to `carry`. The first chunk a row meets is not merged with anything. Between q·k and the maximum stand softcap,
+ALiBi and bias (`_shaped`); an attention sink enters in one of `SINKS`. `ring_mla_fp16` follows the vendor's
 kernel stage by stage. Plain NumPy; tests/trial/test_trial_emulators.py holds it against a twin written with scalars.
 """
 
@@ -21,16 +22,22 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int
 
-from cpjax.trial.problem import Problem, Result, visible
+from cpjax.trial.problem import Problem, Result, places, visible
 from cpjax.trial.summation import product, total
 
 Order = str | tuple[int, ...]
 """`ascending`, `ring`, `gather` (docs/formats.md), or the chunk numbers as every row meets them."""
 
 
+SINKS = ("first", "last", "start", "end")
+"""The sink is merged as (0, sink) before all chunks or after them, or is in the first chunk's kernel: m = sink, l = 1
+to begin with, or l + e^(sink − m) in the end, m raised to the sink if that is more."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
-    """Formats by name, and what a correct implementation is free to choose: tile, order of summation, base of exp.
+    """Formats by name, and what a correct implementation is free to choose: tile, order of summation, base of exp, how
+    a sink enters, whether tanh(x) is 2 sigmoid(2x) − 1, whether ALiBi is slope · kv_position, lse put right afterwards.
 
     `scale` and `distance` are those of the scores unless said; `query`: of scale · q, multiplied before q·k; `summed`:
     of the exponentials that the row sum takes; `block`: of a chunk's out, `carry` unless said. `is_normalised`: one
@@ -51,6 +58,9 @@ class Arithmetic:
     tile: int = 512
     summation: str = "blas"
     base_two: bool = False
+    sink: str = "last"
+    tanh_of_sigmoid: bool = False
+    alibi_of_key: bool = False
 
 
 def _flash(fmt: str, **more: Any) -> Arithmetic:
@@ -90,7 +100,20 @@ Chunks = Int[np.ndarray, "C L"]
 def attend(problem: Problem, arithmetic: Arithmetic, order: Order = "ascending") -> Result:
     """A correct result. Rows that see nothing: out 0, lse −inf."""
     blocks = chunk_results(problem, arithmetic, cut(problem.key.shape[1], problem.chunk_count))
-    return fold(blocks, visits(problem, order), arithmetic)
+    return fold(*with_sink(problem, arithmetic, blocks, visits(problem, order)), arithmetic)
+
+
+def with_sink(
+    problem: Problem, arithmetic: Arithmetic, blocks: Result, order: Int[np.ndarray, "T M"]
+) -> tuple[Result, Int[np.ndarray, "T M1"]]:
+    """The chunk results and their order, with one more chunk for a sink that is merged as a partial."""
+    if problem.sink is None or arithmetic.sink not in ("first", "last"):
+        return blocks, order
+    logit = _of_heads(problem.sink[None], problem, arithmetic.compute)
+    lse = np.broadcast_to(logit, blocks.lse[:1].shape)
+    number = np.full((len(order), 1), len(blocks.lse))
+    blocks = Result(np.concatenate([blocks.out, 0 * blocks.out[:1]]), np.concatenate([blocks.lse, lse]))
+    return blocks, np.hstack([number, order] if arithmetic.sink == "first" else [order, number])
 
 
 def cut(length: int, count: int) -> Chunks:
@@ -135,10 +158,16 @@ def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> R
     rows = (len(chunks), *query.shape[:4])
     maximum = np.full(rows, -np.inf, compute)
     weight, weighted = np.zeros(rows, compute), np.zeros((*rows, value_dim), compute)
+    logit = _sink_inside(problem, arithmetic, compute)
+    # What is divided by the whole sum before it is rounded needs the sink in the sum from the start.
+    at_start = arithmetic.sink == "start" or arithmetic.is_normalised
+    if logit is not None and at_start:
+        maximum[0], weight[0] = logit[0], 1
     for start in range(0, chunks.shape[1], tile):
         index = chunks[:, start : start + tile]
         seen = visible(problem, index.ravel()).reshape(batch, length, *index.shape)
         score = scores(query, _gathered(problem.key, index, compute), scale, arithmetic)
+        score = _shaped(score, problem, index, arithmetic)
         score = np.where(seen.transpose(2, 0, 1, 3)[:, :, None, None], score, compute.type(-np.inf))
         before, maximum = maximum, np.maximum(maximum, score.max(axis=-1))
         base = _finite(maximum)
@@ -151,10 +180,59 @@ def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> R
         values = _gathered(problem.value, index, compute)
         part = product(rounded(p, arithmetic.probability), values, arithmetic.summation)
         weighted = weighted * shrink[..., None] + part
+    if logit is not None and not at_start:
+        before, maximum = maximum.copy(), maximum
+        maximum[0] = np.maximum(maximum[0], logit[0])
+        shrink = _exp(rounded(before[0] - maximum[0], arithmetic.score), arithmetic)
+        weight[0] = weight[0] * shrink + _exp(rounded(logit[0] - maximum[0], arithmetic.score), arithmetic)
+        weighted[0] *= shrink[..., None]
     if not arithmetic.is_normalised:
         weighted = weighted / np.where(weight == 0, 1, weight)[..., None]
     out = rounded(weighted, arithmetic.block or arithmetic.carry)
-    return Result(out, _log_sum(_finite(maximum), weight, arithmetic))
+    lse = _log_sum(_finite(maximum), weight, arithmetic)
+    if problem.alibi is not None and arithmetic.alibi_of_key:
+        lse = lse - _of_heads(problem.alibi, problem, compute) * places(problem)[0][:, None, None].astype(compute)
+    return Result(out, lse)
+
+
+def _sink_inside(problem: Problem, arithmetic: Arithmetic, compute: np.dtype) -> np.ndarray | None:
+    """The sinks' logits, if the first chunk's kernel takes them in."""
+    if problem.sink is None or arithmetic.sink not in ("start", "end"):
+        return None
+    logit = rounded(_of_heads(problem.sink[None], problem, compute), arithmetic.score)
+    return logit * compute.type(np.log2(np.e)) if arithmetic.base_two else logit
+
+
+def _of_heads(x: np.ndarray, problem: Problem, dtype: Any) -> np.ndarray:
+    """A number a head, `[B or 1, N]`, as `[1, B or 1, K, G, 1]`."""
+    return x.astype(dtype).reshape(1, len(x), problem.key.shape[2], -1, 1)
+
+
+def _shaped(score: np.ndarray, problem: Problem, index: Chunks, arithmetic: Arithmetic) -> np.ndarray:
+    """Softcap, ALiBi and bias, rounded to `score` after each step; `score` is `[C, B, K, G, T, L]`."""
+    compute = score.dtype.type
+    unit = compute(np.log2(np.e)) if arithmetic.base_two else compute(1)
+    if problem.softcap is not None:
+        cap = compute(problem.softcap) * unit
+        inside = rounded(score / cap, arithmetic.score)
+        if arithmetic.tanh_of_sigmoid:
+            bent = compute(2) / (compute(1) + np.exp(compute(-2) * inside)) - compute(1)
+        else:
+            bent = np.tanh(inside)
+        score = rounded(cap * rounded(bent, arithmetic.score), arithmetic.score)
+    if problem.alibi is not None:
+        here, there = places(problem)
+        key = there[:, index].swapaxes(0, 1)[:, :, None, None, None]  # [C, B, 1, 1, 1, L]
+        query = here[None, :, None, None, :, None]
+        distance = (-key if arithmetic.alibi_of_key else np.abs(query - key)).astype(compute)
+        slope = _of_heads(problem.alibi, problem, compute)[..., None] * unit
+        score = rounded(score - rounded(slope * distance, arithmetic.score), arithmetic.score)
+    if problem.bias is not None:
+        batch, heads, length, _ = problem.bias.shape
+        groups = 1 if heads == 1 else problem.key.shape[2]
+        bias = problem.bias[..., index].reshape(batch, groups, -1, length, *index.shape)
+        score = rounded(score + np.moveaxis(bias, -2, 0).astype(compute) * unit, arithmetic.score)
+    return score
 
 
 def scores(query: np.ndarray, key: np.ndarray, scale: float, arithmetic: Arithmetic) -> np.ndarray:

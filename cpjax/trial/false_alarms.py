@@ -18,9 +18,10 @@ from cpjax.trial.draw import Kind
 from cpjax.trial.emulators import PROFILES, Order, attend, variant
 from cpjax.trial.held_out import HELD_OUT
 from cpjax.trial.kinds import TUNING
+from cpjax.trial.other_logits import OTHER_LOGITS, with_freedoms
 from cpjax.trial.problem import Problem, Result
 
-SETS = {"tuning": 1, "held-out": 2}
+SETS = {"tuning": 1, "held-out": 2, "other logits": 3}
 """The sets of kinds, and the number that keeps their random streams apart."""
 
 SHARES = {"flash_fp16": 0.45, "ring_mla_fp16": 0.4, "float32": 0.1, "float64": 0.05}
@@ -61,7 +62,7 @@ def kinds(name: str) -> dict[str, Kind]:
       KeyError: for an unknown set.
     """
     trained = {} if activations.missing() else {"trained": activations.trained}
-    return {"tuning": TUNING, "held-out": {**HELD_OUT, **trained}}[name]
+    return {"tuning": TUNING, "held-out": {**HELD_OUT, **trained}, "other logits": OTHER_LOGITS}[name]
 
 
 def given(name: str, seed: int, number: int) -> Given:
@@ -77,6 +78,7 @@ def given(name: str, seed: int, number: int) -> Given:
     really: Order = order
     if order == "unknown":
         really = tuple(int(chunk) for chunk in rng.permutation(problem.chunk_count))
+    arithmetic = with_freedoms(arithmetic, problem, rng)
     return Given(kind, profile, problem, attend(problem, arithmetic, really), order)
 
 

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from cpjax.trial.emulators import Arithmetic, Order, attend, chunk_results, cut, fold, merge, rounded, visits
+from cpjax.trial.emulators import Arithmetic, Order, attend, chunk_results, cut, fold, merge, rounded, visits, with_sink
 from cpjax.trial.problem import Problem, Result, visible
 
 
@@ -33,7 +33,8 @@ class Bench:
 
     def folded(self, blocks: Result, join: Callable[..., Result] = merge) -> Result:
         """These chunk results, merged in the bench's order."""
-        return fold(blocks, visits(self.problem, self.order), self.arithmetic, join)
+        order = visits(self.problem, self.order)
+        return fold(*with_sink(self.problem, self.arithmetic, blocks, order), self.arithmetic, join)
 
 
 Fault = Callable[[Bench], Result]
@@ -249,3 +250,54 @@ def _reweighted(bench: Bench, chunk: int, log_weight: float) -> Result:
     if log_weight == -np.inf:
         out[chunk] = 0
     return Result(out, lse)
+
+
+def sink_dropped(bench: Bench) -> Result:
+    """The attention sink is forgotten."""
+    return _with(bench, sink=None)
+
+
+def softcap_ignored(bench: Bench) -> Result:
+    """Logits are not capped."""
+    return _with(bench, softcap=None)
+
+
+def alibi_ignored(bench: Bench) -> Result:
+    """No ALiBi."""
+    return _with(bench, alibi=None)
+
+
+def alibi_negated(bench: Bench) -> Result:
+    """The slope has the wrong sign: far keys are preferred."""
+    return _with(bench, alibi=None if bench.problem.alibi is None else -bench.problem.alibi)
+
+
+def alibi_of_next_head(bench: Bench) -> Result:
+    """Each head has the slope of the next."""
+    return _with(bench, alibi=None if bench.problem.alibi is None else np.roll(bench.problem.alibi, -1, axis=1))
+
+
+def bias_ignored(bench: Bench) -> Result:
+    """No bias; what it hides is seen."""
+    return _with(bench, bias=None)
+
+
+def bias_shifted(bench: Bench) -> Result:
+    """Each key has the bias of the key before it."""
+    return _with(bench, bias=None if bench.problem.bias is None else np.roll(bench.problem.bias, 1, axis=3))
+
+
+def _with(bench: Bench, **changes: np.ndarray | None) -> Result:
+    return attend(replace(bench.problem, **changes), bench.arithmetic, bench.order)
+
+
+LOGIT_FAULTS: dict[str, Fault] = {
+    "sink dropped": sink_dropped,
+    "softcap ignored": softcap_ignored,
+    "ALiBi ignored": alibi_ignored,
+    "ALiBi negated": alibi_negated,
+    "ALiBi of the next head": alibi_of_next_head,
+    "bias ignored": bias_ignored,
+    "bias shifted": bias_shifted,
+}
+"""Of problems that have a softcap, a sink, ALiBi slopes or a bias (`held_out.with_other_logits`)."""

@@ -115,7 +115,7 @@ def split_kv(problem: Problem, rng: np.random.Generator) -> Given:
         top = all_sums.max(axis=0)
         lse = top + np.log(np.exp(all_sums - top).sum(axis=0))
         parts = [np.exp(s - lse)[:, None] * o for s, o in zip(sums, outs, strict=True)]
-        return np.sum(parts, axis=0, dtype=F), lse
+        return np.asarray(np.sum(parts, axis=0, dtype=F)), lse
 
     return per_head(problem, one)
 
@@ -131,7 +131,7 @@ def normalised_first(problem: Problem, rng: np.random.Generator) -> Given:
         total = p.sum(axis=1, keepdims=True)
         weight = to(p / total)
         parts = [weight[:, i : i + tile] @ value[i : i + tile] for i in range(0, len(key), tile)]
-        return np.sum(parts, axis=0, dtype=F), (m + np.log(total))[:, 0]
+        return np.asarray(np.sum(parts, axis=0, dtype=F)), (m + np.log(total))[:, 0]
 
     return per_head(problem, one)
 

@@ -22,7 +22,8 @@ class Problem:
     """Inputs of attention in global token order; N is a multiple of K.
 
     `q_positions`, `kv_positions`: None is 0, 1, 2, …. `segments`: of queries and keys alike, None is one request, −1 a
-    pad, which sees and is seen by nobody. `window` counts keys, the query's own included, to either side.
+    pad, which sees and is seen by nobody. `window` counts keys, the query's own included, to either side. `softcap`,
+    `alibi` slopes and `bias` make the logits, `sink` is the logit of one more key of value 0 (`judge` says how).
     """
 
     query: Float[np.ndarray, "B T N H"]
@@ -35,6 +36,10 @@ class Problem:
     segments: Int[np.ndarray, "B S"] | None = None
     window: int | None = None
     cp: int = 1
+    softcap: float | None = None
+    sink: Float[np.ndarray, " N"] | None = None
+    alibi: Float[np.ndarray, "B N"] | None = None
+    bias: Float[np.ndarray, "#B #N T S"] | None = None
 
     @property
     def chunk_count(self) -> int:
@@ -57,6 +62,10 @@ class Problem:
             "segment_ids": self.segments,
             "window": self.window,
             "cp": self.cp,
+            "softcap": self.softcap,
+            "sink": self.sink,
+            "alibi": self.alibi,
+            "bias": self.bias,
         }
 
 
@@ -75,3 +84,11 @@ def visible(problem: Problem, keys: Int[np.ndarray, " n"]) -> Bool[np.ndarray, "
         mine, theirs = problem.segments[:, :, None], problem.segments[:, None, keys]
         seen = seen & (mine == theirs) & (mine >= 0)
     return np.broadcast_to(seen, (batch, length, len(keys)))
+
+
+def places(problem: Problem) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B S"]]:
+    """The positions of queries and keys."""
+    (batch, length), keys = problem.query.shape[:2], problem.key.shape[1]
+    here = np.arange(length)[None] if problem.q_positions is None else problem.q_positions
+    there = np.arange(keys)[None] if problem.kv_positions is None else problem.kv_positions
+    return np.broadcast_to(here, (batch, length)), np.broadcast_to(there, (batch, keys))

@@ -11,6 +11,7 @@ from cpjax.trial.draw import WORK
 from cpjax.trial.emulators import PROFILES, attend, dtype_of
 from cpjax.trial.held_out import HELD_OUT
 from cpjax.trial.kinds import TUNING
+from cpjax.trial.other_logits import OTHER_LOGITS
 from cpjax.trial.problem import visible
 
 KINDS = {**TUNING, **HELD_OUT}
@@ -69,7 +70,7 @@ def test_lengths_are_those_that_the_trial_promises(name):
     shapes = []
     for number in range(800):
         rng = np.random.default_rng([false_alarms.SETS[name], 0, number])
-        chosen = {"tuning": TUNING, "held-out": HELD_OUT}[name]
+        chosen = {"tuning": TUNING, "held-out": HELD_OUT, "other logits": OTHER_LOGITS}[name]
         problem = chosen[list(chosen)[number % len(chosen)]](rng)
         shapes.append((problem.query.shape[1], problem.key.shape[1]))
     queries, keys = np.array(shapes).T

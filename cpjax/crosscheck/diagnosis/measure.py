@@ -118,6 +118,7 @@ class Measured:
         """The faults in the order of how well they fit, roughly: by sums over chunks, without touching a key."""
         sums = self.sample.sums
         mass, part = (x.sum(axis=1) for x in sums["visible"])
+        mass = mass + self.sample.sink_mass
         rough = []
         for fault in faults:
             m, p = mass.copy(), part.copy()
@@ -138,8 +139,9 @@ class Measured:
     def _far(self, fault: Fault) -> Fit | None:
         """The fit of a fault that changes the mask, the scale or a key, if a glance shows that it explains nothing."""
         out, mass, lse = glance(self.sample, self.problem, fault)
+        whole = self.sample.sums["visible"][0].sum(axis=1) + self.sample.sink_mass
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            growth = np.minimum(np.maximum(1.0, self.sample.sums["visible"][0].sum(axis=1) / mass), LARGEST_GROWTH)
+            growth = np.minimum(np.maximum(1.0, whole / mass), LARGEST_GROWTH)
         step = self._spacing(out)
         variance = (self.expected.sigma * np.nan_to_num(growth, nan=1.0)[:, None]) ** 2 + STORED * step**2
         each = ((self.sample.out - out) ** 2 / variance).mean(axis=1)

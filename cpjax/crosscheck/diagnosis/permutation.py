@@ -100,7 +100,21 @@ def _exact(problem: Problem, b: int, at: np.ndarray, head: int, kv_head: int | N
     query, key, value = (
         x[None, :, None] for x in (problem.query[b, at, head], problem.key[b, :, k], problem.value[b, :, k])
     )
-    return dense_attention(query, key, value, q_tokens, kv_tokens, mask=problem.mask, scale=problem.scale).out[0, :, 0]
+    bias = None if problem.bias is None else problem.logits_of(b, at, np.full(len(at), head)).bias
+    dense = dense_attention(
+        query,
+        key,
+        value,
+        q_tokens,
+        kv_tokens,
+        mask=problem.mask,
+        scale=problem.scale,
+        softcap=problem.softcap,
+        sink=None if problem.sink is None else problem.sink[[head]],
+        alibi=None if problem.alibi is None else problem.alibi[b, [head]],
+        bias=None if bias is None else bias[None, None],
+    )
+    return dense.out[0, :, 0]
 
 
 def _permutation(given: Float[np.ndarray, "n P V"], exact: Float[np.ndarray, "n P V"]) -> np.ndarray | None:

@@ -1,5 +1,7 @@
 """What a fault would have made of the sampled rows: out, lse, and the judge's own variance of them."""
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float
 
@@ -25,11 +27,12 @@ def exact_model(sample: Sample, problem: Problem, fault: Fault = RIGHT) -> Error
     if fault.run:
         index, seen, log_weight = _with_run(fault, index, seen, log_weight)
     query, key, scale = sample.query, keys[index], scale_in(precision, sample.scale) * fault.scale
-    if log_weight.any():  # one more dimension of the scores: scale · 1 · (log_weight / scale)
-        query = np.column_stack([query, np.ones(len(query))])
-        key = np.column_stack([key, log_weight / scale])
-    rows = attention_rows(query, key, values[index], seen, slot, scale)
-    merging = problem.merging_of(np.full(len(query), sample.q_chunk), rows.chunks)
+    logits = sample.logits.of_keys(index)
+    if log_weight.any():  # a bias
+        bias = log_weight if logits.bias is None else logits.bias + log_weight
+        logits = replace(logits, bias=np.broadcast_to(bias, seen.shape))
+    rows = attention_rows(query, key, values[index], seen, slot, scale, logits)
+    merging = problem.merging_of(np.full(len(query), sample.q_chunk), rows.key_chunks)
     return ErrorModel(rows, precision, merging, problem.query.shape[3], scale)
 
 
@@ -93,13 +96,15 @@ def glance(
 ) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Exact out, Σ exp(s − base) and lse with another mask, scale, or weight of a key; without an error model."""
     seen = mask_of(sample, problem, fault.mask, fault.number) if fault.mask else sample.seen
-    score = np.where(seen, sample.score * fault.scale, -np.inf)
+    score = np.where(seen, sample.score_with(fault.scale), -np.inf)
     top = score.max(axis=1, keepdims=True)
+    sink = sample.logits.sink
+    top = top if sink is None else np.maximum(top, sink[:, None])
     top = np.where(np.isneginf(top), 0.0, top)
     p = np.exp(score - top)
     if fault.key >= 0:
         p[:, fault.key] *= fault.number
-    total = p.sum(axis=1)
+    total = p.sum(axis=1) + (0.0 if sink is None else np.exp(sink - top[:, 0]))
     out = p @ sample.value / np.maximum(total, LEAST_SUM)[:, None]
     with np.errstate(divide="ignore", over="ignore"):
         return out, total * np.exp(np.minimum(top[:, 0] - sample.base, LARGEST_LOG)), top[:, 0] + np.log(total)
@@ -108,11 +113,8 @@ def glance(
 def unrescaled(model: ErrorModel, problem: Problem, merges: tuple[int, ...]) -> Float[np.ndarray, "R V"]:
     """The output if these merges add the new part without scaling the running output down."""
     rows = model.rows
-    order = (
-        model.arithmetic.merging
-        if model.arithmetic.merging is not None
-        else np.tile(np.arange(len(rows.chunks)), (len(rows.lse), 1))
-    )
+    order = model.arithmetic.mergings[-1]
+    order = np.tile(np.arange(len(rows.chunks)), (len(rows.lse), 1)) if order is None else order
     a = np.take_along_axis(rows.chunk_weight, order, axis=1)
     part = np.take_along_axis(rows.chunk_part, order[..., None], axis=1)
     done = np.zeros(len(a))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG
+from cpjax.crosscheck.exact.logits import PLAIN, Logits
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.statistic import SLACK, RowErrors, spread_z_score, z_score
@@ -52,17 +53,29 @@ class Sample:
     lse: Float[np.ndarray, " R"] | None
     scale: float
     is_wrong: bool
+    logits: Logits = PLAIN
 
     @cached_property
     def score(self) -> Float[np.ndarray, "R S"]:
-        """scale · q·k of all keys, hidden ones too."""
-        return self.scale * (self.query @ self.key.T)
+        """The logits of all keys, hidden ones too."""
+        return self.score_with(1.0)
+
+    def score_with(self, factor: float) -> Float[np.ndarray, "R S"]:
+        """The same with the scale times `factor`."""
+        capped = self.logits.capped(factor * self.scale * (self.query @ self.key.T))
+        return (self.logits.shifted(capped) or [capped])[-1]
 
     @cached_property
     def base(self) -> Float[np.ndarray, " R"]:
-        """The largest visible score, 0 where nothing is visible."""
+        """The largest visible score, the sink's too; 0 where nothing is visible."""
         top = np.where(self.seen, self.score, -np.inf).max(axis=1)
+        top = top if self.logits.sink is None else np.maximum(top, self.logits.sink)
         return np.where(np.isneginf(top), 0.0, top)
+
+    @property
+    def sink_mass(self) -> Float[np.ndarray, " R"] | float:
+        """exp(sink − base); 0 where there is none."""
+        return 0.0 if self.logits.sink is None else np.exp(self.logits.sink - self.base)
 
     @property
     def visible_chunks(self) -> Int[np.ndarray, " C"]:
@@ -167,6 +180,8 @@ def _sample(
     k = int(head[0]) // problem.group
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
+    logits = problem.logits_of(b, at, head)
+    seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
     index, own = index_in_chunk(problem.kv_chunk), index_in_chunk(problem.q_chunk)
     return Sample(
         q_chunk=q_chunk,
@@ -178,13 +193,14 @@ def _sample(
         query=problem.queries(b, at, head),
         key=np.nan_to_num(problem.key[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
         value=np.nan_to_num(problem.value[b, :, k].astype(np.float64), posinf=0.0, neginf=0.0),
-        seen=np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0],
+        seen=seen if logits.bias is None else seen & ~np.isneginf(logits.bias),
         triangle=index[None] <= own[at][:, None],
         chunk=problem.kv_chunk,
         out=out[b, at, head].astype(np.float64),
         lse=None if lse is None else lse[b, at, head].astype(np.float64),
         scale=problem.scale,
         is_wrong=is_wrong,
+        logits=logits,
     )
 
 

@@ -52,9 +52,11 @@ def row_misfit(
     step = -(-len(keys) * sample.value.shape[1] // ELEMENTS)
     out, sigma = sample.out[row, ::step], one.sigma[row, ::step]
     score = sample.score[row, keys]
-    p = np.exp(score - score.max(initial=0.0))
-    off = np.cumsum(p[:, None] * (sample.value[keys, ::step] - out), axis=0)
-    total = np.cumsum(p)
+    sink = -np.inf if sample.logits.sink is None else sample.logits.sink[row]
+    top = max(score.max(initial=0.0), sink)
+    p, of_sink = np.exp(score - top), np.exp(sink - top)
+    off = np.cumsum(p[:, None] * (sample.value[keys, ::step] - out), axis=0) - of_sink * out
+    total = np.cumsum(p) + of_sink
     last = np.searchsorted(threshold[keys], numbers, side="right") - 1
     off, total = off[np.maximum(last, 0)], total[np.maximum(last, 0)]
     with np.errstate(divide="ignore", invalid="ignore"):

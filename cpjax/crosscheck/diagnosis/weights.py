@@ -11,6 +11,7 @@ from jaxtyping import Float
 from cpjax.crosscheck.diagnosis.dictionary import Block, Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG, LEAST_SUM
 from cpjax.crosscheck.diagnosis.measure import MOST_Z, Measured
+from cpjax.crosscheck.exact.attention import SINK
 
 ROUGH_LSE_SIGMA, LEAST_LSE_SIGMA = 2.0**-20, 1e-9
 """σ of lse is taken to be at least this: where all weights are fitted at once, and where one is."""
@@ -36,11 +37,13 @@ def chunk_weights(measured: Measured) -> Float[np.ndarray, " C"]:
         total = np.exp(np.clip(sample.lse - rows.lse, -LARGEST_LOG, LARGEST_LOG))
         of_lse = np.maximum(measured.expected.lse_sigma, ROUGH_LSE_SIGMA) * total
         fits.insert(0, _least_squares(np.vstack([matrix, a / of_lse[:, None]]), len(matrix), total / of_lse))
-    plain = (part / sigma[:, None]).swapaxes(1, 2).reshape(-1, len(heavy))
+    is_key = rows.chunks[heavy] != SINK  # the sink adds nothing to a sum that was never rescaled
+    plain = (part[:, is_key] / sigma[:, None]).swapaxes(1, 2).reshape(-1, int(is_key.sum()))
+    fits = [(w[is_key], deviation[is_key], z) for w, deviation, z in fits]
     fits.append(_least_squares(plain, 0, (sample.out / sigma).ravel()))
     for w, deviation, z in fits:
         if z <= MOST_Z:
-            weights[rows.chunks[heavy]] = np.where(deviation <= UNSURE, w, np.nan)
+            weights[rows.chunks[heavy[is_key]]] = np.where(deviation <= UNSURE, w, np.nan)
             break
     return weights
 
@@ -87,7 +90,7 @@ def _common(measured: Measured, chunks: list[int]) -> float:
     """Linear least squares, weighted by 1/σ."""
     sample, expected = measured.sample, measured.expected
     sums = sample.sums["visible"]
-    mass, part = sums[0].sum(axis=1), sums[1].sum(axis=1)
+    mass, part = sums[0].sum(axis=1) + sample.sink_mass, sums[1].sum(axis=1)
     a, b = sums[0][:, chunks].sum(axis=1), sums[1][:, chunks].sum(axis=1)
     # The sums are in units of exp(base), so the deviation of Σ w (B − a out′) is that of out times the whole mass.
     sigma = np.maximum(expected.sigma, measured.floor) * np.maximum(mass, LEAST_SUM)[:, None]

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,9 +137,6 @@ def _read(question: Question) -> tuple[dict[str, list[Read]], dict[str, Any], di
                 raise InputError(f"--{name} {path}: is a folder; it must be one file for all ranks")
             options[name] = found.parts[0]
             files |= found.files
-    unknown = options.keys() - signature(checked_problem).parameters.keys()
-    if unknown:
-        raise InputError(f"the judge does not know {', '.join(sorted(unknown))}; leave it out")
     for name in (
         "positions",
         "segments",

@@ -87,7 +87,7 @@ class Arithmetic:
 
     @cached_property
     def seen_keys(self) -> Int[np.ndarray, " R"]:
-        """How many keys each row sees."""
+        """How many keys each row sees, the sink included."""
         return self.rows.seen.sum(axis=1)
 
     @cached_property
@@ -146,6 +146,23 @@ class Arithmetic:
         of_p = self.flushed @ self.rows.size + self.flushed.sum(axis=1, keepdims=True) * out
         is_small = (out < 2 * least) & (FORMATS[self.precision.out].least_normal == least)
         return of_p + np.where(is_small, np.minimum(out, least), 0.0)
+
+    @cached_property
+    def p_choices(self) -> list[tuple[Float[np.ndarray, "R S"], Float[np.ndarray, "R S"]]]:
+        """p and its worth: by each chunk's own maximum, and if there is a larger sink, by that (§3.11)."""
+        rows, choices = self.rows, [(self.p_value, self.p_worth)]
+        if (rows.max_with_sink > rows.chunk_max)[:, : len(rows.key_chunks)].any():
+            worth = np.exp(rows.max_with_sink - rows.lse[:, None])
+            choices.append((np.exp(rows.furthest_below), np.where(rows.seen, rows.per_key(worth), 0.0)))
+        return choices
+
+    @cached_property
+    def mergings(self) -> "list[Merging | None]":
+        """The order of merging, the sink included: it may come first or last (§3.11)."""
+        if self.merging is None or not self.rows.has_sink:
+            return [self.merging]
+        sink = np.full((len(self.merging), 1), self.merging.shape[1])
+        return [np.hstack([sink, self.merging]), np.hstack([self.merging, sink])]
 
     @cached_property
     def largest_running(self) -> Float[np.ndarray, "R V"]:

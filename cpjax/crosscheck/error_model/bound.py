@@ -11,9 +11,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.error_model.arithmetic import Arithmetic
+from cpjax.crosscheck.error_model.scores import added_size
 
 OF_SCORE, OF_DISTANCE, OF_LOG = 2.0, 4.0, 8.0
 """Unit roundoffs of |s|, of M − s and of 1 + |lse| by which an exponent may be off."""
+
+MOST_OF_TANH, MOST_OF_ADDED = 8.0, 6.0
+"""Twice what σ has of softcap and of the numbers that are added (§3.11)."""
 
 OF_SUMS = 2.0
 """Numerator and row sum: each adds up every key, and multiplies it before."""
@@ -47,26 +51,30 @@ class Bound:
     def in_range(self) -> Bool[np.ndarray, " R"]:
         """Rows none of whose q·k overflows the format that scores are kept in (§6)."""
         a = self.arithmetic
-        largest = np.where(a.rows.seen, np.abs(a.rows.score), 0.0).max(axis=1) / a.scale_size
+        largest = np.where(a.rows.seen, np.abs(a.rows.product), 0.0).max(axis=1) / a.scale_size
         return largest * (1 + OVERFLOW_ROOM) < a.score.largest
 
     @cached_property
     def of_exponent(self) -> Float[np.ndarray, "R S"]:
         """The most that rounding changes any exponent, D_j."""
         a, rows = self.arithmetic, self.arithmetic.rows
-        s = np.where(rows.seen, np.abs(rows.score), 0.0)
+        x = np.abs(rows.product)
         top = rows.chunk_max.max(axis=1)
         below_top = np.where(rows.seen, np.where(np.isneginf(top), 0.0, top)[:, None] - rows.score, 0.0)
         fixed = OF_LOG * (1 + a.lse_size) + a.depth
-        bound = a.eps * (a.head_dim * rows.norms + OF_SCORE * s + OF_DISTANCE * below_top + fixed[:, None])
+        bound = a.eps * (a.head_dim * rows.norms + OF_SCORE * x)
         if a.has_rounded_scores:
             fmt = a.score
-            spill = np.maximum(fmt.u * s / a.scale_size, fmt.tiny / 2) * a.scale_size
-            multiply = np.maximum(fmt.u * (s + spill), fmt.tiny / 2)
-            own = spill + multiply
+            spill = np.maximum(fmt.u * x / a.scale_size, fmt.tiny / 2) * a.scale_size
+            own = spill + np.maximum(fmt.u * (x + spill), fmt.tiny / 2)
             bound = bound + own
-            if a.has_rounded_distances:
-                bound = bound + fmt.u * (below_top + 2 * bound) + fmt.tiny
+        unit = a.score.u + a.eps if a.has_rounded_scores else a.eps
+        if rows.logits.softcap is not None:  # the slope changes on the way, by less than the error over softcap
+            bound = np.minimum(rows.slope + bound / rows.logits.softcap, 1.0) * bound
+            bound = bound + MOST_OF_TANH * unit * rows.logits.softcap
+        bound = bound + MOST_OF_ADDED * unit * added_size(a) + a.eps * (OF_DISTANCE * below_top + fixed[:, None])
+        if a.has_rounded_scores and a.has_rounded_distances:
+            bound = bound + a.score.u * (below_top + 2 * bound) + a.score.tiny
         bound = bound + rows.per_key(a.chunk_lse_spacing / 2)
         return np.where(rows.seen, bound, 0.0)
 
@@ -81,7 +89,8 @@ class Bound:
         """The most that rounding changes the factor of each value, in units of the output."""
         a, rows = self.arithmetic, self.arithmetic.rows
         growth = np.exp(np.minimum(self.of_exponent, LARGEST_EXPONENT))
-        error = growth * np.maximum(a.probability.u * rows.weight, a.probability.tiny / 2 * a.p_worth)
+        worth = np.max([worth for _, worth in a.p_choices], axis=0)
+        error = growth * np.maximum(a.probability.u * rows.weight, a.probability.tiny / 2 * worth)
         return np.where(rows.seen & (a.seen_keys > 1)[:, None], error, 0.0)  # a key alone has p = 1
 
     @property

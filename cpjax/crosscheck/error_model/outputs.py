@@ -25,7 +25,7 @@ def output_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     chunks, repeated = _of_chunks(a, best)
     yield _stored("outputs of chunks", "3.3", chunks, a.out)
     yield Systematic("outputs of chunks, one-signed", "3.3", repeated)
-    merges, repeated = _of_any_order(a) if a.merging is None else _of_merges(a, a.merging, best)
+    merges, repeated = _of_any_order(a) if a.merging is None else _of_either(a, best)
     yield _stored("outputs of merges", "3.4", merges, a.carry)
     yield Systematic("outputs of merges, stagnation", "3.4", repeated)
     if a.precision.carry != a.precision.out:
@@ -47,7 +47,17 @@ def _of_chunks(a: Arithmetic, best: Float[np.ndarray, "R C V"]) -> tuple[Roundin
     The value of the chunk's best key is, once rounded, a number of the format. Where the chunk's out is nearer than
     a few spacings, it is rounded back to it, always against what the other keys added.
     """
-    weight = a.rows.chunk_weight[..., None]
+    found = [_of_weights(a, a.rows.chunk_weight, best)]
+    if a.rows.has_sink:  # it may be in any chunk, as a kernel has it that begins with it
+        found.append(_of_weights(a, a.rows.chunk_weight + a.rows.chunk_weight[:, -1:], best))
+    sigma = np.max([random.sigma for random, _ in found], axis=0)
+    return Roundings(found[0][0].value, sigma), np.max([repeated for _, repeated in found], axis=0)
+
+
+def _of_weights(
+    a: Arithmetic, chunk_weight: Float[np.ndarray, "R C"], best: Float[np.ndarray, "R C V"]
+) -> tuple[Roundings, Float[np.ndarray, "R V"]]:
+    weight = chunk_weight[..., None]
     with np.errstate(invalid="ignore", divide="ignore"):
         out = np.where(weight > 0, a.rows.chunk_part / weight, 0.0)
     moved, spacing = np.abs(out - best), a.out.spacing(out)
@@ -61,6 +71,15 @@ def _best_value(a: Arithmetic) -> Float[np.ndarray, "R C V"]:
     rows = a.rows
     top = np.stack([start + rows.score[:, start:stop].argmax(axis=1) for start, stop in pairwise(rows.edges)], axis=1)
     return a.out.round(rows.value[top])
+
+
+def _of_either(a: Arithmetic, best: Float[np.ndarray, "R C V"]) -> tuple[Roundings, Float[np.ndarray, "R V"]]:
+    """The merges in each order in which they may be: of each output the order that rounds it most."""
+    found = [_of_merges(a, merging, best) for merging in a.mergings if merging is not None]
+    value, sigma = (np.stack(x) for x in zip(*(random for random, _ in found), strict=True))
+    most = (sigma**2).sum(axis=2).argmax(axis=0)[None, :, None]
+    random = Roundings(*(np.take_along_axis(x, most, axis=0)[0] for x in (value, sigma)))
+    return random, np.max([repeated for _, repeated in found], axis=0)
 
 
 def _of_merges(

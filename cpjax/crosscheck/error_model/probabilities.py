@@ -30,7 +30,8 @@ def probability_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     yield Term("probabilities", "3.1", out, of_lse, is_common=True, along=along)
     if a.precision.probability == "float16":
         yield _least(a)
-        lost = np.where(a.p_value < a.probability.tiny / 2, a.rows.weight, 0.0)
+        lowest = np.min([p for p, _ in a.p_choices], axis=0)
+        lost = np.where(lowest < a.probability.tiny / 2, a.rows.weight, 0.0)
         # A partly lost sum is uniform between 0 and all of it.
         yield Systematic(
             "probabilities that become 0",
@@ -54,13 +55,15 @@ def _moved(a: Arithmetic, lost: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "
 
 def _sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:
     """Standard deviation of each p's rounding, in units of the output; p = 1 is exact."""
-    return a.p_worth * np.where(a.p_value == 1.0, 0.0, a.probability.spacing(a.p_value)) / np.sqrt(12)
+    each = [worth * np.where(p == 1.0, 0.0, a.probability.spacing(p)) for p, worth in a.p_choices]
+    return np.max(each, axis=0) / np.sqrt(12)
 
 
 def _least(a: Arithmetic) -> Term:
     """Keys whose p becomes n times the least number: those with the same n err together."""
-    n = np.where(a.rows.seen, np.round(a.p_value / a.probability.tiny), 0.0)
-    cells = {int(k): np.where(n == k, a.p_worth, 0.0) for k in np.unique(n[(n >= 1) & (n <= LEAST_CELLS)])}
+    p, worth = a.p_choices[-1]  # beside a larger sink more of them are so small
+    n = np.where(a.rows.seen, np.round(p / a.probability.tiny), 0.0)
+    cells = {int(k): np.where(n == k, worth, 0.0) for k in np.unique(n[(n >= 1) & (n <= LEAST_CELLS)])}
     error = LEAST_ERROR * a.probability.tiny
 
     def along(direction: Direction) -> Iterator[Shared]:

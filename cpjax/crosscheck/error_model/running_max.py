@@ -44,6 +44,8 @@ class RunningMax:
     """Spacing of the scores."""
     tile: int
     """Keys a tile."""
+    begins_with_sink: bool = False
+    """Whether the maximum of each chunk begins with the sink."""
 
     @cached_property
     def _spans(self) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"], Float[np.ndarray, "R n"]]:
@@ -53,6 +55,8 @@ class RunningMax:
         top = np.maximum.reduceat(self.rows.score, starts, axis=1)
         for start, stop in pairwise(np.searchsorted(starts, edges).tolist()):
             np.maximum.accumulate(top[:, start:stop], axis=1, out=top[:, start:stop])
+        if self.begins_with_sink:
+            top = np.maximum(top, self.rows.chunk_max[:, -1:])
         is_first = np.isin(starts, edges)
         begins = is_first.copy()
         begins[1:] |= (top[:, 1:] > top[:, :-1]).any(axis=0)

@@ -18,6 +18,12 @@ OF_SCALE = 2.0
 """Unit roundoffs by which the number that multiplies every q·k may be off: scale and scale · log2(e) are rounded, or
 √scale twice (§3.5)."""
 
+OF_TANH = 4.0
+"""Of softcap: a quotient, a tanh, which may be 2 sigmoid(2x) − 1, and a product (§3.11)."""
+
+OF_ADDED = 3.0
+"""Of Σ |summand|: slope · distance, its addition, and that of a bias; of the sink, and its distance (§3.11)."""
+
 
 def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     """Sections 3.5 and 3.6."""
@@ -25,14 +31,16 @@ def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
         yield _scores(a, _computed_variance(a))
         yield _factor(a)
         return
-    spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a)
-    raw = (a.scale_size * a.score.spacing(_score(a) / a.scale_size)) ** 2 / 12
-    variance = _computed_variance(a) + raw + scaling**2
+    spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a) * a.rows.slope
+    raw = (a.rows.slope * a.scale_size * a.score.spacing(a.rows.product / a.scale_size)) ** 2 / 12
+    variance = _computed_variance(a) + raw + scaling**2 + _stages_variance(a)
     maxima = []
     if a.has_rounded_distances:
-        maxima = [RunningMax(a.rows, a.score, spacing, size) for size in tile_sizes(a.rows)]
+        starts = [False, True] if a.rows.has_sink else [False]
+        maxima = [RunningMax(a.rows, a.score, spacing, size, start) for start in starts for size in tile_sizes(a.rows)]
         # In the largest tiles the maximum is furthest from each score, and the difference has its widest spacing.
-        variance = variance + maxima[-1].own_sigma ** 2
+        own = np.max([one.own_sigma for one in maxima if one.tile == maxima[-1].tile], axis=0)
+        variance = variance + own**2
     scores = _scores(a, variance)
     yield scores
     yield _scaling(a, scaling, scores)
@@ -46,10 +54,49 @@ def _score(a: Arithmetic) -> Float[np.ndarray, "R S"]:
 
 def _computed_variance(a: Arithmetic) -> Float[np.ndarray, "R S"]:
     """What the compute format does to each score."""
-    s, below = np.abs(_score(a)), np.abs(np.where(a.rows.seen, a.rows.below, 0.0))
-    computed = a.eps * (OF_SCORE * s + OF_DISTANCE * below + OF_PRODUCT * a.rows.norms)
+    rows = a.rows
+    x, below = np.abs(rows.product), np.abs(np.where(rows.seen, rows.furthest_below, 0.0))
+    computed = rows.slope * (OF_SCORE * x + OF_PRODUCT * rows.norms) + OF_DISTANCE * below
+    if rows.logits.softcap is not None:
+        computed = computed + OF_TANH * rows.logits.softcap
+    computed = a.eps * (computed + OF_ADDED * added_size(a))
     # A dot product that is added up term after term rounds a partial sum as large as itself each time.
-    return (computed**2 + a.head_dim * (a.eps * s) ** 2) / 3
+    return (computed**2 + a.head_dim * (a.eps * rows.slope * x) ** 2) / 3
+
+
+def _stages_variance(a: Arithmetic) -> Float[np.ndarray, "R S"] | float:
+    """What the format of the scores does to each after scale · q·k: softcap, ALiBi, bias, sink (§3.11)."""
+    rows, logits, keys = a.rows, a.rows.logits, slice(a.rows.key_count)
+    product, capped = rows.product[:, keys], rows.capped[:, keys]
+    steps = []
+    if logits.softcap is not None:
+        slope = np.asarray(rows.slope)[:, keys]
+        steps.append(slope * logits.softcap * a.score.spacing(product / logits.softcap))
+        steps += [logits.softcap * a.score.spacing(capped / logits.softcap), a.score.spacing(capped)]
+    sums = [*logits.shifted(capped), *([] if logits.alibi_size is None else [logits.alibi_size])]
+    most = a.score.largest  # what lies beyond is −inf, and has no weight
+    steps += [a.score.spacing(np.clip(x, -most, most)) for x in sums]
+    variance = sum((step**2 for step in steps), np.zeros_like(product)) / 12
+    if not rows.has_sink:
+        return variance
+    sink = rows.score[:, -1:]
+    of_sink = [a.score.spacing(np.clip(x, -most, most)) ** 2 / 12 for x in (sink, _from_top(a))]
+    return np.hstack([variance, sum(of_sink, np.zeros_like(sink))])
+
+
+def added_size(a: Arithmetic) -> Float[np.ndarray, "R S"] | float:
+    """Σ of the magnitudes that are added to each score after the softcap; of the sink, itself and its distance."""
+    rows, keys = a.rows, slice(a.rows.key_count)
+    size = rows.logits.added_size(rows.capped[:, keys])
+    if not rows.has_sink:
+        return 0.0 if size is None else size
+    size = np.zeros_like(rows.score[:, keys]) if size is None else size
+    return np.hstack([size, np.abs(rows.score[:, -1:]) + np.abs(_from_top(a))])
+
+
+def _from_top(a: Arithmetic) -> Float[np.ndarray, "R 1"]:
+    """How far the sink lies from the largest score."""
+    return a.rows.score[:, -1:] - a.rows.chunk_max.max(axis=1, keepdims=True)
 
 
 def _scores(a: Arithmetic, variance: Float[np.ndarray, "R S"]) -> Term:
@@ -65,8 +112,8 @@ def _scores(a: Arithmetic, variance: Float[np.ndarray, "R S"]) -> Term:
 
 def _factor(a: Arithmetic) -> Systematic:
     """The number that multiplies q·k, rounded once for all keys and rows: it errs as a scale that is off does."""
-    of_lse = (a.rows.weight * _score(a)).sum(axis=1)
-    most = _pulled(a, a.rows.weight * _score(a), slice(None))
+    moved = a.rows.weight * a.rows.slope * a.rows.product
+    of_lse, most = moved.sum(axis=1), _pulled(a, moved, slice(None))
     size = OF_SCALE * a.eps
     # It is as likely to be anywhere in its range.
     return Systematic("factor of q·k", "3.5", size * np.abs(most), typical=1 / np.sqrt(3), lse=size * np.abs(of_lse))
@@ -74,7 +121,7 @@ def _factor(a: Arithmetic) -> Systematic:
 
 def _scaling_sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:
     """Standard deviation of the rounding of scale · q·k; by a power of two nothing is lost."""
-    spacing = a.score.spacing(_score(a))
+    spacing = a.score.spacing(a.rows.product)
     is_exact = (np.frexp(a.scale_size)[0] == 0.5) & (spacing > a.score.tiny)
     return np.where(is_exact, 0.0, spacing / np.sqrt(12))
 
@@ -84,8 +131,8 @@ def _scaling(a: Arithmetic, sigma: Float[np.ndarray, "R S"], scores: Term) -> Te
     has for them, this term is the difference.
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        product = a.scale_size * a.score.round(_score(a) / a.scale_size)
-        error = a.score.round(product) - product
+        product = a.scale_size * a.score.round(a.rows.product / a.scale_size)
+        error = a.rows.slope * (a.score.round(product) - product)
     known = a.rows.weight * np.where(np.isfinite(error), error, 0.0)
 
     def more_than_independent(away: Float[np.ndarray, "R S"] | float) -> tuple[np.ndarray, np.ndarray]:

@@ -11,21 +11,27 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cpjax.crosscheck.exact.logits import PLAIN, Logits
+
+SINK = -1
+"""What stands for a chunk's number, and for a key's index, where the attention sink is meant."""
+
 
 @dataclass(frozen=True)
 class Rows:
     """Exact attention of R queries of one head over S keys (only keys that at least one of them sees), C chunks.
 
-    The keys are ordered by chunk; `edges[c]:edges[c + 1]` are the keys of chunk `chunks[c]`.
+    The keys are ordered by chunk; `edges[c]:edges[c + 1]` are the keys of chunk `chunks[c]`. An attention sink is the
+    last key, of value 0, and a chunk of its own.
     """
 
     index: Int[np.ndarray, " S"]
-    """Which of all keys these are."""
+    """Which of all keys these are; the sink is `SINK`."""
     chunks: Int[np.ndarray, " C"]
-    """The chunks that at least one row sees, ascending."""
+    """The chunks that at least one row sees, ascending; then, if there is a sink, `SINK`."""
     value: Float[np.ndarray, "S V"]
     score: Float[np.ndarray, "R S"]
-    """scale · q·k, −inf where hidden."""
+    """The logit: scale · q·k, unless `logits` has more; −inf where hidden."""
     weight: Float[np.ndarray, "R S"]
     """The softmax: rows sum to 1, or to 0 where nothing is seen."""
     norms: Float[np.ndarray, "R S"]
@@ -39,6 +45,41 @@ class Rows:
     """Σ of weight · value in a chunk, B_c = a_c o_c."""
     out: Float[np.ndarray, "R V"]
     lse: Float[np.ndarray, " R"]
+    product: Float[np.ndarray, "R S"]
+    """scale · q·k, 0 where hidden and for the sink."""
+    logits: Logits
+    """What else a logit is made of; its arrays have no column for the sink."""
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether the last key is a sink."""
+        return self.logits.sink is not None
+
+    @property
+    def key_count(self) -> int:
+        """How many keys there are but the sink."""
+        return len(self.index) - self.has_sink
+
+    @property
+    def key_chunks(self) -> Int[np.ndarray, " C"]:
+        """The chunks but the sink's."""
+        return self.chunks[: len(self.chunks) - self.has_sink]
+
+    @cached_property
+    def capped(self) -> Float[np.ndarray, "R S"]:
+        """The logit after the softcap."""
+        return self.logits.capped(self.product)
+
+    @cached_property
+    def slope(self) -> Float[np.ndarray, "R S"] | float:
+        """d logit / d (scale · q·k): 1 − tanh², or 1 without a softcap; 0 for the sink."""
+        if self.logits.softcap is None and not self.has_sink:
+            return 1.0
+        slope = np.ones_like(self.product)
+        if self.logits.softcap is not None:
+            slope -= (self.capped / self.logits.softcap) ** 2
+        slope[:, self.key_count :] = 0.0
+        return slope
 
     @cached_property
     def size(self) -> Float[np.ndarray, "S V"]:
@@ -60,6 +101,16 @@ class Rows:
         """How far each score lies below its chunk's maximum, s − M_c <= 0; −inf where hidden."""
         return self.score - self.per_key(np.where(np.isneginf(self.chunk_max), 0.0, self.chunk_max))
 
+    @property
+    def furthest_below(self) -> Float[np.ndarray, "R S"]:
+        """The same, if the sink is in each chunk's maximum, as in a kernel that begins with it."""
+        return self.below if not self.has_sink else self.score - self.per_key(self.max_with_sink)
+
+    @property
+    def max_with_sink(self) -> Float[np.ndarray, "R C"]:
+        """The maximum of each chunk and the sink."""
+        return np.maximum(self.chunk_max, self.chunk_max[:, -1:]) if self.has_sink else self.chunk_max
+
     def per_key(self, x: Float[np.ndarray, "R C"]) -> Float[np.ndarray, "R S"]:
         """A chunk's number repeated for each of its keys."""
         return np.repeat(x, self.chunk_sizes, axis=1)
@@ -72,16 +123,31 @@ def attention_rows(
     seen: Bool[np.ndarray, "R S"],
     chunk: Int[np.ndarray, " S"],
     scale: float,
+    logits: Logits = PLAIN,
 ) -> Rows:
     """Exact attention of these rows; all inputs float64. Keys that no row sees are left out."""
+    if logits.bias is not None:
+        seen = seen & ~np.isneginf(logits.bias)
     index = np.flatnonzero(seen.any(axis=0))
     if len(index) == 0:
         index = np.zeros(1, int)  # keeps every array non-empty; the row still sees nothing
     index = index[np.argsort(chunk[index], kind="stable")]
     if len(index) < len(key) or (np.diff(index) != 1).any():  # otherwise all keys are there in order: copy nothing
         key, value, seen, chunk = key[index], value[index], seen[:, index], chunk[index]
+        logits = logits.of_keys(index)
     edges = np.append(np.flatnonzero(np.diff(chunk, prepend=-1)), len(chunk))
-    score = np.where(seen, scale * (query @ key.T), -np.inf)
+    product = scale * (query @ key.T)
+    capped = logits.capped(product)
+    score = np.where(seen, (logits.shifted(capped) or [capped])[-1], -np.inf)
+    product = np.where(seen, product, 0.0)
+    norms = np.sqrt(scale**2 * np.einsum("rh,rh->r", query, query))[:, None] * np.sqrt(np.einsum("sh,sh->s", key, key))
+    if logits.sink is not None:
+        nothing = np.zeros((len(query), 1))
+        score, product, norms = (
+            np.hstack(x) for x in ([score, logits.sink[:, None]], [product, nothing], [norms, nothing])
+        )
+        seen, value = np.hstack([seen, nothing == 0]), np.vstack([value, np.zeros_like(value[:1])])
+        index, chunk, edges = np.append(index, SINK), np.append(chunk, SINK), np.append(edges, len(chunk) + 1)
     chunk_max = np.maximum.reduceat(score, edges[:-1], axis=1)
     top = chunk_max.max(axis=1)
     base = np.where(np.isneginf(top), 0.0, top)
@@ -92,7 +158,6 @@ def attention_rows(
     chunk_part = np.stack(parts, axis=1)
     with np.errstate(divide="ignore"):
         lse = base + np.log(total)
-    norms = np.sqrt(scale**2 * np.einsum("rh,rh->r", query, query))[:, None] * np.sqrt(np.einsum("sh,sh->s", key, key))
     return Rows(
         index=index,
         chunks=chunk[edges[:-1]],
@@ -107,4 +172,6 @@ def attention_rows(
         chunk_part=chunk_part,
         out=chunk_part.sum(axis=1),
         lse=lse,
+        product=product,
+        logits=logits,
     )

@@ -1,5 +1,6 @@
 """From a result to a verdict (docs/verdict.md, sections 4 to 10).
 
+logit_checks   softcap, sink, ALiBi slopes and bias, checked
 problem        what is problem: the inputs, checked, and how it is said to have been computed
 sampling       which rows are judged, in which tiles
 statistic      from errors to z-scores

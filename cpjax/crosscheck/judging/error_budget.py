@@ -84,7 +84,7 @@ def error_budget(
         batch=batch,
         position=position,
         head=head,
-        visible_keys=int(rows.seen.sum()),
+        visible_keys=int(rows.seen[:, : rows.key_count].sum()),
         error=_rms(error),
         sigma=_rms(expected.sigma),
         half_width=_rms(expected.half_width),

@@ -190,7 +190,9 @@ def _measure(
         **lse_columns,
     )
     scores = key_scores(model, expected, error, lse_error, inflation * ~unjudged)
-    return _TileEvidence(tile, table, rows.index, scores, shared, _lattice(problem, rows, expected, given))
+    keys = slice(rows.key_count)  # a sink is no key of the problem
+    scores = Score(*(x[keys] for x in scores))
+    return _TileEvidence(tile, table, rows.index[keys], scores, shared, _lattice(problem, rows, expected, given))
 
 
 def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -> tuple[Rows, ErrorModel]:
@@ -199,9 +201,9 @@ def model_of(problem: Problem, key: np.ndarray, value: np.ndarray, tile: Tile) -
     q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
     kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
     seen = np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
-    query = problem.queries(b, at, tile.head)
-    rows = attention_rows(query, key, value, seen, problem.kv_chunk, problem.scale)
-    merging = problem.merging_of(problem.q_chunk[at], rows.chunks)
+    query, logits = problem.queries(b, at, tile.head), problem.logits_of(b, at, tile.head)
+    rows = attention_rows(query, key, value, seen, problem.kv_chunk, problem.scale, logits)
+    merging = problem.merging_of(problem.q_chunk[at], rows.key_chunks)
     return rows, ErrorModel(rows, problem.precision, merging, problem.query.shape[3], problem.scale)
 
 

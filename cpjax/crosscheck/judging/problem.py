@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 from cpjax.arrays import as_array
 from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.exact.logits import PLAIN, Logits
+from cpjax.crosscheck.judging.logit_checks import checked_alibi, checked_bias, checked_sink, checked_softcap
 from cpjax.errors import InputError
 from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens, visible
@@ -48,6 +50,11 @@ class Problem:
     """In which order the chunks' results were merged, one of `cpjax.partition.ORDERS`."""
     dtypes: tuple[str, ...] = ()
     """Of query, key and value as they were given; here they stand in one dtype that holds all of them."""
+    softcap: float | None = None
+    sink: Float[np.ndarray, " N"] | None = None
+    alibi: Float[np.ndarray, "B N"] | None = None
+    bias: np.ndarray | None = None
+    """Four axes, `[B, N, T, S]`; an axis of length 1 stands for all."""
 
     @property
     def cp(self) -> int:
@@ -64,6 +71,21 @@ class Problem:
     ) -> Float[np.ndarray, "R H"]:
         """These queries as the profile rounds them, in float64."""
         return query_in(self.precision, self.query[batch, position, head], self.scale)
+
+    def logits_of(self, b: int, at: Int[np.ndarray, " R"], head: Int[np.ndarray, " R"]) -> Logits:
+        """What the logits of these rows are made of besides scale · q·k, over all keys."""
+        if self.softcap is None and self.sink is None and self.alibi is None and self.bias is None:
+            return PLAIN
+        alibi = size = bias = None
+        if self.alibi is not None:
+            here, there = (np.asarray(x.position)[b].astype(np.float64) for x in (self.q_tokens, self.kv_tokens))
+            slope, distance = self.alibi[b, head][:, None], np.abs(here[at][:, None] - there)
+            # Causal kernels of FlashAttention add slope · kv_position to all rows alike.
+            alibi, size = slope * distance, np.abs(slope) * np.maximum(distance, np.abs(there))
+        if self.bias is not None:
+            own = (x if length > 1 else 0 for x, length in zip((b, head, at), self.bias.shape, strict=False))
+            bias = np.broadcast_to(self.bias[*own].astype(np.float64), (len(at), self.key.shape[1]))
+        return Logits(self.softcap, alibi, size, bias, None if self.sink is None else self.sink[head])
 
     # Every tile of rows asks for these three again.
 
@@ -122,6 +144,10 @@ def checked_problem(
     layout: str | None = None,
     precision: str | Precision | None = None,
     order: str = "ascending",
+    softcap: Any = None,
+    sink: Array | None = None,
+    alibi: Array | None = None,
+    bias: Array | None = None,
 ) -> Problem:
     """The problem, checked; arguments as of `cpjax.crosscheck.judge`.
 
@@ -158,7 +184,24 @@ def checked_problem(
     if order == "together":
         partition, order = Contiguous(1), "ascending"
     partition.check(np.asarray(q_tokens.segment), np.asarray(kv_tokens.segment))
-    return Problem(query, key, value, q_tokens, kv_tokens, mask, rounded, precision, partition, order, dtypes)
+    (batch, length, heads, _), keys = query.shape, key.shape[1]
+    return Problem(
+        query,
+        key,
+        value,
+        q_tokens,
+        kv_tokens,
+        mask,
+        rounded,
+        precision,
+        partition,
+        order,
+        dtypes,
+        softcap=checked_softcap(softcap),
+        sink=checked_sink(sink, heads),
+        alibi=checked_alibi(alibi, batch, heads),
+        bias=checked_bias(bias, (batch, heads, length, keys)),
+    )
 
 
 def said_partition(partition: str | Partition | None, cp: int, layout: str | None) -> Partition:

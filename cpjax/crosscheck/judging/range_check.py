@@ -21,11 +21,16 @@ def rows_out_of_range(problem: Problem, out: np.ndarray, lse: np.ndarray | None)
     """Rows with a NaN, an infinity, or an output that is no average of visible values, rounding allowed for.
 
     Under a causal mask these are the values up to the query's position, otherwise all of its segment; a window is not
-    taken into account, which only makes the range wider. Rows that see nothing are (0, −inf); with a window any may be.
+    taken into account, which only makes the range wider, nor is a bias of −inf. Rows that see nothing are (0, −inf);
+    with a window, or such a bias, any may be. A sink is one more value, 0, that every row sees.
     """
     result = np.zeros(out.shape[:3], bool)
+    hides = problem.mask.window is not None or (problem.bias is not None and bool(np.isneginf(problem.bias).any()))
+    may_be_empty = hides and problem.sink is None
     for b, n in np.ndindex(out.shape[0], out.shape[2]):
         low, high, sees = _visible_range(problem, b, n // problem.group)
+        if problem.sink is not None:
+            low, high, sees = np.minimum(low, 0.0), np.maximum(high, 0.0), np.ones_like(sees)
         half_width = _relative(problem) * np.maximum(np.abs(low), np.abs(high))
         half_width += STORED * problem.cp * FORMATS[problem.precision.out].tiny + _flushed(problem)
         given = out[b, :, n].astype(np.float64)
@@ -36,7 +41,7 @@ def rows_out_of_range(problem: Problem, out: np.ndarray, lse: np.ndarray | None)
             unseen = np.isneginf(lse[b, :, n])
             right &= np.where(sees, np.isfinite(lse[b, :, n]), unseen)
             empty &= unseen
-        result[b, :, n] = ~(right | empty) if problem.mask.window is not None else ~right
+        result[b, :, n] = ~(right | empty) if may_be_empty else ~right
     return result
 
 

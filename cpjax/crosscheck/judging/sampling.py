@@ -103,7 +103,8 @@ def _same_rows(
         for b, k in np.ndindex(problem.key.shape[0], problem.key.shape[2])
     }
     place = np.stack([np.asarray(x)[batch, position] for x in problem.q_tokens], axis=1).astype(np.int64)
-    if not problem.mask.is_causal and problem.mask.window is None:
+    by_place = problem.mask.is_causal or problem.mask.window is not None
+    if not by_place and problem.alibi is None and problem.bias is None:
         place[:, 0] = 0
     shared = np.array([kv[b, n // problem.group] for b, n in zip(batch, head, strict=True)], np.int64)
     query = np.ascontiguousarray(problem.query[batch, position, head]).view(np.uint8).reshape(len(batch), -1)

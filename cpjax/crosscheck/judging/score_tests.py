@@ -41,10 +41,12 @@ def scale_score(
 ) -> tuple[Score, list[Shared]]:
     """Is the scale off? With scale·(1 + ε): d out/dε = Σ A_j s_j (v_j − out), d lse/dε = Σ A_j s_j. Per row.
 
+    s_j is scale · q·k, times 1 − tanh² where there is a softcap, and 0 for the sink.
+
     Rows that are `unjudged` count nothing. Returned besides is the part of the variance that rows may share (§3.10).
     """
     rows = model.rows
-    s = np.where(rows.seen, rows.score, 0.0)
+    s = np.where(rows.seen, rows.product * rows.slope, 0.0)
     weighted = rows.weight * s
     mean_score = weighted.sum(axis=1)
     g = weighted @ rows.value - mean_score[:, None] * rows.out

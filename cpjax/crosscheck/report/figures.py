@@ -61,7 +61,7 @@ def figures(problem: Problem, out: np.ndarray, seed: int = 0) -> Figures:
         different = distinct(rows.out, FORMATS[problem.precision.out])
         inflation = usable.sum(axis=1) / np.maximum(effective_dof(different, expected.common), 1)
         weight = np.divide(1.0, expected.sigma, out=np.zeros_like(given), where=usable)
-        for c, number in enumerate(rows.chunks):
+        for c, number in enumerate(rows.key_chunks):
             along = (rows.chunk_part[:, c] - rows.chunk_weight[:, c, None] * rows.out) * weight
             value[chunk, number] += (along * deviation).sum()
             variance[chunk, number] += ((along**2).sum(axis=1) * np.maximum(inflation, 1)).sum()
