@@ -304,3 +304,50 @@ def test_a_wrong_lse_is_no_exchange_of_heads():
     out, lse = partial(scores(query, same[0]), same[1], CAUSAL)
     told = judge(query, *same, out.astype(np.float16), (lse / LN2).astype(np.float32)).diagnosis
     assert "lse is the logarithm to base two" in told[0]
+
+
+def bent(seed, softcap=None, sink=None, alibi=None, bias=None):
+    """Attention with these, over logits that are large enough for a softcap to matter."""
+    query, key, value = inputs(seed)
+    x = 4 * scores(query, key)
+    x = x if softcap is None else softcap * np.tanh(x / softcap)
+    x = x if alibi is None else x - alibi[:, None] * np.abs(I[:, None, None] - I)
+    x = x if bias is None else x + bias
+    out, lse = partial(x, value, CAUSAL)
+    return (out, lse) if sink is None else with_sink(out, lse, sink)
+
+
+SLOPES = 2.0 ** (-8 / N * np.arange(1, N + 1))
+BIAS = np.random.default_rng(5).standard_normal((1, T, N, T)).swapaxes(1, 2).astype(np.float32)
+TERMS = {
+    "softcap": (5.0, "the softcap was not applied"),
+    "sink": (SINKS, "the sink was not added to the sums"),
+    "alibi": (SLOPES, "the ALiBi slopes were not applied"),
+    "bias": (BIAS, "the bias was not added"),
+}
+
+
+@pytest.mark.parametrize("has_lse", [True, False], ids=["with lse", "out only"])
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_of_the_logits_that_was_stated_and_dropped(term, has_lse):
+    number, words = TERMS[term]
+    asked = {"scale": 4 * SCALE, term: number}
+    computed = {term: number.swapaxes(1, 2) if term == "bias" else number}
+    for result, passes in ((bent(0, **computed), True), (bent(0), False)):
+        out, lse = result[0].astype(np.float16), result[1].astype(np.float32)
+        verdict = judge(*inputs(0), out, lse if has_lse else None, **asked)
+        assert verdict.passed == passes, verdict.reasons
+    assert verdict.diagnosis[0].startswith(words), verdict.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("computed", "words"),
+    [
+        ({"softcap": 10.0}, "a softcap of 10 was applied that was not stated"),
+        ({"alibi": SLOPES}, "ALiBi was applied, with the slopes of the paper, that was not stated"),
+    ],
+)
+def test_a_term_of_the_logits_that_nobody_stated(computed, words):
+    out, lse = bent(0, **computed)
+    verdict = judge(*inputs(0), out.astype(np.float16), lse.astype(np.float32), scale=4 * SCALE)
+    assert verdict.diagnosis[0].startswith(words), verdict.diagnosis

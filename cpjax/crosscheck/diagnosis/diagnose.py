@@ -10,7 +10,7 @@ from cpjax.crosscheck.diagnosis import words
 from cpjax.crosscheck.diagnosis.cause import EQUAL, SAME, Cause, cause_of, without_twins
 from cpjax.crosscheck.diagnosis.denominator import extra_terms
 from cpjax.crosscheck.diagnosis.dictionary import Fault
-from cpjax.crosscheck.diagnosis.everywhere import data_faults, global_faults, global_masks, precisions
+from cpjax.crosscheck.diagnosis.everywhere import data_faults, global_faults, global_masks, logit_faults, precisions
 from cpjax.crosscheck.diagnosis.fitted import requests_of, with_numbers
 from cpjax.crosscheck.diagnosis.measure import MOST_Z, Fit, Measured
 from cpjax.crosscheck.diagnosis.parts import base_faults
@@ -63,8 +63,10 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
     everywhere = [*global_masks(problem, requests_of(wrong)), *with_numbers(wrong)]
     everywhere += global_faults(problem, has_lse=lse is not None, suspects=_keys(evidence, measured))
     everywhere += _precisions(problem, wrong)
-    everywhere += base_faults(problem.kv_chunk, np.asarray(problem.kv_tokens.segment)[0], has_lse=lse is not None)
-    everywhere += [*run_faults(wrong), *data_faults(problem)]
+    if problem.sink is None:  # with one, every rank's parts may or may not have it
+        segment = np.asarray(problem.kv_tokens.segment)[0]
+        everywhere += base_faults(problem.kv_chunk, segment, has_lse=lse is not None)
+    everywhere += [*run_faults(wrong), *data_faults(problem), *logit_faults(problem)]
     everywhere += extra_terms(wrong)
     limits = row_mask(wrong)
     everywhere += [] if limits is None else [limits]
@@ -132,7 +134,9 @@ def gain_of(measured: list[Measured]) -> float:
 
 def _label(fault: Fault) -> str:
     """Equal for the same fault, whatever was fitted to it in another chunk."""
-    return str(fault._replace(cost=0.0, number=fault.number if fault.mask or fault.run else float("nan")))
+    return str(
+        fault._replace(cost=0.0, number=fault.number if fault.mask or fault.run or fault.logits else float("nan"))
+    )
 
 
 def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float]]:

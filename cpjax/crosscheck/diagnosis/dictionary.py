@@ -51,6 +51,8 @@ class Fault(NamedTuple):
     run: tuple[int, ...] = ()
     """Where a run of keys begins and ends (`runs`): lost or counted twice, or replaced by the run that begins at
     `number`."""
+    logits: str = ""
+    """What was done otherwise between scale · q·k and the softmax (`predict.changed_logits`)."""
     keys_of: int = -1
     """The key/value head whose keys were used; −1 is the right one."""
     values_of: int = -1

@@ -19,6 +19,9 @@ LSE_FORMS = (
 )
 """What may be handed over instead of lse (`predict.changed_lse`)."""
 
+SOFTCAPS = (50.0, 30.0, 20.0, 15.0, 10.0)
+"""Softcaps of published models (Gemma 2: 50; Grok: 30), and smaller ones."""
+
 MSCALE_SQUARED = float((0.1 * np.log(40) + 1) ** 2)
 """By which DeepSeek's YaRN raises the softmax scale (mscale_all_dim 1, factor 40; modeling_deepseek.py)."""
 
@@ -98,6 +101,25 @@ def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, 
     for key, weight in suspects:
         kind = "key lost" if abs(weight) < 0.5 else "key doubled"
         yield Fault(kind, key=key, number=0.0 if kind == "key lost" else 2.0, cost=2 * np.log(problem.key.shape[1]))
+
+
+def logit_faults(problem: Problem) -> Iterator[Fault]:
+    """Softcap, sink, ALiBi and bias that were stated and not applied, or applied and not stated."""
+    stated = {
+        "softcap": problem.softcap, "sink": problem.sink, "alibi": problem.alibi, "bias": problem.bias,
+    }  # fmt: skip
+    for name, given in stated.items():
+        if given is not None:
+            yield Fault("logits", logits="sink dropped" if name == "sink" else f"{name} ignored", cost=USUAL)
+    if problem.alibi is not None:
+        yield Fault("logits", logits="alibi negated", cost=RARE)
+    else:
+        yield Fault("logits", logits="alibi applied", cost=RARE)
+    if problem.softcap is None:
+        for softcap in SOFTCAPS:
+            yield Fault(
+                "logits", logits="softcap applied", number=softcap, cost=RARE + 2 * float(np.log(len(SOFTCAPS)))
+            )
 
 
 def data_faults(problem: Problem) -> Iterator[Fault]:

@@ -84,7 +84,7 @@ class Measured:
         """Exactly, by the error model of the changed computation."""
         plain = not (fault.changes or fault.mask or fault.scale != 1.0 or fault.key >= 0 or fault.precision)
         plain = plain and not (
-            fault.limits or fault.run or fault.keys_of >= 0 or fault.values_of >= 0 or fault.value_shift
+            fault.logits or fault.limits or fault.run or fault.keys_of >= 0 or fault.values_of >= 0 or fault.value_shift
         )
         known = fault.mask or fault.scale != 1.0 or fault.key >= 0  # what a glance can compute
         if known and not fault.changes and not fault.precision and (far := self._far(fault)) is not None:
@@ -112,7 +112,7 @@ class Measured:
         sample = self.sample
         segment = np.asarray(self.problem.kv_tokens.segment)[sample.batch]
         part = part_of(cut, sample.chunk, segment)
-        return attention_rows(sample.query, sample.key, sample.value, sample.seen, part, sample.scale)
+        return attention_rows(sample.query, sample.key, sample.value, sample.seen, part, sample.scale, sample.logits)
 
     def screen(self, faults: list[Fault]) -> list[Fault]:
         """The faults in the order of how well they fit, roughly: by sums over chunks, without touching a key."""

@@ -1,6 +1,7 @@
 """What a fault would have made of the sampled rows: out, lse, and the judge's own variance of them."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from cpjax.crosscheck.diagnosis.masks import mask_of, thresholds
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
+from cpjax.crosscheck.exact.logits import Logits
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import scale_in
 
@@ -27,13 +29,45 @@ def exact_model(sample: Sample, problem: Problem, fault: Fault = RIGHT) -> Error
     if fault.run:
         index, seen, log_weight = _with_run(fault, index, seen, log_weight)
     query, key, scale = sample.query, keys[index], scale_in(precision, sample.scale) * fault.scale
-    logits = sample.logits.of_keys(index)
+    logits = changed_logits(sample, problem, fault).of_keys(index)
     if log_weight.any():  # a bias
         bias = log_weight if logits.bias is None else logits.bias + log_weight
         logits = replace(logits, bias=np.broadcast_to(bias, seen.shape))
     rows = attention_rows(query, key, values[index], seen, slot, scale, logits)
     merging = problem.merging_of(np.full(len(query), sample.q_chunk), rows.key_chunks)
     return ErrorModel(rows, precision, merging, problem.query.shape[3], scale)
+
+
+def changed_logits(sample: Sample, problem: Problem, fault: Fault) -> Logits:
+    """Softcap, ALiBi, bias and sink as the fault has them; `fault.number` is a softcap that nobody stated."""
+    given = sample.logits
+    if fault.logits == "softcap applied":
+        return replace(given, softcap=fault.number)
+    if fault.logits == "alibi applied":
+        heads, at = problem.query.shape[2], sample.position
+        here, there = (
+            np.asarray(x.position)[sample.batch].astype(float) for x in (problem.q_tokens, problem.kv_tokens)
+        )
+        alibi = alibi_slopes(heads)[sample.head][:, None] * np.abs(here[at][:, None] - there)
+        return replace(given, alibi=alibi, alibi_size=alibi)
+    changes: dict[str, dict[str, Any]] = {
+        "": {},
+        "softcap ignored": {"softcap": None},
+        "sink dropped": {"sink": None},
+        "alibi ignored": {"alibi": None, "alibi_size": None},
+        "alibi negated": {"alibi": None if given.alibi is None else -given.alibi},
+        "bias ignored": {"bias": None if given.bias is None else np.where(np.isneginf(given.bias), given.bias, 0.0)},
+    }
+    return replace(given, **changes[fault.logits])
+
+
+def alibi_slopes(heads: int) -> Float[np.ndarray, " N"]:
+    """The slopes of the paper (arXiv 2108.12409, §3) for a power of two of heads: 2^(−8 / N), its square, …
+
+    >>> alibi_slopes(8)[:3]
+    array([0.5  , 0.25 , 0.125])
+    """
+    return 2.0 ** (-8 / heads * np.arange(1, heads + 1))
 
 
 def _data(sample: Sample, problem: Problem, fault: Fault) -> tuple[np.ndarray, np.ndarray]:

@@ -68,6 +68,10 @@ class _Table:
         self.all_mass, self.all_sums = _running(weight[..., None])[..., 0], _running(pull)
         self.seen_count = _running(sample.seen[..., None].astype(float))[..., 0]
         self.sigma = one.sigma[:, ::step]
+        # A sink is in the sum, whatever keys are.
+        sink = np.broadcast_to(sample.sink_mass, (len(sample.out),))
+        self.total = self.mass[:, -1:] + sink[:, None]
+        self.left = self.sums[:, -1:] - (sink[:, None] * sample.out[:, ::step])[:, None]
 
     def misfit(
         self,
@@ -76,9 +80,9 @@ class _Table:
         counts: Bool[np.ndarray, "R n"] | None = None,
     ) -> Float[np.ndarray, " n"]:
         """Σ over rows and columns, if the sums change by this, and the masses too; of the rows that count."""
-        total = self.mass[:, -1:] + mass
-        is_left = total > LEAST_LEFT * self.mass[:, -1:]
-        off = (self.sums[:, -1:] + change) / (np.where(is_left, total, 1.0)[..., None] * self.sigma[:, None])
+        total = self.total + mass
+        is_left = total > LEAST_LEFT * self.total
+        off = (self.left + change) / (np.where(is_left, total, 1.0)[..., None] * self.sigma[:, None])
         square = np.where(is_left[..., None], np.minimum(off**2, LARGEST), LARGEST)
         if counts is not None:
             square = np.where(counts[..., None], square, 0.0)

@@ -108,6 +108,8 @@ def _global(fault: Fault) -> str:
         return _mask(fault)
     if fault.precision is not None:
         return f"consistent with {fault.kind.removeprefix('precision: ')}"
+    if fault.logits:
+        return LOGITS[fault.logits].format(fault.number)
     if fault.limits:
         return f"rows see too many or too few keys: {fault.rule}"
     if fault.run:
@@ -156,6 +158,16 @@ def _run(fault: Fault) -> str:
         return f"in the place of {which} those from {source} to {source + stop - start - 1} were used"
     return f"{which} {'were lost' if fault.kind == 'run lost' else 'were counted twice'}"
 
+
+LOGITS = {
+    "softcap applied": "a softcap of {:g} was applied that was not stated",
+    "softcap ignored": "the softcap was not applied",
+    "sink dropped": "the sink was not added to the sums",
+    "alibi ignored": "the ALiBi slopes were not applied",
+    "alibi negated": "the ALiBi slopes were applied with the other sign",
+    "alibi applied": "ALiBi was applied, with the slopes of the paper, that was not stated",
+    "bias ignored": "the bias was not added",
+}
 
 CUTS = {"interleaved": "tokens dealt to {} ranks in turn", "runs": "{} runs of the tokens"}
 
