@@ -14,6 +14,7 @@ A profile is a value of its own and needs no JAX; `cpjax.rounding` does what it 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,27 @@ def profile(name: str) -> Precision:
     if name not in PROFILES:
         raise InputError(f"unknown precision {name!r}; known are {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+PROFILE_OF = {"float16": "flash_fp16", "float32": "float32", "float64": "float64", "bfloat16": "flash_bf16"}
+"""The profile in which arrays of a dtype are computed when none is named."""
+
+
+def precision_of(precision: Precision | str | None, dtype: Any) -> Precision:
+    """What is said, or else the profile that follows from the dtype of query, key and value.
+
+    >>> precision_of(None, np.float16).name, precision_of("float32", np.float16).name
+    ('flash_fp16', 'float32')
+
+    Raises:
+      InputError: an unknown name; nothing said, and no profile belongs to the dtype.
+    """
+    if precision is not None:
+        return profile(precision) if isinstance(precision, str) else precision
+    name = np.dtype(dtype).name
+    if name not in PROFILE_OF:
+        raise InputError(f"no precision belongs to arrays of {name}; name one of {', '.join(PROFILES)}")
+    return profile(PROFILE_OF[name])
 
 
 def scale_in(precision: Precision, scale: float) -> float:

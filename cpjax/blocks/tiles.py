@@ -108,10 +108,18 @@ def scores(
     """`scale · q·k` (through the softcap), rounded where the profile says, −inf where the key is not seen."""
     fmt = attention.precision.score
     raw = rounded(jnp.einsum("BKGTH,BKSH->BKGTS", query, key, precision="highest"), fmt)
-    scaled = rounded(raw * jnp.asarray(scale_in(attention.precision, attention.scale), raw.dtype), fmt)
+    scaled = rounded(raw * rounded_scale(attention), fmt)
     if attention.softcap is not None:
         scaled = rounded(attention.softcap * jnp.tanh(scaled / attention.softcap), fmt)
     return jnp.where(seen, scaled, -jnp.inf)
+
+
+def rounded_scale(attention: Attention) -> Float[Array, ""]:
+    """The scale that the profile multiplies with, in its compute dtype; also of a scale that is traced."""
+    precision, scale = attention.precision, attention.scale
+    if isinstance(scale, float):
+        return jnp.asarray(scale_in(precision, scale), precision.compute)
+    return jnp.asarray(scale).astype(precision.score).astype(precision.compute)
 
 
 def accumulate(
