@@ -238,7 +238,11 @@ def _on_device(how: _How, query, key, value, q_tokens, kv_tokens, sink, scale) -
 
 
 def _order(how: _How, length: int) -> np.ndarray:
-    return how.partition.order(length) if how.lengths is None else packed_order(how.partition, how.lengths, how.partition.cp)
+    return (
+        how.partition.order(length)
+        if how.lengths is None
+        else packed_order(how.partition, how.lengths, how.partition.cp)
+    )
 
 
 def _text(how: _How, order: np.ndarray) -> Tokens:

@@ -67,7 +67,10 @@ def test_packs(name, cp, lengths):
 
 @pytest.mark.parametrize("cp", [2, 3, 4, 8, 16])
 def test_how_many_transfers(cp):
-    sent = {name: sum(map(bool, (s.pairs for s in moves(kind(cp).order(2 * cp * cp), cp)))) for name, kind in SEQUENCES.items()}
+    sent = {
+        name: sum(map(bool, (s.pairs for s in moves(kind(cp).order(2 * cp * cp), cp))))
+        for name, kind in SEQUENCES.items()
+    }
     assert sent == {"contiguous": 0, "zigzag": 1 if cp == 2 else 2, "striped": cp - 1}
 
 
