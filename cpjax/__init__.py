@@ -46,7 +46,7 @@ _WHERE = {
     "cpjax.module": ("ContextParallelAttention", "attention_fn"),
     "cpjax.crosscheck": ("judge",),
 }
-"""Module → public names in it. The stub beside this file says the same to type checkers (tests/project/test_names.py)."""
+"""Module → public names in it. The stub beside this file says the same to type checkers."""
 
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -18,14 +18,14 @@ from cpjax.parallel import context_parallel_attention as context_parallel_attent
 from cpjax.parallel import cp_mesh as cp_mesh
 from cpjax.partial import Partial as Partial
 from cpjax.partial import merge as merge
+from cpjax.partition import PARTITIONS as PARTITIONS
+from cpjax.partition import SEQUENCES as SEQUENCES
 from cpjax.partition import Blocks as Blocks
 from cpjax.partition import Contiguous as Contiguous
 from cpjax.partition import Interleaved as Interleaved
-from cpjax.partition import PARTITIONS as PARTITIONS
 from cpjax.partition import Packed as Packed
 from cpjax.partition import Pages as Pages
 from cpjax.partition import Partition as Partition
-from cpjax.partition import SEQUENCES as SEQUENCES
 from cpjax.partition import SequencePartition as SequencePartition
 from cpjax.partition import Striped as Striped
 from cpjax.partition import Zigzag as Zigzag

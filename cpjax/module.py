@@ -55,7 +55,7 @@ class AttentionFunction:
         for name, given in (("mask", mask), ("bias", bias)):
             if given is not None:
                 raise InputError(
-                    f"{name} is an array; give attention_fn the option mask=cpjax.Mask(…), which no device must hold whole"
+                    f"{name} is an array, which some device would hold whole; give attention_fn mask=cpjax.Mask(…)"
                 )
         if dropout_rate > 0 and not deterministic:
             raise InputError(f"dropout_rate is {dropout_rate}; weights are never whole on a device, leave it 0")

@@ -60,7 +60,7 @@ def context_parallel_attention(
     batch_axis: str | None = None,
     partition: str | Partition | None = None,
     in_partition_order: bool = False,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Any = None,
     exchange: str = "ring",
     mask: Mask | None = None,
     scale: Any = None,
