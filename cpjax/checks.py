@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from cpjax.attention import checked_scale
@@ -131,7 +132,7 @@ def checked_lengths(lengths: Any) -> tuple[int, ...]:
     Raises:
       InputError: they are traced, or no sequence of integers.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(lengths)):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(lengths)):
         raise InputError("lengths are traced; they decide the shapes of a program, so give Python integers")
     found = np.asarray(lengths)
     if found.ndim != 1 or found.dtype.kind not in "iu":
@@ -170,7 +171,7 @@ def check_scale(scale: Any) -> Any:
     Raises:
       InputError: not a finite number; an array with axes, or of integers.
     """
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         if scale.shape != () or not jax.numpy.issubdtype(scale.dtype, jax.numpy.floating):
             raise InputError(f"scale is traced as {scale.dtype}{list(scale.shape)}; it must be one floating number")
         return scale

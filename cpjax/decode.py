@@ -63,7 +63,7 @@ def context_parallel_decode(
 
     >>> from cpjax.mask import tokens
     >>> from cpjax.parallel import cp_mesh
-    >>> x, new = jnp.arange(4.0).reshape(1, 4, 1, 1), tokens(1, 1, start=3)
+    >>> x, new = jnp.arange(4, dtype=jnp.float16).reshape(1, 4, 1, 1), tokens(1, 1, start=3)
     >>> owner = np.array([0, 0, 0, 1])
     >>> context_parallel_decode(0 * x[:, 3:], x, x, new, tokens(1, 4), owner=owner, mesh=cp_mesh(2)).out.item()
     1.5

@@ -59,8 +59,8 @@ class AttentionFunction:
                 )
         if dropout_rate > 0 and not deterministic:
             raise InputError(f"dropout_rate is {dropout_rate}; weights are never whole on a device, leave it 0")
-        rows = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
-        out = context_parallel_attention(*rows, mesh=self.mesh, **dict(self.options)).out
+        query_, key_, value_ = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        out = context_parallel_attention(query_, key_, value_, mesh=self.mesh, **dict(self.options)).out
         return jnp.asarray(out).astype(query.dtype).reshape(*query.shape[:-1], value.shape[-1])
 
 

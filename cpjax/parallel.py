@@ -55,7 +55,7 @@ def context_parallel_attention(
     kv_tokens: Tokens | None = None,
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | tuple[str, str] = "cp",
+    axis_name: str | tuple[str, ...] = "cp",
     head_axis: str | None = None,
     batch_axis: str | None = None,
     partition: str | Partition | None = None,
@@ -108,10 +108,10 @@ def context_parallel_attention(
     Raises:
       InputError: whatever does not fit, named with the rule and the fix, before anything is traced.
 
-    >>> x = jnp.arange(4.0).reshape(1, 4, 1, 1)
+    >>> x = jnp.arange(4, dtype=jnp.float16).reshape(1, 4, 1, 1)
     >>> result = context_parallel_attention(0 * x, x, x, mesh=cp_mesh(2))
     >>> result.out.ravel()  # all logits are 0: the mean of the values so far
-    Array([0. , 0.5, 1. , 1.5], dtype=float32)
+    Array([0. , 0.5, 1. , 1.5], dtype=float16)
     """
     words = {"mask": mask, "scale": scale, "softcap": softcap, "sink": sink}
     words |= {"precision": precision, "partition": partition}

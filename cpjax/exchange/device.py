@@ -48,7 +48,7 @@ def attention_on_device(
     kv_tokens: Tokens,
     attention: Attention,
     *,
-    axis_name: str | tuple[str, str],
+    axis_name: str | tuple[str, ...],
     exchange: str = "ring",
     chunks: int = 1,
     sink: Float[Array, " N"] | None = None,

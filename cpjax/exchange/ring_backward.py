@@ -54,4 +54,4 @@ def ring_backward(
         shard = arriving
     assert dq is not None  # cp >= 1
     assert dkv is not None
-    return dq, *dkv
+    return dq, dkv[0], dkv[1]

@@ -38,6 +38,7 @@ def test_unknown_options_are_refused_when_it_is_made():
         layer(mask=[1])
 
 
+@pytest.mark.slow
 def test_is_a_value_that_flax_can_take_apart():
     """Hashed, split, merged, jitted by either, and mapped over inputs and over weights."""
     made, x = layer(), jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8)), jnp.float32)

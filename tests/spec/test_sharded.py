@@ -117,6 +117,7 @@ def test_forwards_in_every_partition(partition):
     assert sum(x.sent for x in collectives(program)) == moving(order[partition]) + RING["ring"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_backwards_nothing_is_gathered(exchange):
     """The derivatives are one more ring, whatever the exchange: shards, and dk and dv, which come home."""
