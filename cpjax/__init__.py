@@ -21,5 +21,46 @@ Read in this order; a file imports only what stands above it (tests/project/test
     trial/                                  the judge on trial
     cli                                     the command
 
-Nothing is imported or chosen here, so `import cpjax` costs nothing.
+The names below are the public ones. `import cpjax` imports none of them: each is loaded when it is first asked for.
 """
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "cpjax.errors": ("InputError",),
+    "cpjax.mask": ("Mask", "Tokens", "tokens"),
+    "cpjax.precision": ("PROFILES", "Precision", "profile"),
+    "cpjax.partition": (
+        *("SEQUENCES", "PARTITIONS", "Partition", "SequencePartition", "partition_of", "sequence_of"),
+        *("Contiguous", "Zigzag", "Striped", "Packed", "Blocks", "Interleaved", "Pages"),
+    ),
+    "cpjax.partition.packing": ("pack", "unpack", "packed_order", "packed_tokens"),
+    "cpjax.dense": ("dense_attention",),
+    "cpjax.partial": ("Partial", "merge"),
+    "cpjax.attention": ("Attention", "Computation"),
+    "cpjax.exchange.device": ("EXCHANGES", "attention_on_device"),
+    "cpjax.parallel": ("context_parallel_attention", "cp_mesh"),
+    "cpjax.decode": ("context_parallel_decode",),
+    "cpjax.latent": ("latent_attention_on_device",),
+    "cpjax.module": ("ContextParallelAttention", "attention_fn"),
+    "cpjax.crosscheck": ("judge",),
+}
+"""Module → public names in it. The stub beside this file says the same to type checkers."""
+
+_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = list(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, loaded now (PEP 562)."""
+    if name not in _MODULE:
+        raise AttributeError(f"module 'cpjax' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_MODULE[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    """The public names, too."""
+    return sorted({*globals(), *_MODULE})

@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from cpjax.attention import Attention
-from cpjax.checks import check_axes, check_precision, ranks
+from cpjax.checks import check_axes, check_precision, current_mesh, ranks
 from cpjax.errors import InputError
+from cpjax.exchange.blocks import delivered
 from cpjax.exchange.decode import decode_attention
 from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens
 from cpjax.partial import Partial
 from cpjax.partition.cached import Cached
-from cpjax.precision import Precision, profile
+from cpjax.precision import Precision, precision_of
 
 
 def context_parallel_decode(
@@ -30,11 +31,11 @@ def context_parallel_decode(
     *,
     partition: Cached | None = None,
     owner: Int[np.ndarray, " S"] | None = None,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh | None = None,
     axis_name: str | tuple[str, ...] = "cp",
     mask: Mask | None = None,
     scale: float | None = None,
-    precision: Precision | str = "decode_fp16_lse",
+    precision: Precision | str | None = None,
 ) -> Partial:
     """Attention of new tokens over a cache that the devices of `mesh` share by tokens.
 
@@ -45,13 +46,16 @@ def context_parallel_decode(
       partition: whose cache holds which key: `Blocks` (MindIE), `Interleaved` (vLLM) or `Pages` of `cpjax.partition`;
         one row of requests 0, 1, … without pads.
       owner: instead of a partition, the rank whose cache holds each of the S keys.
+      mesh: a mesh with axes of type Auto; None: the one that is set.
       axis_name: the axis, or axes (outermost first), over which the cache is cut.
       mask: None is causal: a query sees the cache up to its own position.
       scale: None is 1/√H.
-      precision: a profile or its name. float64 needs `jax_enable_x64`.
+      precision: a profile or its name; None follows from the dtype of the arrays: float16 decode_fp16_lse, bfloat16
+        flash_bf16, float32 and float64 what they say. float64 needs `jax_enable_x64`.
 
     Returns:
-      `out` `[B, T, N, V]` and `lse` `[B, T, N]`, in the profile's compute dtype; rank 0's, which are every rank's.
+      `out` `[B, T, N, V]` in the profile's out dtype, `lse` `[B, T, N]` in its compute dtype; rank 0's, which are every
+      rank's.
 
     Raises:
       InputError: arrays that do not fit together, an axis that the mesh has not, owners that are no ranks, both
@@ -59,13 +63,16 @@ def context_parallel_decode(
 
     >>> from cpjax.mask import tokens
     >>> from cpjax.parallel import cp_mesh
-    >>> x, new = jnp.arange(4.0).reshape(1, 4, 1, 1), tokens(1, 1, start=3)
+    >>> x, new = jnp.arange(4, dtype=jnp.float16).reshape(1, 4, 1, 1), tokens(1, 1, start=3)
     >>> owner = np.array([0, 0, 0, 1])
     >>> context_parallel_decode(0 * x[:, 3:], x, x, new, tokens(1, 4), owner=owner, mesh=cp_mesh(2)).out.item()
     1.5
     """
-    precision = profile(precision) if isinstance(precision, str) else precision
     check_inputs(query, key, value, q_tokens, kv_tokens)
+    mesh = current_mesh(mesh)
+    if precision is None and query.dtype == "float16":
+        precision = "decode_fp16_lse"
+    precision = precision_of(precision, query.dtype)
     check_axes(mesh, (axis_name,) if isinstance(axis_name, str) else axis_name)
     check_precision(precision)
     cp = ranks(mesh, axis_name)
@@ -107,7 +114,7 @@ def cache_slots(owner: Int[np.ndarray, " S"], length: int, cp: int) -> Int[np.nd
 
 
 class _How(NamedTuple):
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     axis_name: str | tuple[str, ...]
     attention: Attention
 
@@ -119,6 +126,7 @@ def _run(how: _How, slots, query, key, value, q_tokens, kv_tokens):
 
     def device(query, key, value, q_tokens, kv_tokens):
         result = decode_attention(query, key, value, q_tokens, kv_tokens, how.attention, axis_name=how.axis_name)
+        result = delivered(result, how.attention.precision)
         return jax.tree.map(lambda x: x[None], result)  # a rank's result is its own until somebody joins them
 
     cut = P(None, how.axis_name)

@@ -50,12 +50,15 @@ def merge(a: Partial, b: Partial, precision: Precision) -> Partial:
     (FlashAttention-2, arXiv 2307.08691, eq. of §2.3.1; Ring Attention, arXiv 2310.01889.) `out` is rounded to
     `precision.carry`, because that is the tensor which is carried from one merge to the next.
 
+    Both may be stored in any float dtype; the result is in the profile's compute dtype.
+
     >>> from cpjax.precision import profile
     >>> one = Partial(jnp.full((1, 1, 1, 1), 4.0), jnp.zeros((1, 1, 1)))
     >>> two = Partial(jnp.full((1, 1, 1, 1), 8.0), jnp.zeros((1, 1, 1)))
     >>> merge(one, two, profile("float32")).out.item()
     6.0
     """
+    a, b = (Partial(*(jnp.asarray(x).astype(precision.compute) for x in part)) for part in (a, b))
     # The result does not depend on m, so neither do its derivatives; told so, they are finite where nothing was seen.
     m = lax.stop_gradient(finite(jnp.maximum(a.lse, b.lse)))
     weight_a, weight_b = jnp.exp(a.lse - m), jnp.exp(b.lse - m)

@@ -111,6 +111,27 @@ def profile(name: str) -> Precision:
     return PROFILES[name]
 
 
+PROFILE_OF = {"float16": "flash_fp16", "float32": "float32", "float64": "float64", "bfloat16": "flash_bf16"}
+"""The profile in which arrays of a dtype are computed when none is named."""
+
+
+def precision_of(precision: Precision | str | None, dtype: Any) -> Precision:
+    """What is said, or else the profile that follows from the dtype of query, key and value.
+
+    >>> precision_of(None, np.float16).name, precision_of("float32", np.float16).name
+    ('flash_fp16', 'float32')
+
+    Raises:
+      InputError: an unknown name; nothing said, and no profile belongs to the dtype.
+    """
+    if precision is not None:
+        return profile(precision) if isinstance(precision, str) else precision
+    name = np.dtype(dtype).name
+    if name not in PROFILE_OF:
+        raise InputError(f"no precision belongs to arrays of {name}; name one of {', '.join(PROFILES)}")
+    return profile(PROFILE_OF[name])
+
+
 def scale_in(precision: Precision, scale: float) -> float:
     """The scale that the profile really multiplies with.
 

@@ -106,14 +106,21 @@ def scores(
     query: Float[Array, "B K G T H"], key: Float[Array, "B K S H"], seen: Bool[Array, "B 1 1 T S"], attention: Attention
 ) -> Float[Array, "B K G T S"]:
     """`scale · q·k` (through the softcap), rounded where the profile says, −inf where the key is not seen."""
-    fmt, of_query = attention.precision.score, attention.precision.query
-    scale = jnp.asarray(scale_in(attention.precision, attention.scale), query.dtype)
+    fmt, of_query, scale = attention.precision.score, attention.precision.query, rounded_scale(attention)
     query = rounded(query * scale, of_query) if of_query else query
     scaled = rounded(jnp.einsum("BKGTH,BKSH->BKGTS", query, key, precision="highest"), fmt)
     scaled = scaled if of_query else rounded(scaled * scale, fmt)
     if attention.softcap is not None:
         scaled = rounded(attention.softcap * jnp.tanh(scaled / attention.softcap), fmt)
     return jnp.where(seen, scaled, -jnp.inf)
+
+
+def rounded_scale(attention: Attention) -> Float[Array, ""]:
+    """The scale that the profile multiplies with, in its compute dtype; also of a scale that is traced."""
+    precision, scale = attention.precision, attention.scale
+    if isinstance(scale, float):
+        return jnp.asarray(scale_in(precision, scale), precision.compute)
+    return jnp.asarray(scale).astype(precision.score).astype(precision.compute)
 
 
 def accumulate(

@@ -13,10 +13,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
-from cpjax.blocks.tiles import KEY_TILE, heads_first, scores, tiles, tokens_first, without_pads
+from cpjax.blocks.tiles import KEY_TILE, heads_first, rounded_scale, scores, tiles, tokens_first, without_pads
 from cpjax.mask import Tokens, visible
 from cpjax.partial import finite
-from cpjax.precision import scale_in
 
 
 def attend_backward(
@@ -41,7 +40,7 @@ def attend_backward(
     batch, length, heads, _ = query.shape
     kv_heads = key.shape[2]
     compute = attention.precision.compute
-    scale = jnp.asarray(scale_in(attention.precision, attention.scale), compute)
+    scale = rounded_scale(attention)
     query = without_pads(query, q_tokens).astype(compute)
     key, value = (without_pads(x, kv_tokens).astype(compute) for x in (key, value))
     grouped = (batch, length, kv_heads, heads // kv_heads)

@@ -9,6 +9,7 @@ from jaxtyping import Array
 from cpjax.attention import Attention
 from cpjax.mask import Tokens
 from cpjax.partial import Partial, merge
+from cpjax.precision import Precision
 from cpjax.rounding import rounded
 
 Shard = tuple[Array, Array, Tokens]
@@ -39,6 +40,11 @@ def fold(
 def finished(result: Partial, attention: Attention) -> Partial:
     """The last result: `out` rounded to the format in which it is handed over."""
     return Partial(rounded(jnp.asarray(result.out), attention.precision.out), result.lse)
+
+
+def delivered(result: Partial, precision: Precision) -> Partial:
+    """The result as a caller gets it: `out` in the profile's out dtype, which loses nothing after `finished`."""
+    return Partial(jnp.asarray(result.out).astype(precision.out), result.lse)
 
 
 def pieces(shard: Shard, chunks: int) -> list[Shard]:

@@ -4,13 +4,17 @@ This is the function to differentiate. Its derivative is the ring backwards, wha
 reverse mode is there: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise JAX's TypeError about custom_vjp.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
+from cpjax.blocks.tiles import rounded_scale, without_pads
 from cpjax.errors import InputError
 from cpjax.exchange.all_to_all import all_to_all_attention
 from cpjax.exchange.all_to_all_ring import all_to_all_ring_attention
@@ -32,6 +36,9 @@ EXCHANGES = {
     "all_to_all_ring": all_to_all_ring_attention,
 }
 
+ORDERS = {exchange: "unknown" for exchange in EXCHANGES} | {"ring": "ring", "gather": "gather", "all_to_all": "gather"}
+"""In which order an exchange merges chunks, a word of `cpjax.partition.ORDERS`."""
+
 
 def attention_on_device(
     query: Float[Array, "B t N H"],
@@ -41,7 +48,7 @@ def attention_on_device(
     kv_tokens: Tokens,
     attention: Attention,
     *,
-    axis_name: str | tuple[str, str],
+    axis_name: str | tuple[str, ...],
     exchange: str = "ring",
     chunks: int = 1,
     sink: Float[Array, " N"] | None = None,
@@ -52,6 +59,7 @@ def attention_on_device(
       query, key, value, q_tokens, kv_tokens: this device's shards, and the places of their tokens.
       axis_name: the mesh axis over which tokens are sharded; (outer, inner) for "all_to_all_ring".
       exchange: a name of `EXCHANGES`.
+      attention: its scale may be traced; it is differentiable, too.
       chunks: pieces of a shard that are computed and merged one after the other; 2 for zigzag.
       sink: per head of this device, the logit of one more key with value 0 that every query sees.
 
@@ -72,16 +80,29 @@ def attention_on_device(
     """
     if exchange not in EXCHANGES:
         raise InputError(f"unknown exchange {exchange!r}; known are {', '.join(EXCHANGES)}")
+    scale = None
+    if not isinstance(attention.scale, float):
+        # It is an operand, which a program's constants cannot hold; on each device its own, so that derivatives add up.
+        scale = _varying(jnp.asarray(attention.scale), (query, key, value, q_tokens, kv_tokens))
+        attention = replace(attention, scale=1.0)
     how = (exchange, attention, axis_name, chunks)
-    result: Any = _exchanged(how, query, key, value, q_tokens, kv_tokens)
+    result: Any = _exchanged(how, scale, query, key, value, q_tokens, kv_tokens)
     if sink is None:
         return result
     return finished(merge(result, sink_partial(sink, result), attention.precision), attention)
 
 
+def _varying(x: Array, like: Any) -> Array:
+    """`x` as an array that varies over the mesh as `like` does."""
+    vary = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(like)]
+    missing = frozenset().union(*vary) - jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exchanged(how, query, key, value, q_tokens, kv_tokens) -> Partial:
+def _exchanged(how, scale, query, key, value, q_tokens, kv_tokens) -> Partial:
     exchange, attention, axis_name, chunks = how
+    attention = _with_scale(attention, scale)
     run = EXCHANGES[exchange]
     return run(query, key, value, q_tokens, kv_tokens, attention, axis_name=axis_name, chunks=chunks)
 
@@ -92,12 +113,25 @@ def _forwards(how, *inputs):
 
 
 def _backwards(how, kept, cotangent):
-    (query, key, value, q_tokens, kv_tokens), result = kept
+    (scale, query, key, value, q_tokens, kv_tokens), result = kept
     _, attention, axis_name, _ = how
-    derivatives = ring_backward(
+    attention = _with_scale(attention, scale)
+    dq, dk, dv = ring_backward(
         query, key, value, q_tokens, kv_tokens, attention, result, cotangent, axis_name=axis_name
     )
-    return (*derivatives, None, None)
+    dscale = None if scale is None else _scale_derivative(query, dq, q_tokens, attention).astype(scale.dtype)
+    dq, dk, dv = (d.astype(x.dtype) for d, x in ((dq, query), (dk, key), (dv, value)))
+    return dscale, dq, dk, dv, None, None
+
+
+def _with_scale(attention: Attention, scale: Array | None) -> Attention:
+    return attention if scale is None else replace(attention, scale=scale)
+
+
+def _scale_derivative(query: Array, dq: Array, q_tokens: Tokens, attention: Attention) -> Array:
+    """Logits are scale · q·k, so scale · d/dscale = Σ q · d/dq: no second walk over the keys. NaN for a scale of 0."""
+    scale = rounded_scale(attention)
+    return (without_pads(query, q_tokens).astype(dq.dtype) * dq).sum() / scale
 
 
 _exchanged.defvjp(_forwards, _backwards)

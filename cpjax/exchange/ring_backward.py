@@ -31,7 +31,7 @@ def ring_backward(
     *,
     axis_name: str | tuple[str, ...],
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B s K H"], Float[Array, "B s K V"]]:
-    """This device's dq, dk and dv, in the dtypes of query, key and value.
+    """This device's dq, dk and dv, in the profile's compute dtype.
 
     Args:
       query, key, value, q_tokens, kv_tokens: this device's shards.
@@ -54,4 +54,4 @@ def ring_backward(
         shard = arriving
     assert dq is not None  # cp >= 1
     assert dkv is not None
-    return dq.astype(query.dtype), dkv[0].astype(key.dtype), dkv[1].astype(value.dtype)
+    return dq, dkv[0], dkv[1]

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.crosscheck.exact"],
     ["cpjax.arrays", "cpjax.mask", "cpjax.precision"],
-    ["cpjax.attention", "cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
+    ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
+    ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
     ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis"],
@@ -56,9 +57,12 @@ SPECIFICATION = (
 )
 # Used inside the package only; their laws are tests of their own.
 INNER = {
-    "exchange.blocks": {"fold", "finished", "pieces"},
-    "checks": {"check_axes", "check_mesh", "check_packed", "check_precision", "check_sink", "ranks"},
-    "blocks.tiles": {"scores", "accumulate", "finish"},
+    "exchange.blocks": {"fold", "finished", "delivered", "pieces"},
+    "checks": {
+        *("check_axes", "check_mesh", "check_not_manual", "check_order", "check_packed", "check_precision"),
+        *("check_scale", "check_sink", "checked_lengths", "current_mesh", "manual_axes", "ranks"),
+    },
+    "blocks.tiles": {"rounded_scale", "scores", "accumulate", "finish"},
     "blocks.tiles_backward": {"attend_backward"},
     "exchange.ring_backward": {"ring_backward"},
     "exchange.all_to_all": {"to_few_heads", "to_few_tokens"},
