@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cpjax.arrays import as_array
+from cpjax.attention import Computation
 from cpjax.crosscheck.diagnosis import diagnose
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.evidence import collect
@@ -41,6 +42,7 @@ def judge(
     sink: Array | None = None,
     alibi: Array | None = None,
     bias: Array | None = None,
+    computation: Computation | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
@@ -67,6 +69,8 @@ def judge(
       alibi: slopes, `[N]` or `[B, N]`: slope · |q_position − kv_position| is then taken off.
       bias: added last; float, broadcasts to `[B, N, T, S]`. −inf hides the key, as in PyTorch's `attn_mask`.
       sink: `[N]`, for each query head the logit of one more key, of value 0, that every query sees. `lse` counts it.
+      computation: what was computed, in one value (`cpjax.attention.Computation`), in place of is_causal and window (its
+        mask), scale, softcap, sink, alibi, bias, precision, partition and order.
       seed: chooses the rows that are judged when there are too many; at least one in 128 of each head, and every row is
         still checked for NaN, infinity, and for being an average of the values that it may see; rows of zeros and
         copies of other rows are judged, too.
@@ -77,34 +81,45 @@ def judge(
 
     Raises:
       ValueError: the problem itself makes no sense: inputs that do not fit together, an unknown name, causal with
-        different lengths and no positions.
+        different lengths and no positions, something said by a keyword and by `computation`.
 
     >>> rng = np.random.default_rng(0)
     >>> query, key, value = (rng.standard_normal((1, 64, 2, 16)).astype(np.float16) for _ in range(3))
     >>> judge(query, key, value, np.zeros_like(value)).passed
     False
     """
+    words = {
+        "scale": scale,
+        "is_causal": is_causal,
+        "window": window,
+        "partition": partition,
+        "cp": cp,
+        "layout": layout,
+    }
+    words |= {"precision": precision, "order": order, "softcap": softcap, "sink": sink, "alibi": alibi, "bias": bias}
+    if computation is not None:
+        words = _said(computation, words)
     problem = checked_problem(
-        query,
-        key,
-        value,
-        scale=scale,
-        is_causal=is_causal,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        segment_ids=segment_ids,
-        window=window,
-        partition=partition,
-        cp=cp,
-        layout=layout,
-        precision=precision,
-        order=order,
-        softcap=softcap,
-        sink=sink,
-        alibi=alibi,
-        bias=bias,
+        query, key, value, q_positions=q_positions, kv_positions=kv_positions, segment_ids=segment_ids, **words
     )
     return judge_problem(problem, out, lse, seed, progress)
+
+
+def _said(computation: Computation, words: dict[str, Any]) -> dict[str, Any]:
+    """The keywords, filled from the computation where they are what they are by default.
+
+    Raises:
+      InputError: a keyword and the computation both say something.
+    """
+    usual = {"is_causal": True, "order": "ascending", "cp": 1}
+    mask = computation.mask
+    said: dict[str, Any] = {} if mask is None else {"is_causal": mask.is_causal, "window": mask.window}
+    fields = ("scale", "softcap", "sink", "alibi", "bias", "precision", "partition", "order")
+    said |= {name: x for name in fields if (x := getattr(computation, name)) is not None}
+    for name in said:
+        if words[name] is not usual.get(name) and words[name] != usual.get(name):
+            raise InputError(f"{name} is said twice, as a keyword and in the computation; leave one of them out")
+    return words | said
 
 
 def judge_problem(

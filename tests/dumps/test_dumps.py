@@ -77,10 +77,10 @@ def test_ranks_are_joined_and_a_swapped_rank_is_wrong(tmp_path, arrays):
     a.rename(c)
     b.rename(a)
     c.rename(b)
-    said = run(files)
+    said = run(files, "--layout-of", "bsnd")
     assert said.exit_code == 2
     assert "say --partition" in said.output
-    said = run(files, "--partition", "zigzag")
+    said = run(files, "--layout-of", "bsnd", "--partition", "zigzag")
     assert said.exit_code == 1
     assert "exchanged" in said.output
 

@@ -12,9 +12,12 @@ import pytest
 from hypothesis import settings
 
 from cpjax.arrays import as_array
+from cpjax.attention import Computation
 from cpjax.crosscheck import judge
 from cpjax.crosscheck.judging.asked import sentences
 from cpjax.errors import InputError
+from cpjax.mask import Mask
+from cpjax.partition import Zigzag
 from cpjax.precision import PROFILES
 
 torch = pytest.importorskip("torch", reason="torch tensors are among what is taken")
@@ -190,3 +193,16 @@ def test_malformed_calls_end_in_a_verdict_or_in_an_error_of_the_caller():
     assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
     refused, judged = map(int, said.stdout.split()[-2:])
     assert refused > judged > 0
+
+
+def test_a_computation_says_what_keywords_say():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 32, 2, 8)).astype(np.float16) for _ in range(3))
+    words = {"scale": 0.5, "softcap": 3.0, "sink": [0.5, -1.0], "precision": "flash_fp16", "order": "ring"}
+    mask = Mask(is_causal=False, window=7)
+    out = np.zeros_like(value)
+    by_words = judge(query, key, value, out, is_causal=False, window=7, partition=Zigzag(2), **words)
+    by_value = judge(query, key, value, out, computation=Computation(mask=mask, partition=Zigzag(2), **words))
+    assert (by_words.z, by_words.max_error, by_words.order) == (by_value.z, by_value.max_error, by_value.order)
+    with pytest.raises(InputError, match="scale is said twice"):
+        judge(query, key, value, out, scale=1.0, computation=Computation(scale=0.5))

@@ -11,6 +11,9 @@ from cpjax.crosscheck.diagnosis.dictionary import FITTED, Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG, LEAST_SUM
 from cpjax.crosscheck.diagnosis.measure import Measured
 
+ACCURACY = 1e-9
+"""Of the fitted logit."""
+
 RANGE = 3.0
 """The logit is looked for this far to either side of its rough estimate."""
 
@@ -65,5 +68,7 @@ def _fitted(wrong: list[Measured], head: int) -> float | None:
         return total
 
     middle = float(np.median(rough))
-    best = minimize_scalar(misfit, bounds=(middle - RANGE, middle + RANGE), method="bounded", options={"xatol": 1e-9})
+    best = minimize_scalar(
+        misfit, bounds=(middle - RANGE, middle + RANGE), method="bounded", options={"xatol": ACCURACY}
+    )
     return float(best.x)

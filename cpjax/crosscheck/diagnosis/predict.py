@@ -16,6 +16,9 @@ from cpjax.crosscheck.exact.logits import Logits
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.precision import scale_in
 
+HALVINGS = 8
+"""Of ALiBi: the last head's slope is 2^-8."""
+
 
 def exact_model(sample: Sample, problem: Problem, fault: Fault = RIGHT) -> ErrorModel:
     """The error model of the rows as the fault would have computed them."""
@@ -67,7 +70,7 @@ def alibi_slopes(heads: int) -> Float[np.ndarray, " N"]:
     >>> alibi_slopes(8)[:3]
     array([0.5  , 0.25 , 0.125])
     """
-    return 2.0 ** (-8 / heads * np.arange(1, heads + 1))
+    return 2.0 ** (-HALVINGS / heads * np.arange(1, heads + 1))
 
 
 def _data(sample: Sample, problem: Problem, fault: Fault) -> tuple[np.ndarray, np.ndarray]:

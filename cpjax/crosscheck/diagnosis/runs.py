@@ -35,6 +35,9 @@ MOST_PAIRS = 2**15
 LARGEST = 1e8
 """Of a squared misfit: one row that nothing explains does not decide."""
 
+TIE = 1e-9
+"""Misfits that differ by less, relative to themselves, are alike."""
+
 LEAST_LEFT = 1e-9
 """Share of its mass that a row must keep: one that loses all its keys is no output."""
 
@@ -120,7 +123,7 @@ def _least(tables: list[_Table], weight: float, starts: np.ndarray, stops: np.nd
             mass = (weight - 1) * (table.mass[:, b] - table.mass[:, a])
             misfit[first : first + 2**12] += table.misfit(change, mass)
     # Of runs that fit alike (what lies beside is seen by nobody) the shortest.
-    fits = np.flatnonzero(misfit <= misfit.min() * (1 + 1e-9))
+    fits = np.flatnonzero(misfit <= misfit.min() * (1 + TIE))
     best = fits[np.argmin((stops - starts)[fits])]
     return int(starts[best]), int(stops[best])
 
