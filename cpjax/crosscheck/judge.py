@@ -69,7 +69,7 @@ def judge(
       alibi: slopes, `[N]` or `[B, N]`: slope · |q_position − kv_position| is then taken off.
       bias: added last; float, broadcasts to `[B, N, T, S]`. −inf hides the key, as in PyTorch's `attn_mask`.
       sink: `[N]`, for each query head the logit of one more key, of value 0, that every query sees. `lse` counts it.
-      computation: what was computed, in one value (`cpjax.attention.Computation`), in place of is_causal and window (its
+      computation: what was computed, in one value (`cpjax.attention.Computation`), in place of is_causal, window (its
         mask), scale, softcap, sink, alibi, bias, precision, partition and order.
       seed: chooses the rows that are judged when there are too many; at least one in 128 of each head, and every row is
         still checked for NaN, infinity, and for being an average of the values that it may see; rows of zeros and
