@@ -117,7 +117,7 @@ def _said(computation: Computation, words: dict[str, Any]) -> dict[str, Any]:
     fields = ("scale", "softcap", "sink", "alibi", "bias", "precision", "partition", "order")
     said |= {name: x for name in fields if (x := getattr(computation, name)) is not None}
     for name in said:
-        if words[name] is not usual.get(name) and words[name] != usual.get(name):
+        if not (words[name] is None or (name in usual and words[name] == usual[name])):
             raise InputError(f"{name} is said twice, as a keyword and in the computation; leave one of them out")
     return words | said
 

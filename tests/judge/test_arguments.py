@@ -198,11 +198,12 @@ def test_malformed_calls_end_in_a_verdict_or_in_an_error_of_the_caller():
 def test_a_computation_says_what_keywords_say():
     rng = np.random.default_rng(0)
     query, key, value = (rng.standard_normal((1, 32, 2, 8)).astype(np.float16) for _ in range(3))
-    words = {"scale": 0.5, "softcap": 3.0, "sink": [0.5, -1.0], "precision": "flash_fp16", "order": "ring"}
+    words = {"scale": 0.5, "softcap": 3.0, "sink": np.array([0.5, -1.0], np.float32), "precision": "flash_fp16", "order": "ring"}
     mask = Mask(is_causal=False, window=7)
     out = np.zeros_like(value)
     by_words = judge(query, key, value, out, is_causal=False, window=7, partition=Zigzag(2), **words)
     by_value = judge(query, key, value, out, computation=Computation(mask=mask, partition=Zigzag(2), **words))
     assert (by_words.z, by_words.max_error, by_words.order) == (by_value.z, by_value.max_error, by_value.order)
-    with pytest.raises(InputError, match="scale is said twice"):
-        judge(query, key, value, out, scale=1.0, computation=Computation(scale=0.5))
+    for twice in ({"scale": 1.0}, {"sink": words["sink"]}, {"is_causal": False}):
+        with pytest.raises(InputError, match=f"{next(iter(twice))} is said twice"):
+            judge(query, key, value, out, **twice, computation=Computation(mask=mask, **words))
