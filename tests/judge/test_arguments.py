@@ -198,7 +198,8 @@ def test_malformed_calls_end_in_a_verdict_or_in_an_error_of_the_caller():
 def test_a_computation_says_what_keywords_say():
     rng = np.random.default_rng(0)
     query, key, value = (rng.standard_normal((1, 32, 2, 8)).astype(np.float16) for _ in range(3))
-    words = {"scale": 0.5, "softcap": 3.0, "sink": np.array([0.5, -1.0], np.float32), "precision": "flash_fp16", "order": "ring"}
+    sink = np.array([0.5, -1.0], np.float32)
+    words = {"scale": 0.5, "softcap": 3.0, "sink": sink, "precision": "flash_fp16", "order": "ring"}
     mask = Mask(is_causal=False, window=7)
     out = np.zeros_like(value)
     by_words = judge(query, key, value, out, is_causal=False, window=7, partition=Zigzag(2), **words)
