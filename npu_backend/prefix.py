@@ -23,6 +23,7 @@ def owned(prefix_lengths: tuple[int, ...], rank: int, cp: int) -> np.ndarray:
     (177, 128)
     """
     starts = np.cumsum((0, *prefix_lengths))[:-1]
+    # Not as in decode, where a prompt's last block is on the last rank: a cached prefix ends before its prompt does.
     mine = [np.flatnonzero(np.arange(n) // BLOCK % cp == rank) for n in prefix_lengths]
     return np.concatenate([start + places for start, places in zip(starts, mine, strict=True)])
 
