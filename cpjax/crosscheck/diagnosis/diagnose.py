@@ -46,7 +46,10 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
         if not suspects(table).any():
             return Diagnosis(sentences, empty)
         rest = diagnose(problem, replace(evidence, rows=table), out, lse)
-        return replace(rest, sentences=[*sentences, *(f"Besides: {sentence}" for sentence in rest.sentences)])
+        # A row that loses all its keys is zero: what explains the other rows may explain these.
+        named = rest.common or any(cause.faults for cause in rest.causes)
+        first, then = (rest.sentences, sentences) if named else (sentences, rest.sentences)
+        return replace(rest, sentences=[*first, *(f"Besides: {sentence}" for sentence in then)])
     measured = [Measured(sample, problem) for sample in samples(problem, evidence.rows, out, lse)]
     weights = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
     for one in measured:

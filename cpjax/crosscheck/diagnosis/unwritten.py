@@ -27,7 +27,7 @@ def said(problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarr
         here = rows & (first == number)
         batch, position, head = (x[here] for x in (table.batch, table.position, table.head))
         what = "zero" if number == 0 else f"{number:g} in every column"
-        where = [f"positions {numbers(position)}"]
+        where = [f"position{'s' * (len(np.unique(position)) > 1)} {numbers(position)}"]
         if len(np.unique(head)) < problem.query.shape[2]:
             where.append(f"heads {numbers(head)}")
         if problem.query.shape[0] > 1:
@@ -53,7 +53,11 @@ def _of_requests(problem: Problem, batch: np.ndarray, position: np.ndarray) -> s
             if len(mine) == len(own):
                 parts.append(f"all of {name}")
             elif np.array_equal(mine, own[-len(mine) :]):
-                parts.append(f"the last {len(mine)} of {name}")
+                parts.append(f"the last {_few(mine)} of {name}")
             elif np.array_equal(mine, own[: len(mine)]):
-                parts.append(f"the first {len(mine)} of {name}")
+                parts.append(f"the first {_few(mine)} of {name}")
     return f" ({', '.join(dict.fromkeys(parts))})" if parts else ""
+
+
+def _few(tokens: np.ndarray) -> str:
+    return "token" if len(tokens) == 1 else str(len(tokens))
