@@ -131,7 +131,7 @@ def visits(problem: Problem, order: Order) -> Int[np.ndarray, "T M"]:
     """The chunks in the order in which each query row meets them."""
     cp, length = problem.cp, problem.query.shape[1]
     if cp == 1:
-        return np.zeros((length, 1), int)
+        return np.broadcast_to(np.arange(problem.chunk_count), (length, problem.chunk_count))
     chunk = np.arange(length) // -(-length // problem.chunk_count)
     rank = np.minimum(chunk, 2 * cp - 1 - chunk)
     if isinstance(order, tuple):

@@ -36,6 +36,8 @@ class Problem:
     segments: Int[np.ndarray, "B S"] | None = None
     window: int | None = None
     cp: int = 1
+    cuts: int = 0
+    """Runs of keys that one device computes one after the other, and merges; 0 is as `cp` says."""
     softcap: float | None = None
     sink: Float[np.ndarray, " N"] | None = None
     alibi: Float[np.ndarray, "B N"] | None = None
@@ -43,8 +45,8 @@ class Problem:
 
     @property
     def chunk_count(self) -> int:
-        """Keys are cut in this many chunks, and so are the queries; one device does not cut."""
-        return 2 * self.cp if self.cp > 1 else 1
+        """Keys are cut in this many chunks, and so are the queries; one device does not cut, unless `cuts` says so."""
+        return self.cuts or (2 * self.cp if self.cp > 1 else 1)
 
     def cast(self, dtype: str) -> "Problem":
         """The same problem with its arrays in `dtype`, clipped so that nothing becomes infinite."""
@@ -61,7 +63,7 @@ class Problem:
             "kv_positions": self.kv_positions,
             "segment_ids": self.segments,
             "window": self.window,
-            "cp": self.cp,
+            **({"partition": "contiguous", "cp": self.cuts} if self.cuts else {"cp": self.cp}),
             "softcap": self.softcap,
             "sink": self.sink,
             "alibi": self.alibi,

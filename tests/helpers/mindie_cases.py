@@ -110,7 +110,7 @@ CASES: dict[str, Case] = STARTUP | {
     ),
     "role-known": Case("role", {"Server.inferMode": "dmi"}, {"Server.inferMode": "dmi", "--roles": ["prefill"]}),
     "role-is-mode": Case(
-        "role",
+        "role async",
         {"Server.inferMode": "standard", "--roles": ["prefill"]},
         {"Server.inferMode": "dmi", "--roles": ["prefill"]},
     ),

@@ -260,4 +260,4 @@ def one_row(scores: np.ndarray, values: np.ndarray, *, cp: int = 1, dtype: str =
     scores = np.atleast_2d(scores)
     values = np.broadcast_to(values, (*scores.shape, values.shape[-1]))
     query = np.ones((len(scores), 1, 1, 1))
-    return Problem(query, scores[:, :, None, None], values[:, :, None], 1.0, cp=cp).cast(dtype)
+    return Problem(query, scores[:, :, None, None], values[:, :, None], 1.0, cp=cp, cuts=2 * (cp == 1)).cast(dtype)

@@ -37,7 +37,7 @@ def normal(
     some = rng(1, seed)
     dtype = {"float32": "float32", "float64": "float64"}.get(profile, "float16")
     query, key, value = (some.standard_normal((1, n, 1, 32)) for n in (8, keys, keys))
-    return Regime(Problem(query * logits, key, value + mean, 32**-0.5, cp=cp).cast(dtype), profile)
+    return Regime(Problem(query * logits, key, value + mean, 32**-0.5, cp=cp, cuts=2 * (cp == 1)).cast(dtype), profile)
 
 
 @cache
@@ -93,7 +93,9 @@ def rows_of(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, *, scale: float = 1.0, cp: int = 1, dtype: str = "float32"
 ) -> Problem:
     """Queries `[B, H]`, keys `[B, S, H]`, values `[B, S, V]`: each a problem of its own."""
-    return Problem(query[:, None, None], key[:, :, None], value[:, :, None], scale, cp=cp).cast(dtype)
+    return Problem(query[:, None, None], key[:, :, None], value[:, :, None], scale, cp=cp, cuts=2 * (cp == 1)).cast(
+        dtype
+    )
 
 
 @cache
@@ -483,7 +485,7 @@ def many_rows() -> Regime:
     """One head of 200 queries and 64 keys, flat: what one key does is seen in all rows together, down to a tenth."""
     some = rng(29)
     query, key, value = (some.standard_normal((1, n, 1, 16)) for n in (200, 64, 64))
-    return Regime(Problem(0.5 * query, key, value, 0.25).cast("float32"), "flash_fp16")
+    return Regime(Problem(0.5 * query, key, value, 0.25, cuts=2).cast("float32"), "flash_fp16")
 
 
 @cache
@@ -493,7 +495,7 @@ def nearly_constant() -> Regime:
     query, key, value = (some.standard_normal((1, n, 1, 8)) for n in (16, 32, 32))
     value = 1 + 1e-9 * value
     value[:, 5] = 1 + 1.2e-6
-    return Regime(Problem(0.1 * query, key, value, 1.0).cast("float64"), "float64")
+    return Regime(Problem(0.1 * query, key, value, 1.0, cuts=2).cast("float64"), "float64")
 
 
 @cache

@@ -387,7 +387,7 @@ GUARDS = (
     of_text(
         f"{MODEL}.scores", "a.head_dim * (a.eps", "2 * a.head_dim * (a.eps", "a.head_dim / 2 * (a.eps", "long products"
     ),
-    of_text(f"{MODEL}.scores", "* s) ** 2) / 3", "* s) ** 2) / 1.5", "* s) ** 2) / 6", "large scores"),
+    of_text(f"{MODEL}.scores", "* x) ** 2) / 3", "* x) ** 2) / 1.5", "* x) ** 2) / 6", "large scores"),
     of_twelfth(f"{MODEL}.scores", "a.scale_size)) ** 2 / 12", "coarse products"),
     of_twelfth(f"{MODEL}.scores", "np.where(is_exact, 0.0, spacing / np.sqrt(12))", "coarse scaling"),
     of_twelfth(f"{MODEL}.running_max", "np.where(rises, step, 0.0) / np.sqrt(12)", "a rescale after 512 keys"),
@@ -463,6 +463,12 @@ EXPLAINED = {
     "sampling.LEAST_ROWS": "costs time",
     "statistic.LEAST_PROBABILITY": "a z-score of 37 is beyond LIMIT, as are those of its double and its half",
     "verdict.MOST_NAMES": "words: how many names a sentence has",
+    "verdict.TELLING": "words: below it the mean is not told",
+    "evidence.BEYOND": "words: what lies beyond its bound is not told as 100 % of it",
+    "problem.FURTHEST": "positions beyond it are refused, and none is meant to be near it",
+    "problem.PAIRS": "costs memory",
+    "scores.OF_TANH": "no pin yet: test_logit_terms.py asks only that correct results pass and that faults do not",
+    "scores.OF_ADDED": "no pin yet, likewise",
 }
 """Constants that no pin guards, and why."""
 

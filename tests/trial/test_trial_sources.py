@@ -10,7 +10,7 @@ from cpjax.crosscheck import judge
 from cpjax.mask import Mask
 from cpjax.parallel import context_parallel_attention, cp_mesh
 from npu_backend.operators import Partial, ring_mla_block
-from npu_backend.schedule import blocks, held_chunks
+from npu_backend.schedule import blocks, chunk_count, held_chunks
 
 
 class Case(NamedTuple):
@@ -103,7 +103,7 @@ def test_the_specifications_ring(is_causal, data, precision):
 
 def npu_ring(c: Case, cp: int) -> tuple[np.ndarray, np.ndarray]:
     """The NPU backend's schedule and operator, all ranks one after the other in this process."""
-    query, key, value = ([torch.from_numpy(p) for p in np.split(x, 2 * cp, axis=1)] for x in c[:3])
+    query, key, value = ([torch.from_numpy(p) for p in np.split(x, chunk_count(cp), axis=1)] for x in c[:3])
     carried: dict[int, Partial] = {}
     for rank in range(cp):
         for step in range(cp):
@@ -116,7 +116,7 @@ def npu_ring(c: Case, cp: int) -> tuple[np.ndarray, np.ndarray]:
                 carried[q] = ring_mla_block(
                     query[q], key[k], value[k], is_causal=triangle, scale=scale, previous=previous
                 )
-    parts = [carried[chunk] for chunk in range(2 * cp)]
+    parts = [carried[chunk] for chunk in range(chunk_count(cp))]
     return torch.cat([p.out for p in parts], dim=1).numpy(), torch.cat([p.lse for p in parts], dim=1).numpy()
 
 

@@ -46,6 +46,8 @@ def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     yield _scaling(a, scaling, scores)
     if maxima:
         yield _maxima(a, maxima)
+        if a.rows.has_sink:
+            yield _last_rescale(a)
 
 
 def _score(a: Arithmetic) -> Float[np.ndarray, "R S"]:
@@ -165,6 +167,24 @@ def _maxima(a: Arithmetic, maxima: list[RunningMax]) -> Term:
 
     out = most(lambda error, keys: _pulled(a, a.rows.weight[:, keys] * error, keys))
     return Term("maxima and rescales", "3.6", out, of_sum(a.rows.weight), is_common=True, along=along)
+
+
+def _last_rescale(a: Arithmetic) -> Term:
+    """A sink that a kernel takes in at its end, and that is the new maximum: all keys are rescaled once more, by one
+    rounded difference (§3.11).
+    """
+    weight = a.rows.weight.copy()
+    weight[:, a.rows.key_count :] = 0
+    top = np.where(a.rows.seen, a.rows.score, -np.inf)[:, : a.rows.key_count].max(axis=1, initial=-np.inf)
+    rise = np.where(np.isneginf(top), 0.0, np.maximum(a.rows.score[:, -1] - top, 0.0))
+    step = np.where(rise > 0, a.score.spacing(np.minimum(rise, a.score.largest)), 0.0) / np.sqrt(12)
+    moved = weight * step[:, None]
+
+    def along(direction: Direction) -> Iterator[Float[np.ndarray, " R"]]:
+        yield (moved * direction.of_weight).sum(axis=1) ** 2
+
+    out = _pulled(a, moved, slice(None)) ** 2
+    return Term("last rescale", "3.11", out, moved.sum(axis=1) ** 2, is_common=True, along=along)
 
 
 def _pulled(a: Arithmetic, moved: Float[np.ndarray, "R n"], keys: slice) -> Float[np.ndarray, "R V"]:
