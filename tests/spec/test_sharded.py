@@ -130,8 +130,10 @@ def test_backwards_nothing_is_gathered(exchange):
     assert back <= sum(x.sent for x in found) <= forth + back
 
 
-def test_a_packed_batch_backwards():
-    program, placed = compiled("ring", "zigzag", (13, 10), backwards=True)
+@pytest.mark.parametrize("partition", ["packed", "contiguous", "striped"])
+def test_backwards_in_every_partition(partition):
+    packed = partition == "packed"
+    program, placed = compiled("ring", "zigzag" if packed else partition, (13, 10) if packed else None, backwards=True)
     stays_sharded(program, placed)
     assert {x.kind for x in collectives(program)} == {"collective-permute"}
 
