@@ -119,11 +119,10 @@ def _description(path: Path) -> str:
 def program(cp: int, exchange: str, scale: float):
     """The specification's own exchange of latents."""
     attention = Attention(Mask(is_causal=True), scale, profile("ring_mla_fp16"))
+    how = {"axis_name": "cp", "exchange": exchange, "chunks": Zigzag(cp).chunks_per_rank}
 
     def device(query, c_kv, k_rope, up, q_tokens, kv_tokens):
-        return latent_attention_on_device(
-            query, c_kv, k_rope, up, q_tokens, kv_tokens, attention, axis_name="cp", exchange=exchange, chunks=2
-        )
+        return latent_attention_on_device(query, c_kv, k_rope, up, q_tokens, kv_tokens, attention, **how)
 
     spread = jax.P(None, "cp")
     specs = (spread, spread, spread, jax.P(), spread, spread)
