@@ -165,13 +165,13 @@ def staged_merge(a: Row, b: Row) -> Row:
 
 def staged_ring_row(p: Problem, b: int, i: int, n: int) -> Row:
     """Query i of a ring: chunks in order "ring" of docs/formats.md, merged one after the other."""
-    chunk = p.query.shape[1] // (2 * p.cp)
+    chunk = p.query.shape[1] // (2 * p.cp if p.cp > 1 else 1)
     query_chunk, head = i // chunk, n // (p.query.shape[2] // p.key.shape[2])
     rank = min(query_chunk, 2 * p.cp - 1 - query_chunk)
     carried = None
     for step in range(p.cp):
         owner = (rank - step) % p.cp
-        for kv_chunk in (owner, 2 * p.cp - 1 - owner):
+        for kv_chunk in (owner, 2 * p.cp - 1 - owner) if p.cp > 1 else (0,):
             seen = np.flatnonzero(p.visible[b, i, kv_chunk * chunk : (kv_chunk + 1) * chunk]) + kv_chunk * chunk
             if len(seen):
                 new = staged_row(p.query[b, i, n], p.key[b, seen, head], p.value[b, seen, head], p.scale)
