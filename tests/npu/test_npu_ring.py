@@ -70,7 +70,7 @@ def test_ring_is_dense_attention_on_one_problem(pools, cp, kind, is_causal):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("cp", CP)
 def test_bits_are_those_of_the_staged_fold_in_the_rings_order(pools, cp, is_causal):
-    p = exact_problem(cp, (2, 1), (72, 72), 72, is_causal=is_causal, cp=cp, chunks=2 * cp)
+    p = exact_problem(cp, (2, 1), (72, 72), 72, is_causal=is_causal, cp=cp, chunks=chunk_count(cp))
     out, lse = ring(pools[cp], p)
     compared = 0
     for b, i, n in np.ndindex(2, 72, 2):
@@ -95,7 +95,7 @@ def test_ring_is_dense_attention(pools, cp, data):
 @given(seed=st.integers(0, 2**32 - 1), heads=st.sampled_from(HEADS), is_causal=st.booleans(), units=st.integers(1, 6))
 def test_bits_hold_for_drawn_problems(pools, cp, seed, heads, is_causal, units):
     total = 2 * cp * units
-    p = exact_problem(seed, heads, (total,), total, is_causal=is_causal, cp=cp, chunks=2 * cp)
+    p = exact_problem(seed, heads, (total,), total, is_causal=is_causal, cp=cp, chunks=chunk_count(cp))
     out, lse = ring(pools[cp], p)
     for i, n in np.ndindex(total, heads[0]):
         row = staged_ring_row(p, 0, i, n)
