@@ -19,7 +19,7 @@ from npu_backend.latent import Made
 from npu_backend.packing import held_rows
 from npu_backend.rank import Settings
 from npu_backend.ring import Ring, ring_attention
-from npu_backend.schedule import Exchange
+from npu_backend.schedule import Exchange, chunk_count
 from npu_backend.shard import requests_of, shard
 
 LENGTHS, PREFIXES = (16, 40), (150, 300)
@@ -39,6 +39,8 @@ def pack(tmp_path_factory):
 
 def chunks_met(query_chunk: int, cp: int, exchange: str, is_causal: bool) -> list[int]:
     """The chunks of keys in the order in which a chunk of queries meets them, as docs/formats.md has it."""
+    if cp == 1:
+        return [0]
     rank = min(query_chunk, 2 * cp - 1 - query_chunk)
     ranks = [(rank - step) % cp for step in range(cp)] if exchange == "ring" else list(range(cp))
     met = [chunk for other in ranks for chunk in (other, 2 * cp - 1 - other)]
@@ -51,8 +53,8 @@ def folded(case: Case, family: str, exchange: str, *, prefix_first: bool) -> tup
     query, key, value = (torch.from_numpy(x) for x in (case.query, *case.rows))
     begin, cached = 0, sum(LENGTHS)
     for length, prefix in zip(LENGTHS, PREFIXES, strict=True):
-        size = length // (2 * cp)
-        for chunk in range(2 * cp):
+        size = length // chunk_count(cp)
+        for chunk in range(chunk_count(cp)):
             mine = slice(begin + chunk * size, begin + (chunk + 1) * size)
             blocks: list[tuple[slice, bool]] = []
             for other in chunks_met(chunk, cp, exchange, case.is_causal):
