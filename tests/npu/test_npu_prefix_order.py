@@ -12,7 +12,6 @@ import torch
 from npu_strategies import write_pack
 from safetensors.numpy import load_file
 
-from npu_backend import ring
 from npu_backend.families import FAMILIES
 from npu_backend.files import Case, read_case
 from npu_backend.latent import Made
@@ -89,15 +88,6 @@ def same_bits(one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndar
     return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_prefix_is_attended_last(pack, family, is_causal):
-    case = read_case(pack(1, is_causal, family))
-    last, first = (folded(case, family, "ring", prefix_first=x) for x in (False, True))
-    assert not same_bits(last, first)  # else these data would tell nothing
-    assert same_bits(alone(case, family), last)
-
-
 @pytest.mark.parametrize(
     ("family", "exchange"), [("ring_mla", "ring"), ("ring_mla", "gather"), ("fia", "ring"), ("fusion", "gather")]
 )
@@ -111,22 +101,3 @@ def test_the_prefix_is_attended_after_all_that_the_ranks_hold(pack, pools, tmp_p
     for rank in range(2):
         at = held_rows(rank, 2, tuple(length // 4 for length in LENGTHS))
         assert same_bits((got[f"out.{rank}"], got[f"lse.{rank}"]), (last[0][:, at], last[1][:, at]))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_backend_that_attends_the_prefix_first_has_other_bits(pack, monkeypatch, family):
-    """The fault that this file is about: what it changes is what the tests above compare."""
-    case = read_case(pack(1, True, family))
-    prefix = tuple(torch.from_numpy(x[:, sum(LENGTHS) :]) for x in case.rows)
-    attend, attend_prefix = ring._attend, ring._attend_prefix
-
-    def prefix_first(me, step, block, query, key_value, halves, carried):
-        if all(x is None for x in carried):
-            attend_prefix(me, query, prefix, carried)
-        attend(me, step, block, query, key_value, halves, carried)
-
-    monkeypatch.setattr(ring, "_attend", prefix_first)
-    monkeypatch.setattr(ring, "_attend_prefix", lambda *_: None)
-    wrong = alone(case, family)
-    assert not same_bits(wrong, folded(case, family, "ring", prefix_first=False))
-    assert same_bits(wrong, folded(case, family, "ring", prefix_first=True))
