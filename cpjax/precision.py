@@ -112,7 +112,7 @@ def profile(name: str) -> Precision:
 
 
 PROFILE_OF = {"float16": "flash_fp16", "float32": "float32", "float64": "float64", "bfloat16": "flash_bf16"}
-"""The profile in which arrays of a dtype are computed when none is named."""
+"""The profile in which arrays of a dtype are computed, and judged, when none is named."""
 
 
 def precision_of(precision: Precision | str | None, dtype: Any) -> Precision:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judging.problem import PROFILE_OF
-from cpjax.precision import PROFILES, Precision
+from cpjax.precision import PROFILE_OF, PROFILES, Precision
 
 
 class Candidate(NamedTuple):

@@ -16,13 +16,10 @@ from cpjax.inputs import check_inputs
 from cpjax.mask import PAD, Mask, Tokens, visible
 from cpjax.partition import Contiguous, Partition, Zigzag, partition_of
 from cpjax.partition.partition import check_order
-from cpjax.precision import PROFILES, Precision, profile, query_in, scale_in
+from cpjax.precision import PROFILE_OF, PROFILES, Precision, profile, query_in, scale_in
 
 Array = Any
 """NumPy's, or what `cpjax.arrays.as_array` makes one of: torch's, JAX's, DLPack's, a list."""
-
-PROFILE_OF = {"float16": "flash_fp16", "float32": "float32", "float64": "float64", "bfloat16": "flash_bf16"}
-"""The profile in which arrays of a dtype are judged when none is named."""
 
 FURTHEST = 2**61
 """Positions further from 0 are refused: their differences would leave int64."""
