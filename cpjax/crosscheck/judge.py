@@ -111,15 +111,16 @@ def _said(computation: Computation, words: dict[str, Any]) -> dict[str, Any]:
     Raises:
       InputError: a keyword and the computation both say something.
     """
-    usual = {"is_causal": True, "order": "ascending", "cp": 1}
     mask = computation.mask
-    said: dict[str, Any] = {} if mask is None else {"is_causal": mask.is_causal, "window": mask.window}
-    fields = ("scale", "softcap", "sink", "alibi", "bias", "precision", "partition", "order")
-    said |= {name: x for name in fields if (x := getattr(computation, name)) is not None}
-    for name in said:
-        if not (words[name] is None or (name in usual and words[name] == usual[name])):
-            raise InputError(f"{name} is said twice, as a keyword and in the computation; leave one of them out")
-    return words | said
+    if mask is not None:
+        for name, usual in (("is_causal", True), ("window", None)):
+            if words[name] != usual:
+                raise InputError(f"{name} is said twice, as a keyword and in the computation's mask; leave one out")
+        words = words | {"is_causal": mask.is_causal, "window": mask.window}
+    names = ("scale", "softcap", "sink", "alibi", "bias", "precision", "partition")
+    order = None if words["order"] == "ascending" else words["order"]
+    said = computation.with_words(order=order, **{name: words[name] for name in names})
+    return words | said | {"order": said["order"] or "ascending"}
 
 
 def judge_problem(
