@@ -1,6 +1,5 @@
 """The search: each wrong query chunk is explained on its own, then it is asked whether one cause explains them all."""
 
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,27 +37,27 @@ class Diagnosis:
 
 def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndarray | None) -> Diagnosis:
     """What went wrong in a result that failed its verdict. Looks at a few rows of each query chunk."""
+    unknown = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
     nobody = unwritten_rows(evidence.rows, out)
     if nobody.any():
         table = replace(evidence.rows, unjudged=evidence.rows.unjudged | nobody)
         sentences = unwritten(problem, evidence.rows, out, nobody)
-        empty = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
         if not suspects(table).any():
-            return Diagnosis(sentences, empty)
+            return Diagnosis(sentences, unknown)
         rest = diagnose(problem, replace(evidence, rows=table), out, lse)
         # A row that loses all its keys is zero: what explains the other rows may explain these.
         named = rest.common or any(cause.faults for cause in rest.causes)
         first, then = (rest.sentences, sentences) if named else (sentences, rest.sentences)
         return replace(rest, sentences=[*first, *(f"Besides: {sentence}" for sentence in then)])
     measured = [Measured(sample, problem) for sample in samples(problem, evidence.rows, out, lse)]
-    weights = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
+    weights = unknown.copy()
     for one in measured:
         weights[one.sample.q_chunk] = chunk_weights(one)
     scope = words.scope(problem, evidence.rows, suspects(evidence.rows), out)
     wrong = [one for one in measured if one.sample.is_wrong] or measured
     special = _special(problem, out) if out_suspects(evidence.rows).any() else None
     if special is not None:
-        return Diagnosis([special, *scope], np.full_like(weights, np.nan))
+        return Diagnosis([special, *scope], unknown)
     if scope and scope[0].endswith(words.BROKEN_END) and not any(one.sample.is_wrong for one in measured):
         return Diagnosis(scope, weights)
     if not measured:
@@ -74,11 +73,10 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
     limits = row_mask(wrong)
     everywhere += [] if limits is None else [limits]
     everywhere = list({_label(fault): fault for fault in reversed(everywhere)}.values())
-    fits: dict[str, dict[int, Fit]] = defaultdict(dict)
+    fits: dict[str, dict[int, Fit]] = {}
     for fault in everywhere:
-        for one in wrong:
-            fits[_label(fault)][one.sample.q_chunk] = one.fit(fault)
-    causes = tuple(cause_of(one, problem, [fits[label][one.sample.q_chunk] for label in fits]) for one in wrong)
+        fits[_label(fault)] = {one.sample.q_chunk: one.fit(fault) for one in wrong}
+    causes = tuple(cause_of(one, problem, [of[one.sample.q_chunk] for of in fits.values()]) for one in wrong)
     common = _common(everywhere, fits, causes, measured, wrong)
     chosen = common or causes
     sentences = words.causes(problem, chosen)

@@ -74,6 +74,7 @@ class Measured:
     def __init__(self, sample: Sample, problem: Problem):
         """Computes the correct result once."""
         self.sample, self.problem = sample, problem
+        self._cuts: dict[str, Rows] = {}
         self.model = exact_model(sample, problem)
         self.expected = self.model.expected()
         different = distinct(self.model.rows.out, FORMATS[problem.precision.out])
@@ -108,7 +109,12 @@ class Measured:
         return self._score(fault, out, variance, lse, expected.lse_sigma)
 
     def _rows_cut(self, cut: str) -> Rows:
-        """The rows with other parts in the place of chunks."""
+        """The rows with other parts in the place of chunks; several faults ask for each cut."""
+        if cut not in self._cuts:
+            self._cuts[cut] = self._cut_anew(cut)
+        return self._cuts[cut]
+
+    def _cut_anew(self, cut: str) -> Rows:
         sample = self.sample
         segment = np.asarray(self.problem.kv_tokens.segment)[sample.batch]
         part = part_of(cut, sample.chunk, segment)
