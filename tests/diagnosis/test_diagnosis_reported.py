@@ -94,7 +94,7 @@ def unwritten(seed, rows):
 
 CHUNK4, TURN4 = np.arange(T) * 4 // T, np.arange(T) % 4
 SINKS = np.array([1.0, 0.5, 2.0, 3.0])
-I = np.arange(T)  # noqa: E741 the index of a query
+INDEX = np.arange(T)
 
 NAMED = {
     "natural lse merged by exp2, chunks": (
@@ -177,18 +177,18 @@ NAMED = {
         "the scale lacks YaRN's factor mscale²",
     ),
     "one key too few for every 32 queries": (
-        lambda s: limited(s, I + 1 - I // 32),
+        lambda s: limited(s, INDEX + 1 - INDEX // 32),
         {},
         "a query sees one key too few for every 32 queries before it",
     ),
     "as many keys as one of four ranks holds": (
-        lambda s: limited(s, -(-(I + 1) // 4)),
+        lambda s: limited(s, -(-(INDEX + 1) // 4)),
         {},
         "as many as one of 4 ranks holds",
     ),
     "a causal mask in each of four blocks": (
         lambda s: partial(
-            scores(*inputs(s)[:2]), inputs(s)[2], CAUSAL & ((I % 32)[None] <= (I % 32)[:, None])[None, :, None]
+            scores(*inputs(s)[:2]), inputs(s)[2], CAUSAL & ((INDEX % 32)[None] <= (INDEX % 32)[:, None])[None, :, None]
         ),
         {},
         "in each of 4 equal blocks, by its own index",
@@ -311,7 +311,7 @@ def bent(seed, softcap=None, sink=None, alibi=None, bias=None):
     query, key, value = inputs(seed)
     x = 4 * scores(query, key)
     x = x if softcap is None else softcap * np.tanh(x / softcap)
-    x = x if alibi is None else x - alibi[:, None] * np.abs(I[:, None, None] - I)
+    x = x if alibi is None else x - alibi[:, None] * np.abs(INDEX[:, None, None] - INDEX)
     x = x if bias is None else x + bias
     out, lse = partial(x, value, CAUSAL)
     return (out, lse) if sink is None else with_sink(out, lse, sink)
