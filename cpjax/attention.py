@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from cpjax.errors import InputError
 from cpjax.mask import Mask
-from cpjax.partition.partition import ORDERS, Partition
+from cpjax.partition.partition import Partition, check_order
 from cpjax.precision import Precision
 
 
@@ -96,8 +96,8 @@ class Computation:
 
     def __post_init__(self):
         """Refuse an unknown order; all else is checked by whoever uses it."""
-        if self.order is not None and self.order not in ORDERS:
-            raise InputError(f"unknown merge order {self.order!r}; known are {', '.join(ORDERS)}")
+        if self.order is not None:
+            check_order(self.order)
 
     def with_words(self, **words: Any) -> dict[str, Any]:
         """Keywords of a function, filled from the fields of these names where they are None.
