@@ -89,10 +89,11 @@ def check_computable(case: Case, family: Family = FAMILIES["ring_mla"]) -> None:
         raise InputError(
             f'{name}: {tokens} queries but {case.kv_position.shape[1]} keys; only layout "packed" has a prefix'
         )
-    if tokens % (2 * case.cp):
+    chunks = chunk_count(case.cp)
+    if tokens % chunks:
         raise InputError(
-            f"{name}: {tokens} tokens are no multiple of 2·cp = {2 * case.cp}; "
-            f"pad to {math.ceil(tokens / (2 * case.cp)) * 2 * case.cp} with tokens of segment -1"
+            f"{name}: {tokens} tokens are no multiple of 2·cp = {chunks}; "
+            f"pad to {math.ceil(tokens / chunks) * chunks} with tokens of segment -1"
         )
     if abs(case.scale) >= 65520:
         raise InputError(f"{name}: scale {case.scale:g} is not finite in FP16, where npu_ring_mla multiplies with it")

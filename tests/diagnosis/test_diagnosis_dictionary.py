@@ -337,7 +337,7 @@ def _other_data(p: Problem, rank: int) -> Result:
 
 STRANGE = {
     "a block of another request": lambda p: _other_data(p, 1),
-    "five keys lost": lambda p: without_keys(p, np.arange(3, 8)),
+    "every second of some keys lost": lambda p: without_keys(p, np.array([1, 3, 5, 7])),
     "values of other keys": lambda p: attend(replace(p, value=np.roll(p.value, 3, axis=1)), FLASH, "ring"),
     "a head dim lost": lambda p: attend(replace(p, query=p.query * (np.arange(32) > 0).astype("f2")), FLASH, "ring"),
 }

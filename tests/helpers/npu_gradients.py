@@ -13,6 +13,7 @@ from npu_backend.packing import held_rows
 from npu_backend.rank import join
 from npu_backend.ring import Ring
 from npu_backend.ring_backward import ring_backward, ring_forward
+from npu_backend.schedule import chunk_count
 from npu_backend.shard import PAD, Requests, Shard
 
 SCALE = 0.25
@@ -38,8 +39,9 @@ def rank_of(p: Training, rank: int) -> tuple[Ring, Shard, np.ndarray]:
     position = np.zeros_like(p.segment)
     start = 0
     for chunk in p.requests.chunk_lengths:
-        position[:, start : start + 2 * p.cp * chunk] = np.arange(2 * p.cp * chunk)
-        start += 2 * p.cp * chunk
+        length = chunk_count(p.cp) * chunk
+        position[:, start : start + length] = np.arange(length)
+        start += length
     ring = Ring(rank, p.cp, p.is_causal, SCALE, p.requests, "0" * 64, family=FAMILIES["fusion"])
     return ring, Shard(query, (key, value), position[:, held], p.segment[:, held]), p.tensors[3][:, held]
 

@@ -37,7 +37,9 @@ def test_the_shares_of_a_row_add_up_to_all_of_it(seed, profile, batch, position,
     assert sum(share.out_share for share in budget.terms) == pytest.approx(1.0 if budget.sigma else 0.0, abs=1e-9)
     assert sum(share.lse_share for share in budget.terms) == pytest.approx(1.0, abs=1e-9)
     inside = sum(share.out_share for share in budget.bound)
-    assert inside == pytest.approx(1.0 if position else 0.0, abs=1e-9)
+    assert inside == pytest.approx(1.0, abs=1e-9)
+    if not position:  # one key: only what may be lost below the least numbers
+        assert {share.name for share in budget.bound} <= {"underflow", "second order"}
     # Variances add: Σ ± σ_term² = σ².
     squares = sum(np.sign(share.out) * share.out**2 for share in budget.terms)
     assert squares == pytest.approx(budget.sigma**2, rel=1e-6)

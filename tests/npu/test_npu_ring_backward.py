@@ -21,7 +21,7 @@ from npu_backend.families import FAMILIES
 from npu_backend.operators import Carried, fusion_block, fusion_block_backward
 from npu_backend.packing import held_rows
 from npu_backend.ring_backward import ring_backward, ring_forward
-from npu_backend.schedule import Exchange
+from npu_backend.schedule import Exchange, chunk_count
 from npu_backend.shard import PAD, Requests
 
 pytestmark = pytest.mark.process
@@ -30,9 +30,10 @@ ROOT = Path(__file__).parents[2]
 
 def training(seed, cp, lengths, *, is_pack, is_causal, dtype: type = np.float32, heads=(4, 2), **options) -> Training:
     """Requests of these lengths, one a row or all in one; each is padded as it must be, and once more."""
-    rng, unit = np.random.default_rng(seed), 2 * cp
+    rng, unit = np.random.default_rng(seed), chunk_count(cp)
+    pieces = 2 * cp // unit  # requests are padded to 2·cp tokens, though a rank alone holds one chunk
     if is_pack:
-        chunks = tuple(-(-n // unit) for n in lengths)
+        chunks = tuple(-(-n // (2 * cp)) * pieces for n in lengths)
         rows = np.concatenate([np.where(np.arange(unit * c) < n, i, PAD) for i, (n, c) in enumerate(zip(lengths, chunks, strict=True))])[None]  # fmt: skip  # noqa: E501
         requests = Requests(chunks, tuple((n,) for n in lengths), (0,) * len(lengths))
     else:
@@ -90,7 +91,7 @@ def dense_of(p: Training) -> tuple[np.ndarray, ...]:
 def spec_of(p: Training) -> tuple[np.ndarray, ...]:
     """dq, dk, dv by the specification's ring under jax.grad, in float64."""
     tensors = [np.nan_to_num(x).astype(np.float64) for x in p.tensors]
-    position = np.concatenate([np.arange(2 * p.cp * c) for c in p.requests.chunk_lengths])
+    position = np.concatenate([np.arange(chunk_count(p.cp) * c) for c in p.requests.chunk_lengths])
     places = Tokens(np.broadcast_to(position, p.segment.shape).astype(np.int32), p.segment)
     mask = Mask() if p.is_causal else Mask(is_causal=False)
     lengths = tuple(n for (n,) in p.requests.lengths) if len(p.requests.lengths) > 1 else None

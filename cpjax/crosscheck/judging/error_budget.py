@@ -103,9 +103,10 @@ def _terms(model: ErrorModel, sigma: np.ndarray, lse_sigma: np.ndarray) -> tuple
     """Variances add, so shares do. Systematic sizes add before they are squared: each has its part of the square."""
     variance, lse_variance = float((sigma**2).mean()), float(lse_sigma[0] ** 2)
     typical = sum((term.typical * term.most for term in model.systematic), np.zeros_like(sigma))
+    typical_lse = sum((term.typical * term.lse for term in model.systematic), np.zeros_like(lse_sigma))
     parts = [(term.name, term.section, term.out, term.lse) for term in model.terms]
     parts += [
-        (term.name, term.section, term.typical * term.most * typical, term.lse * model.lse_drift)
+        (term.name, term.section, term.typical * term.most * typical, term.typical * term.lse * typical_lse)
         for term in model.systematic
     ]
     shares = []
