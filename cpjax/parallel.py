@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -37,6 +37,7 @@ from cpjax.exchange.blocks import delivered
 from cpjax.exchange.device import attention_on_device
 from cpjax.exchange.moving import moved, places
 from cpjax.inputs import check_inputs
+from cpjax.mapping import mapped
 from cpjax.mask import Mask, Tokens, tokens
 from cpjax.partial import Partial
 from cpjax.partition.moves import moves
@@ -198,20 +199,7 @@ def _run(how: _How, *operands):
         return _on_device(how, *operands)
     place, array = P(how.batch_axis, how.axis_name), P(how.batch_axis, how.axis_name, how.head_axis)
     specs = (array, array, array, place, place, P(how.head_axis), P())
-    kinds = dict(zip(how.mesh.axis_names, how.mesh.axis_types, strict=True))
-    here = {axis for axis, kind in kinds.items() if kind != AxisType.Manual}
-    if AxisType.Explicit in kinds.values():
-        operands = [jax.tree.map(partial(_typed, how.mesh, spec), x) for x, spec in zip(operands, specs, strict=True)]
-    device = partial(_on_device, how)
-    return jax.shard_map(device, mesh=how.mesh, in_specs=specs, out_specs=array, axis_names=here)(*operands)
-
-
-def _typed(mesh: Mesh | AbstractMesh, spec: P, x: Array) -> Array:
-    """`x` sharded as `spec` says over the Explicit axes of the mesh, which are part of its type."""
-    explicit = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    names = [() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec]
-    typed = P(*(tuple(name for name in entry if name in explicit) or None for entry in names))
-    return jax.reshard(x, NamedSharding(mesh, typed) if isinstance(mesh, Mesh) else typed)
+    return mapped(partial(_on_device, how), how.mesh, specs, array)(*operands)
 
 
 def _on_device(how: _How, query, key, value, q_tokens, kv_tokens, sink, scale) -> Partial:

@@ -24,7 +24,7 @@ LAYERS = [
     ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
-    ["cpjax.exchange", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
+    ["cpjax.exchange", "cpjax.mapping", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
     ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis"],
     ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge"],
     ["cpjax.module", "cpjax.bench", "cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"],

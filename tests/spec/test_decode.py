@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import numpy_twin as twin
 import pytest
+from collectives import collectives
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -13,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from programs import assert_dense, attention, exact, same
 from strategies import RULES, SCALE, examples, problem, problems
 
-from cpjax.decode import cache_slots, context_parallel_decode
+from cpjax.decode import cache_moves, context_parallel_decode
 from cpjax.errors import InputError
 from cpjax.exchange.decode import decode_attention
-from cpjax.mask import Tokens, tokens
+from cpjax.mask import PAD, Tokens, tokens
 from cpjax.parallel import cp_mesh
 from cpjax.partition import Blocks, Interleaved, Pages
 
@@ -29,20 +30,83 @@ def owners(data, length, cp):
     return np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).integers(0, most + 1, length)
 
 
+def in_caches(p, owner, cp, slots):
+    """Key, value and places as the ranks' caches hold them, one after the other; NaN in slots that are not used."""
+    held = [np.flatnonzero(owner == rank) for rank in range(cp)]
+    index = np.concatenate([np.append(x, np.full(slots - len(x), -1)) for x in held])
+    key, value = (np.where((index < 0)[None, :, None, None], np.nan, x[:, index]) for x in p.arrays[1:3])
+    places = (np.where(index < 0, fill, np.asarray(x)[:, index]) for x, fill in zip(p.kv_tokens, (0, PAD), strict=True))
+    return key, value, Tokens(*(x.astype(np.int32) for x in places))
+
+
 @examples(0.5)
 @given(problems(3, 12, rules=RULES[:4]), CP, st.data())
-def test_any_placement_is_dense(p, cp, data):
+def test_caches_of_any_placement_are_dense(p, cp, data):
+    """A rank that holds nothing included. One program for all placements: nothing is moved."""
     p = p._replace(sink=np.full(4, -np.inf))
+    key, value, kv_tokens = in_caches(p, owners(data, 12, cp), cp, 12)
     with jax.enable_x64(True):
         found = context_parallel_decode(
-            *p.arrays,
-            owner=owners(data, 12, cp),
-            mesh=cp_mesh(cp),
-            mask=p.rule.mask,
-            scale=SCALE,
-            precision="float64",
+            p.query, key, value, p.q_tokens, kv_tokens, in_partition_order=True, mesh=cp_mesh(cp), mask=p.rule.mask,
+            scale=SCALE, precision="float64",
+        )  # fmt: skip
+        assert_dense(found, p)
+
+
+@examples(0.12)
+@given(problems(3, 12, rules=RULES[:1]), CP, st.data())
+def test_keys_are_moved_to_any_owner(p, cp, data):
+    p = p._replace(sink=np.full(4, -np.inf))
+    owner = owners(data, 12, cp)
+    with jax.enable_x64(True):
+        found = context_parallel_decode(
+            *p.arrays, owner=owner, mesh=cp_mesh(cp), mask=p.rule.mask, scale=SCALE, precision="float64"
         )
         assert_dense(found, p)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_keys_are_sent_and_never_gathered(kind):
+    """Each key that changes its rank goes once, in rounds that pads fill up; the exchange gathers partials."""
+    cp, length, heads = 4, 32, 2
+    mesh = jax.make_mesh((cp,), ("cp",), devices=jax.devices()[:cp], axis_types=(kind,))
+    cut = jax.NamedSharding(mesh, P(None, "cp"))
+    shape = lambda *s, dtype=np.float16, **how: jax.ShapeDtypeStruct(s, dtype, **how)  # noqa: E731
+    owner = Blocks(cp, block=2).owners(0, length)
+    new = Tokens(np.array([[length - 1]], np.int32), np.zeros((1, 1), np.int32))
+
+    def step(query, key, value):
+        return context_parallel_decode(query, key, value, new, tokens(1, length), owner=owner, mesh=mesh)
+
+    arrays = (shape(1, 1, heads, 4), *(shape(1, length, heads, n, sharding=cut) for n in (4, 3)))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(*arrays).compile()
+    found = collectives(compiled)
+    assert {x.kind for x in found} == {"collective-permute", "all-gather"}
+    gathered = sum(x.size for x in found if x.kind == "all-gather")
+    assert gathered == cp * heads * 2 * (3 + 1)  # out and lse of one query, in FP16
+    changed = int((owner != np.arange(length) // (length // cp)).sum())
+    sent = sum(x.sent for x in found)
+    how = cache_moves(tuple(owner.tolist()), cp)
+    filled = sum(step.send.shape[1] * len(step.pairs) for step in how.rounds)
+    assert changed <= filled <= changed + cp * how.slots - length
+    # A place is two int32 of which segments, all 0 but for pads, need not travel.
+    assert filled * heads * 2 * (4 + 3) <= sent <= filled * (heads * 2 * (4 + 3) + 8)
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(compiled.output_shardings))
+
+
+def test_explicit_meshes_and_the_one_that_is_set():
+    p = problem(3, "needle", tokens(1, 2, start=10), tokens(1, 12), RULES[0])
+    half = [x.astype(np.float16) for x in p[:3]]
+    want = context_parallel_decode(*half, *p[3:5], partition=Interleaved(2), mesh=cp_mesh(2), scale=SCALE)
+    explicit = jax.make_mesh((2,), ("cp",), devices=jax.devices()[:2])
+    assert explicit.axis_types == (AxisType.Explicit,)
+    given_, set_ = [], []
+    given_ += context_parallel_decode(*half, *p[3:5], partition=Interleaved(2), mesh=explicit, scale=SCALE)
+    with jax.set_mesh(explicit):
+        set_ += context_parallel_decode(*half, *p[3:5], partition=Interleaved(2), scale=SCALE)
+    for found in (given_, set_):
+        assert same([np.asarray(x) for x in found], [np.asarray(x) for x in want])
 
 
 @examples(0.2)
@@ -53,10 +117,12 @@ def test_over_two_axes_the_outer_one_comes_first(seed, shape):
     ranks = int(np.prod(shape))
     devices = jax.devices()[:ranks]
     both = jax.make_mesh(shape, ("cp", "sp"), devices=devices, axis_types=(AxisType.Auto,) * 2)
-    owner = np.random.default_rng(seed).integers(0, ranks, 12)
-    half = [x.astype(np.float16) for x in p[:3]]
+    p = p._replace(**{name: getattr(p, name).astype(np.float16) for name in ("query", "key", "value")})
+    key, value, kv_tokens = in_caches(p, np.random.default_rng(seed).integers(0, ranks, 12), ranks, 12)
     one, two = (
-        context_parallel_decode(*half, *p[3:5], owner=owner, mesh=mesh, axis_name=axes, scale=SCALE)
+        context_parallel_decode(
+            p.query, key, value, p.q_tokens, kv_tokens, in_partition_order=True, mesh=mesh, axis_name=axes, scale=SCALE
+        )
         for mesh, axes in ((cp_mesh(ranks), "cp"), (both, ("cp", "sp")))
     )
     assert same(two, [np.asarray(x) for x in one])
@@ -125,13 +191,21 @@ def test_the_compiled_program_gathers_once_an_array_and_in_fp16():
     assert all("f16>" in line for line in gathers)
 
 
-@given(st.integers(1, 3000), st.integers(1, 16))
-def test_slots_hold_every_key_once(length, cp):
-    owner = Blocks(cp).owners(0, length)
-    slots = cache_slots(owner, length, cp)
-    for rank, mine in enumerate(slots.reshape(cp, -1)):
-        np.testing.assert_array_equal(mine[mine >= 0], np.flatnonzero(owner == rank))
-        assert (mine[np.count_nonzero(mine >= 0) :] == -1).all()
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_moves_bring_every_key_to_its_owner(length, cp, seed):
+    rng = np.random.default_rng(seed)
+    owner = rng.integers(0, rng.integers(1, cp + 1), length)
+    how = cache_moves(tuple(owner.tolist()), cp)
+    text = np.append(np.arange(length), np.full(how.run * cp - length, -1)).reshape(cp, how.run)
+    before = np.pad(text, ((0, 0), (0, how.slots - how.run)), constant_values=-1)
+    after = np.full_like(before, -2) if how.rounds else before
+    for step in how.rounds:
+        for source, to in enumerate(step.destination):
+            after[to, step.receive[to]] = before[source, step.send[source]]
+    for rank, mine in enumerate(after):
+        count = np.count_nonzero(mine >= 0)
+        np.testing.assert_array_equal(mine[:count], np.flatnonzero(owner == rank))
+        assert (mine[count:] == -1).all()
 
 
 X = np.zeros((1, 4, 2, 4), np.float16)
@@ -141,6 +215,8 @@ X = np.zeros((1, 4, 2, 4), np.float16)
     ("message", "options"),
     [
         (r"owner has shape \(3,\); it must be \(4,\)", {"owner": np.zeros(3, int)}),
+        ("owner is of dtype float64; ranks are integers", {"owner": np.zeros(4)}),
+        ("4 slots are no multiple of 3 caches", {"owner": None, "in_partition_order": True, "mesh": cp_mesh(3)}),
         ("owners are from 0 to 2; they must be ranks, 0 to 1", {"owner": np.array([0, 1, 2, 0])}),
         ("owners are from -1 to 1", {"owner": np.array([0, 1, -1, 0])}),
         (r"the mesh has axes \('cp',\), none is 'sp'", {"axis_name": ("cp", "sp")}),
@@ -152,9 +228,9 @@ X = np.zeros((1, 4, 2, 4), np.float16)
 def test_misuse_is_refused_before_tracing(message, options, monkeypatch):
     monkeypatch.setattr("cpjax.decode._run", None)
     place = tokens(1, 4)
-    options = {"owner": np.zeros(4, int), **options}
+    options = {"owner": np.zeros(4, int), "mesh": cp_mesh(2), **options}
     with pytest.raises(InputError, match=message):
-        context_parallel_decode(X, X, X, place, place, mesh=cp_mesh(2), **options)
+        context_parallel_decode(X, X, X, place, place, **options)
 
 
 @examples(0.2)
@@ -177,8 +253,9 @@ def test_requests_over_caches_cut_by_a_partition_are_dense(seed, cp, kind):
 
 def test_either_a_partition_or_owners():
     x, new, cached = np.ones((1, 4, 1, 1), np.float16), tokens(1, 1, start=3), tokens(1, 4)
-    for given_twice_or_not in ({}, {"partition": Blocks(2), "owner": np.zeros(4, int)}):
-        with pytest.raises(InputError, match="either a partition or the owner"):
+    twice = {"partition": Blocks(2), "owner": np.zeros(4, int)}
+    for given_twice_or_not in ({}, twice, {"partition": Blocks(2), "in_partition_order": True}):
+        with pytest.raises(InputError, match="give one of partition, owner"):
             context_parallel_decode(x[:, :1], x, x, new, cached, mesh=cp_mesh(2), **given_twice_or_not)
     with pytest.raises(InputError, match="over 3 ranks, the mesh over 2"):
         context_parallel_decode(x[:, :1], x, x, new, cached, mesh=cp_mesh(2), partition=Interleaved(3))
