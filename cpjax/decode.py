@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from cpjax.attention import Attention
-from cpjax.checks import check_axes, check_precision, current_mesh, ranks
+from cpjax.checks import check_axes, check_precision, check_sink, current_mesh, ranks
 from cpjax.errors import InputError
 from cpjax.exchange.blocks import delivered
 from cpjax.exchange.decode import decode_attention
@@ -44,6 +44,8 @@ def context_parallel_decode(
     axis_name: str | tuple[str, ...] = "cp",
     mask: Mask | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink: Array | np.ndarray | None = None,
     precision: Precision | str | None = None,
 ) -> Partial:
     """Attention of new tokens over a cache that the devices of `mesh` share by tokens.
@@ -62,6 +64,8 @@ def context_parallel_decode(
       axis_name: the axis, or axes (outermost first), over which the cache is cut.
       mask: None is causal: a query sees the cache up to its own position.
       scale: None is 1/√H.
+      softcap: logits become softcap · tanh(logit / softcap).
+      sink: per query head, the logit of one more key with value 0.
       precision: a profile or its name; None follows from the dtype of the arrays: float16 decode_fp16_lse, bfloat16
         flash_bf16, float32 and float64 what they say. float64 needs `jax_enable_x64`.
 
@@ -89,9 +93,10 @@ def context_parallel_decode(
     cp, length = ranks(mesh, axis_name), key.shape[1]
     owners = _owners(partition, owner, in_partition_order, q_tokens, kv_tokens, length, cp)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    attention = Attention(Mask() if mask is None else mask, scale, precision)
+    check_sink(sink, query.shape[2])
+    attention = Attention(Mask() if mask is None else mask, scale, precision, softcap)
     how = _How(mesh, axis_name, attention, owners)
-    return _run(how, *jax.tree.map(jnp.asarray, (query, key, value, q_tokens, kv_tokens)))
+    return _run(how, *jax.tree.map(jnp.asarray, (query, key, value, q_tokens, kv_tokens, sink)))
 
 
 def _owners(
@@ -186,23 +191,24 @@ class _How(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(how: _How, query, key, value, q_tokens, kv_tokens):
+def _run(how: _How, query, key, value, q_tokens, kv_tokens, sink):
     cp = ranks(how.mesh, how.axis_name)
     there = None if how.owner is None else cache_moves(how.owner, cp)
     if there is not None:  # adds nothing where the text can be cut in equal runs
         key, value, kv_tokens = _filled(key, value, kv_tokens, there.run * cp)
 
-    def device(query, q_tokens, key, value, kv_tokens):
+    def device(query, q_tokens, sink, key, value, kv_tokens):
         if there is not None:
             mine = _filled(key, value, kv_tokens, there.slots)
             key, value, kv_tokens = moved(mine, there.rounds, how.axis_name)
-        result = decode_attention(query, key, value, q_tokens, kv_tokens, how.attention, axis_name=how.axis_name)
+        attention, axis_name = how.attention, how.axis_name
+        result = decode_attention(query, key, value, q_tokens, kv_tokens, attention, axis_name=axis_name, sink=sink)
         return delivered(result, how.attention.precision)
 
     # Every rank merges the same partials in the same order, which JAX cannot see: the merge varies over the mesh.
     cut = P(None, how.axis_name)
-    specs = (P(), P(), cut, cut, cut)
-    return mapped(device, how.mesh, specs, P(), check_vma=False)(query, q_tokens, key, value, kv_tokens)
+    specs = (P(), P(), P(), cut, cut, cut)
+    return mapped(device, how.mesh, specs, P(), check_vma=False)(query, q_tokens, sink, key, value, kv_tokens)
 
 
 def _filled(key: Array, value: Array, kv_tokens: Tokens, length: int) -> tuple[Array, Array, Tokens]:

@@ -128,6 +128,9 @@ def _expect(metadata: dict[str, str], key: str, value: str) -> None:
 
 def _check_tensors(dtypes: dict[str, str], shapes: dict[str, list[int]]) -> None:
     tensors = LATENT_TENSORS if "c_kv" in dtypes else TENSORS
+    added = sorted({"sink", "alibi", "bias"} & dtypes.keys())
+    if added:
+        raise InputError(f"has tensor {added[0]!r}; no operator is called with one, leave the case out")
     if dtypes.keys() != tensors.keys():
         missing, extra = sorted(tensors.keys() - dtypes.keys()), sorted(dtypes.keys() - tensors.keys())
         raise InputError(
@@ -181,8 +184,14 @@ def _description(text: str) -> dict[str, Any]:
     for key, (rule, holds) in rules.items():
         if not holds(case.get(key)):
             raise InputError(f"{key} is {str(case.get(key))[:40]!r}; it must be {rule}")
-    if case.get("window") is not None:
-        raise InputError(f"window is {str(case['window'])[:40]}; no operator has a sliding window, leave the case out")
+    for key, what in (("window", "has a sliding window"), ("softcap", "is called with a softcap")):
+        if case.get(key) is not None:
+            raise InputError(f"{key} is {str(case[key])[:40]}; no operator {what}, leave the case out")
+    unknown = sorted(case.keys() - rules.keys() - {"about", "window", "softcap"})
+    if unknown:
+        raise InputError(
+            f"metadata 'case' has {unknown[0]!r}, which this version does not know; it has {sorted(rules)}"
+        )
     return {"scale": float(case["scale"]), **{key: case[key] for key in ("is_causal", "cp", "precision", "layout")}}
 
 

@@ -17,7 +17,8 @@ from cpjax.attention import Attention
 from cpjax.blocks.tiles import attend as attend_in_tiles
 from cpjax.exchange.blocks import Attend, finished
 from cpjax.mask import Tokens
-from cpjax.partial import Partial, merge
+from cpjax.partial import Partial, merge, sink_partial
+from cpjax.precision import Precision
 
 
 def decode_attention(
@@ -29,6 +30,7 @@ def decode_attention(
     attention: Attention,
     *,
     axis_name: str | tuple[str, ...],
+    sink: Float[Array, " N"] | None = None,
     attend: Attend = attend_in_tiles,
 ) -> Partial:
     """What one device does; call it inside `jax.shard_map` over the mesh axis `axis_name` (or axes, outermost first).
@@ -37,6 +39,7 @@ def decode_attention(
       query, q_tokens: all queries of all requests, the same on every device.
       key, value, kv_tokens: what this device's cache holds, `[B, s, K, H]`; as many slots on every device, the unused
         ones pads (segment −1).
+      sink: per query head, the logit of one more key with value 0; merged last, once.
       attend: computes the block, as in `cpjax.exchange.ring.ring_attention`.
 
     Returns:
@@ -58,11 +61,15 @@ def decode_attention(
     precision = attention.precision
     mine = attend(query, key, value, q_tokens, kv_tokens, attention)
     if lax.axis_size(axis_name) == 1:
-        return finished(mine, attention)
+        return finished(_with_sink(mine, sink, precision), attention)
     # The casts lose nothing: the block has been rounded to these formats. They are what is sent.
     sent = mine.out.astype(precision.out), mine.lse.astype(precision.lse)
     outs, lses = (x.astype(precision.compute) for x in lax.all_gather(sent, axis_name))
     result = Partial(outs[0], lses[0])
     for rank in range(1, len(outs)):
         result = merge(result, Partial(outs[rank], lses[rank]), precision)
-    return finished(result, attention)
+    return finished(_with_sink(result, sink, precision), attention)
+
+
+def _with_sink(result: Partial, sink: Float[Array, " N"] | None, precision: Precision) -> Partial:
+    return result if sink is None else merge(result, sink_partial(sink, result), precision)

@@ -34,6 +34,18 @@ class Pages(Cached):
         if wrong:
             raise InputError(f"the page table names rank {wrong[0]}; ranks are 0 to {self.cp - 1}")
 
+    def check(self, q_segment: Int[np.ndarray, "B T"], kv_segment: Int[np.ndarray, "B S"]) -> None:
+        """As every partition of a decode, and the table has a rank for each page.
+
+        >>> Pages(2, page=2, ranks=((1, 0),)).check(np.zeros((1, 1), int), np.zeros((1, 3), int))
+
+        Raises:
+          InputError: also for a request with more pages than its row of the table.
+        """
+        super().check(q_segment, kv_segment)
+        for request, length in enumerate(np.bincount(kv_segment[0])):
+            self.owners(request, int(length))
+
     def owners(self, request: int, length: int) -> Int[np.ndarray, " S"]:
         """As the table says."""
         needed = -(-length // self.page)

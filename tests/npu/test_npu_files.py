@@ -106,6 +106,8 @@ def test_a_name_that_is_no_name_is_refused(tmp_path):
         ("q_segment", lambda x: x[:1], "B is 2"),
         ("query", lambda x: None, r"missing tensors \['query'\]"),
         ("more", lambda x: np.zeros(1, np.float16), r"unknown tensors \['more'\]"),
+        ("sink", lambda x: np.zeros(2, np.float32), "has tensor 'sink'; no operator is called with one"),
+        ("bias", lambda x: np.zeros((1, 1, 12, 12), np.float32), "has tensor 'bias'"),
     ],
 )
 def test_wrong_tensors_are_refused(tmp_path, name, change, rule):
@@ -145,6 +147,18 @@ def test_wrong_description_is_refused(tmp_path, key, values):
     for value in values:
         path = write_case(tmp_path, P, **{key: value})
         one_line(lambda path=path: read_case(path), f"{key} is .*; it must be")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"window": 9}, "window is 9; no operator"),
+        ({"softcap": 30.0}, "softcap is 30.0; no operator"),
+        ({"rope": 1}, "'rope', which this version does not know"),
+    ],
+)
+def test_what_would_change_the_numbers_is_never_ignored(tmp_path, more, says):
+    one_line(lambda: read_case(write_case(tmp_path, P, **more)), says)
 
 
 def with_places(tmp_path, change, both=True):

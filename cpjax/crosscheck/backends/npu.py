@@ -27,8 +27,9 @@ class Npu:
         """
         if importlib.util.find_spec("torch") is None:
             return "PyTorch is not installed; pip install 'cpjax[torch]'"
-        if case.window is not None:
-            return f"a sliding window of {case.window}; its operators have none"
+        absent = [*(["window"] if case.window is not None else []), *case.logit_options]
+        if absent:
+            return f"{', '.join(absent)}; its operators are called without"
         from npu_backend.errors import InputError
         from npu_backend.files import read_case
         from npu_backend.shard import check_computable

@@ -16,15 +16,21 @@ MOST_SCORES = 2**28
 
 
 class Sdpa:
-    """FP16 inputs, an explicit boolean mask, judged as `flash_fp16` without lse."""
+    """FP16 inputs, an explicit mask, judged as `flash_fp16` without lse."""
 
     def supports(self, case: Case) -> str | None:
-        """Everything, but masks that would not fit into memory."""
+        """Not softcap, sink and ALiBi; a bias of FP16 numbers, as its dtype is the query's; no mask beyond memory."""
         if importlib.util.find_spec("torch") is None:
             return "PyTorch is not installed; pip install 'cpjax[torch]'"
         scores = case.query.shape[1] * case.key.shape[1]
         if scores > MOST_SCORES:
             return f"{scores:,} pairs of query and key; its mask is an array, of at most {MOST_SCORES:,}"
+        others = [name for name in case.logit_options if name != "bias"]
+        if others:
+            return f"{' and '.join(others)}; scaled_dot_product_attention has none"
+        with np.errstate(over="ignore"):
+            if case.bias is not None and not np.array_equal(case.bias, case.bias.astype(np.float16)):
+                return "a bias whose numbers are no FP16 numbers; its mask has the dtype of the query"
         return None
 
     def run(self, case: Case) -> Result:
@@ -39,9 +45,12 @@ class Sdpa:
                 (case.query, case.q_tokens), (case.key, case.kv_tokens), (case.value, case.kv_tokens)
             )
         )  # fmt: skip
+        mask = torch.from_numpy(seen)[:, None]
+        if case.bias is not None:
+            mask = torch.from_numpy(case.bias.astype(np.float16)).masked_fill(~mask, -torch.inf)
         out = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
-            attn_mask=torch.from_numpy(seen)[:, None],
+            attn_mask=mask,
             scale=case.scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

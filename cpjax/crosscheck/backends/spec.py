@@ -25,6 +25,9 @@ class Spec:
         tokens, keys, partition = case.query.shape[1], case.key.shape[1], case.partition
         if isinstance(partition, SequencePartition) and (tokens != keys or tokens % partition.chunk_count):
             return f"{tokens} queries, {keys} keys; both must be one multiple of {partition.chunk_count}"
+        absent = [name for name in case.logit_options if name in ("alibi", "bias")]
+        if absent:
+            return f"{' and '.join(absent)}; the specification has none"
         wanted = self._precision(case)
         if isinstance(partition, Packed) and keys > tokens and wanted.carry != wanted.out:
             return f"a prefix in {wanted.name}; it is merged into what was rounded to {wanted.out} already"
@@ -35,7 +38,8 @@ class Spec:
         import jax
 
         with contextlib.suppress(RuntimeError):  # JAX has begun; cp_mesh says what to do if there are too few devices
-            jax.config.update("jax_num_cpu_devices", max(case.cp for case in cases))
+            there = jax.config.values["jax_num_cpu_devices"]  # −1 where it was not said
+            jax.config.update("jax_num_cpu_devices", max(there, *(case.cp for case in cases)))
 
     def run(self, case: Case) -> Result:
         """Attention by the exchange; of layout decode, by an exchange of partials.
@@ -80,6 +84,8 @@ class Spec:
             exchange=self._exchange,
             mask=Mask(is_causal=case.is_causal, window=case.window),
             scale=case.scale,
+            softcap=case.softcap,
+            sink=case.sink,
             precision=precision,
         )
 
@@ -96,7 +102,8 @@ class Spec:
         own, tokens = self._prefill(case, precision, lengths=lengths), len(segment)
         if case.key.shape[1] == tokens:
             return own
-        attention = Attention(Mask(is_causal=case.is_causal, window=case.window), case.scale, precision)
+        mask = Mask(is_causal=case.is_causal, window=case.window)
+        attention = Attention(mask, case.scale, precision, case.softcap)
         key, value = case.key[:, tokens:], case.value[:, tokens:]
         cached = Tokens(*(np.asarray(x)[:, tokens:] for x in case.kv_tokens))
         prefix = jax.jit(attend, static_argnums=5)(case.query, key, value, case.q_tokens, cached, attention)
@@ -117,5 +124,7 @@ def _decode(case: Case, precision: Precision, partition: Cached) -> Partial:
         mesh=cp_mesh(case.cp),
         mask=Mask(is_causal=case.is_causal, window=case.window),
         scale=case.scale,
+        softcap=case.softcap,
+        sink=case.sink,
         precision=precision,
     )

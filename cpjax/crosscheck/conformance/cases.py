@@ -18,7 +18,7 @@ from cpjax.crosscheck.files.checksums import write_sums
 from cpjax.errors import InputError
 from cpjax.mask import PAD, Tokens
 
-VERSION = 1
+VERSION = 2
 """Raised when any byte of any case changes (tests/files/test_conformance.py holds the checksum of all of them)."""
 
 PRECISION = {"spec": "flash_fp16", "sdpa": "flash_fp16", "npu": "ring_mla_fp16"}
@@ -111,6 +111,46 @@ def _ordinary() -> Iterator[Case]:
             says = "requests of (new tokens, cached prefix) " + ", ".join(map(str, requests))
             yield _about(_packed(f"{number}-{kind}-{label}-cp{cp}", heads, requests, cp), None, says)
             number += 1
+    yield from _logits(number)
+    yield from _caches(number + 6)
+
+
+def _logits(number: int) -> Iterator[Case]:
+    """What is done to the logits besides scale and mask. Each matters: without it the outputs are far away."""
+    heads = np.arange(GQA.query, dtype=np.float32)
+    of_pair = _normal("bias", (1, GQA.query, TOKENS, TOKENS)).astype(np.float32)
+    for i, (word, options, says) in enumerate((
+        ("softcap", {"softcap": 2.0}, "logits become 2 · tanh(logit / 2)"),
+        ("sink", {"sink": 3 + heads / 2}, "one more key of value 0 in every row, of logit `sink` of its head"),
+        ("window", {"window": 40}, "a query sees itself and the 39 keys before it"),
+        ("alibi", {"alibi": 2 ** -(2 + heads)}, "logits get −alibi · distance"),
+        ("bias", {"bias": of_pair}, "`bias` is added to the logits, another number for each head, query and key"),
+        ("all-of-them", {"softcap": 4.0, "sink": 1 + heads, "window": 70, "bias": of_pair / 2},
+         "softcap first, then bias, then the sink beside them; within the window"),
+    )):  # fmt: skip
+        case = _plain(f"{number + i}-{word}-gqa-cp2", GQA, TOKENS, 2)
+        query = case.query * np.float16(2 if "softcap" in options else 1)
+        yield _about(replace(case, query=query, **options), None, says)
+
+
+def _caches(number: int) -> Iterator[Case]:
+    """Decode over caches that hold other numbers of tokens on each rank, one of them none."""
+    requests = ((1, 300), (2, 57), (3, 130))  # new tokens, all tokens
+    pages = np.array([[1, 1, 0, 3, 1] + [0] * 14, [2, 0, 1, 3] + [-1] * 15, [3, 3, 3, 0, 1, 1, 1, 0, 3] + [-1] * 10])
+    for i, (layout, table) in enumerate((("decode", None), ("interleaved:8", None), ("pages:16", pages))):
+        places = [[np.concatenate([_last(n, new if queries else n) for new, n in requests]),
+                   np.repeat(np.arange(3), [new if queries else n for new, n in requests])]
+                  for queries in (True, False)]  # fmt: skip
+        q_tokens, kv_tokens = (Tokens(*(x.astype(np.int32)[None] for x in place)) for place in places)
+        name = f"{number + i}-{layout.replace(':', '')}-gqa-cp4"
+        case = _case(name, GQA, q_tokens, kv_tokens, 4, layout, causal=True)
+        says = f"requests of (new tokens, all tokens) {requests}; two and three new tokens see each other causally"
+        ranks = None if table is None else table.astype(np.int32)
+        yield _about(replace(case, page_ranks=ranks), None, says)
+
+
+def _last(count: int, last: int) -> np.ndarray:
+    return np.arange(count - last, count)
 
 
 def _word(causal: bool) -> str:
@@ -173,12 +213,16 @@ def one_hot(case: Case) -> Float[np.ndarray, "1 S K V"]:
 
 
 def _pointing(case: Case) -> Case:
-    """Query t of head n points at key (7t + 3n + 5) mod (t + 1)."""
+    """Query t of head n points at key (7t + 3n + 5) mod (t + 1) of its key/value head, and at none of another's.
+
+    Key j of head k is 8 in column j + 17k: whoever reads another head's keys reads another token's value.
+    """
     query, key = np.zeros_like(case.query), np.zeros_like(case.key)
+    group, columns = query.shape[2] // key.shape[2], key.shape[3]
     for t, n in np.ndindex(query.shape[1:3]):
-        query[0, t, n, (7 * t + 3 * n + 5) % (t + 1)] = 64
-    for j in range(key.shape[1]):
-        key[0, j, :, j] = 8
+        query[0, t, n, ((7 * t + 3 * n + 5) % (t + 1) + 17 * (n // group)) % columns] = 64
+    for j, k in np.ndindex(key.shape[1:3]):
+        key[0, j, k, (j + 17 * k) % columns] = 8
     return replace(case, query=query, key=key, value=one_hot(case))
 
 

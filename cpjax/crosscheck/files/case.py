@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -18,7 +18,7 @@ from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.crosscheck.files.latent import Latent, expanded
 from cpjax.errors import InputError
 from cpjax.mask import Tokens
-from cpjax.partition import Partition, partition_of
+from cpjax.partition import Pages, Partition, partition_of
 from cpjax.partition.cached import Cached
 from cpjax.partition.partition import MOST_CP
 from cpjax.precision import PROFILES
@@ -41,6 +41,13 @@ LATENT_TENSORS = _COMMON | {
     "w_uv": ("F16", "CNV"),
 }
 """Of a case whose keys and values are made of a latent; H is D + R."""
+MORE_TENSORS = {
+    "sink": ("F32", "N"),
+    "alibi": ("F32", "N"),
+    "bias": ("F32", "bnTS"),
+    "page_ranks": ("I32", "rp"),
+}
+"""What a case may have besides; `b` and `n` are 1, or B and N; `r` requests and the most pages of one, `p`."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,33 @@ class Case:
     digest: str = ""
     """SHA-256 of the content; set by `write_case` and `read_case`."""
     layout: str = "zigzag"
-    """The name of the partition: `cpjax.partition.PARTITIONS`, with a size where it has one, as "interleaved:8"."""
+    """The name of the partition: `cpjax.partition.PARTITIONS`, with a size where it has one, as "interleaved:8"; or
+    "pages:16", with `page_ranks`."""
     window: int | None = None
     """Only keys with |q_position − kv_position| < window are seen; None is no window."""
+    softcap: float | None = None
+    """Logits become softcap · tanh(logit / softcap)."""
+    sink: Float[np.ndarray, " N"] | None = None
+    """Per query head, the logit of one more key with value 0; float32, as the next two."""
+    alibi: Float[np.ndarray, " N"] | None = None
+    """Per query head, a slope: logits get −slope · |q_position − kv_position|."""
+    bias: Float[np.ndarray, "b n T S"] | None = None
+    """Added to the logits; −inf hides a key. b is 1 or B, n is 1 or N."""
+    page_ranks: Int[np.ndarray, "R P"] | None = None
+    """Of layout "pages": the rank whose cache holds each page of each request; −1 behind the last page."""
     latent: Latent | None = None
     """What `key` and `value` are made of, if that is what travels; then they are `expanded(latent)`."""
 
     @property
     def partition(self) -> Partition:
         """Who holds which tokens."""
-        return partition_of(self.layout, self.cp)
+        return _partition(self.layout, self.cp, self.page_ranks)
+
+    @property
+    def logit_options(self) -> dict[str, Any]:
+        """What is done to the logits besides mask and scale: those of softcap, sink, alibi and bias that are there."""
+        named = {"softcap": self.softcap, "sink": self.sink, "alibi": self.alibi, "bias": self.bias}
+        return {name: x for name, x in named.items() if x is not None}
 
 
 class _Description(BaseModel):
@@ -86,6 +110,7 @@ class _Description(BaseModel):
     precision: dict[str, str]
     about: dict[str, Any]
     window: StrictInt | None = Field(default=None, ge=1, le=2**31 - 1)
+    softcap: StrictFloat | StrictInt | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 def gaussian_case(
@@ -137,17 +162,24 @@ def write_case(folder: Path, case: Case) -> Case:
     description = {"scale": case.scale, "is_causal": case.is_causal, "cp": case.cp, "layout": case.layout}
     if case.window is not None:  # a case without one stays the bytes that it was
         description["window"] = case.window
+    if case.softcap is not None:
+        description["softcap"] = case.softcap
     text = json.dumps(description | {"precision": case.precision, "about": case.about})
     made_of = {"key": case.key, "value": case.value} if case.latent is None else vars(case.latent)
-    arrays = made_of | {
-        "query": case.query,
-        "q_position": case.q_tokens.position,
-        "q_segment": case.q_tokens.segment,
-        "kv_position": case.kv_tokens.position,
-        "kv_segment": case.kv_tokens.segment,
-    }
-    tensors = TENSORS if case.latent is None else LATENT_TENSORS
-    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
+    added = {name: getattr(case, name) for name in MORE_TENSORS if getattr(case, name) is not None}
+    arrays = (
+        made_of
+        | added
+        | {
+            "query": case.query,
+            "q_position": case.q_tokens.position,
+            "q_segment": case.q_tokens.segment,
+            "kv_position": case.kv_tokens.position,
+            "kv_segment": case.kv_tokens.segment,
+        }
+    )
+    tensors = (TENSORS if case.latent is None else LATENT_TENSORS) | MORE_TENSORS
+    dtypes = {name: dtype for name, (dtype, _) in tensors.items() if name in arrays}
     case = replace(case, digest=content_digest(text, arrays, dtypes))
     metadata = {"format": "cpjax.case", "version": VERSION, "name": case.name, "case": text, "digest": case.digest}
     write_tensors(folder / f"{case.name}.safetensors", arrays, metadata)
@@ -185,7 +217,7 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
     unknown = [word for word in said.precision.values() if word not in PROFILES]
     if unknown:
         raise InputError(f"precision {unknown[0][:40]!r} is unknown; known are {', '.join(PROFILES)}")
-    partition = partition_of(said.layout, said.cp)
+    partition = _partition(said.layout, said.cp, tensors.get("page_ranks"))
     partition.check(tensors["q_segment"], tensors["kv_segment"])
     latent = Latent(*(tensors[x] for x in ("c_kv", "k_rope", "w_uk", "w_uv"))) if "c_kv" in tensors else None
     if latent is not None and isinstance(partition, Cached):
@@ -206,17 +238,45 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
         digest=metadata["digest"],
         layout=said.layout,
         window=said.window,
+        softcap=None if said.softcap is None else float(said.softcap),
+        sink=tensors.get("sink"),
+        alibi=tensors.get("alibi"),
+        bias=tensors.get("bias"),
+        page_ranks=tensors.get("page_ranks"),
         latent=latent,
     )
 
 
-def _check_tensors(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> None:
-    wanted = LATENT_TENSORS if "c_kv" in tensors else TENSORS
-    if tensors.keys() != wanted.keys():
-        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+def _partition(layout: str, cp: int, page_ranks: np.ndarray | None) -> Partition:
+    word, _, page = layout.partition(":")
+    if word != Pages.name:
+        if page_ranks is not None:
+            raise InputError(
+                f"layout is {layout[:40]!r} and tensor 'page_ranks' is there; it belongs to layout 'pages:16'"
+            )
+        return partition_of(layout, cp)
+    if page_ranks is None or not page.isdecimal():
         raise InputError(
-            f"missing tensors {missing}, unknown tensors {extra}; such a case has exactly {sorted(wanted)}"
+            f"layout is {layout[:40]!r}; it must say tokens of a page, as 'pages:16', and have 'page_ranks'"
         )
+    is_page = page_ranks >= 0
+    if (np.diff(is_page.astype(np.int8), axis=1) > 0).any():
+        raise InputError("'page_ranks' has −1 before a page; −1 stands only behind the last page of a request")
+    rows = tuple(tuple(row[:n].tolist()) for row, n in zip(page_ranks, is_page.sum(axis=1), strict=True))
+    return Pages(cp, page=int(page), ranks=rows)
+
+
+def _check_tensors(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> None:
+    is_latent = "c_kv" in tensors
+    wanted = LATENT_TENSORS if is_latent else TENSORS
+    if not wanted.keys() <= tensors.keys() <= wanted.keys() | MORE_TENSORS.keys():
+        missing = sorted(wanted.keys() - tensors.keys())
+        extra = sorted(tensors.keys() - wanted.keys() - MORE_TENSORS.keys())
+        raise InputError(
+            f"missing tensors {missing}, unknown tensors {extra}; such a case has {sorted(wanted)}, and may have "
+            f"{sorted(MORE_TENSORS)}"
+        )
+    wanted = wanted | {name: form for name, form in MORE_TENSORS.items() if name in tensors}
     sizes: dict[str, int] = {}
     for name, (dtype, letters) in wanted.items():
         shape = tensors[name].shape
@@ -226,7 +286,12 @@ def _check_tensors(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> No
         for letter, size in zip(letters, shape, strict=True):
             if sizes.setdefault(letter, size) != size:
                 raise InputError(f"{letter} is {size} in {name!r} but {sizes[letter]} elsewhere; they must be equal")
-    if wanted is LATENT_TENSORS:
+    for letter, whole in (("b", "B"), ("n", "N")):
+        if sizes.get(letter, 1) not in (1, sizes[whole]):
+            raise InputError(
+                f"'bias' is {list(tensors['bias'].shape)}; its {whole} is {sizes[letter]}, not 1 or {sizes[whole]}"
+            )
+    if is_latent:
         if sizes["H"] != sizes["D"] + sizes["R"]:
             parts = f"{sizes['D']} + {sizes['R']}"
             raise InputError(f"query head dim {sizes['H']} is not that of 'w_uk' and 'k_rope', {parts}")

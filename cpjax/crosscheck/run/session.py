@@ -163,6 +163,7 @@ def how(case: Case) -> dict[str, Any]:
         "segment_ids": (case.q_tokens.segment, case.kv_tokens.segment),
         "partition": case.partition,
         "window": case.window,
+        **case.logit_options,
     }
 
 
