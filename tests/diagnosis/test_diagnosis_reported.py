@@ -351,3 +351,25 @@ def test_a_term_of_the_logits_that_nobody_stated(computed, words):
     out, lse = bent(0, **computed)
     verdict = judge(*inputs(0), out.astype(np.float16), lse.astype(np.float32), scale=4 * SCALE)
     assert verdict.diagnosis[0].startswith(words), verdict.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda n: np.log2(n), "base two"),
+        (lambda n: np.log(n) + 0.5, "lse"),
+        (lambda n: 0 * np.log(n), "lse"),
+    ],
+)
+def test_constant_outputs_that_are_right_were_written(wrong, says):
+    """q = 0 and one-hot values: every output is 1/n. Only lse is wrong, so nothing may be said of rows of out."""
+    count = 64
+    query, key = np.zeros((1, count, 4, 64), np.float16), np.ones((1, count, 2, 64), np.float16)
+    value = np.broadcast_to(np.eye(count, dtype=np.float16)[None, :, None], (1, count, 2, count)).copy()
+    out = np.full((1, count, 4, count), 1 / count, np.float16)
+    lse = np.full((1, count, 4), wrong(count), np.float32)
+    found = judge(query, key, value, out, lse, scale=0.125, is_causal=False, cp=2, precision="flash_fp16")
+    assert not found.passed
+    text = " ".join(found.diagnosis)
+    assert "rows of out" not in text, text
+    assert says in text, text

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from cpjax.crosscheck.diagnosis.places import numbers
-from cpjax.crosscheck.diagnosis.sample import suspects
+from cpjax.crosscheck.diagnosis.sample import out_suspects
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
 
@@ -13,10 +13,10 @@ LEAST_COLUMNS = 2
 
 
 def unwritten_rows(table: RowTable, out: np.ndarray) -> Bool[np.ndarray, " R"]:
-    """Wrong rows whose outputs are all the same finite number."""
+    """Rows whose `out` is wrong and the same finite number in every column. A wrong lse alone makes none of them."""
     rows = out[table.batch, table.position, table.head]
     same = np.isfinite(rows[:, 0]) & (rows == rows[:, :1]).all(axis=1)
-    return suspects(table) & same & ((rows[:, 0] == 0) | (rows.shape[1] >= LEAST_COLUMNS))
+    return out_suspects(table) & same & ((rows[:, 0] == 0) | (rows.shape[1] >= LEAST_COLUMNS))
 
 
 def said(problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarray, " R"]) -> list[str]:
