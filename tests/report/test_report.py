@@ -79,6 +79,33 @@ def test_the_maps_point_at_the_fault(wrong):
     assert np.nanmax(np.abs(right.pull)) < 6
 
 
+def of_many_heads(heads=24, tokens=96):
+    """One device; head 17 is wrong from query 60 on."""
+    rng = np.random.default_rng(1)
+    p = Problem(*(rng.normal(size=(1, tokens, n, 16)) for n in (heads, 4, 4)), 0.25, is_causal=True).cast("float16")
+    out, lse = attend(p, PROFILES["flash_fp16"], "ring")
+    out[:, 60:, 17] *= np.float16(1.25)
+    options = {**p.judge_arguments(), "precision": "flash_fp16"}
+    verdict = judge(p.query, p.key, p.value, out, lse, **options)
+    asked = checked_problem(p.query, p.key, p.value, **options)
+    return Judged("heads", "x", "flash_fp16", "ring", None, verdict, shown=Shown(asked, out, lse))
+
+
+def test_the_map_of_query_and_head_shows_where():
+    """With one chunk, too; each run of queries was looked at, and the page draws a cell for each."""
+    one = of_many_heads()
+    drawn = figures(one.shown.problem, one.shown.out)
+    assert drawn.bands.shape == (32, 24)
+    assert drawn.band_starts == tuple(range(0, 96, 3))
+    assert np.isfinite(drawn.bands[1:]).all()  # the first rows see so few keys that some have no error at all
+    wrong = np.nan_to_num(drawn.bands) > 3
+    assert wrong[20:, 17].all()
+    assert not wrong[:20].any()
+    assert not np.delete(wrong, 17, axis=1).any()
+    page = Page(html([one], "t"))
+    assert page.says("first query of a run 93, head 17: ")
+
+
 def test_what_nobody_sees_stays_empty():
     drawn = figures(*judged(wrong=False, is_causal=True).shown[:2])
     assert drawn is not None

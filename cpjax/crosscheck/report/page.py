@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from cpjax.errors import InputError
 WORDS = {"pass": "agrees", "fail": "WRONG", "unsupported": "unsupported", "error": "ERROR"}
 MOST_CELLS = 4096
 """A larger map is not drawn."""
+
+LABELLED = 16
+"""With more rows or columns, cells get smaller and not each has its number."""
 
 
 def check_free(folder: Path) -> None:
@@ -96,23 +100,36 @@ def _maps(drawn: Figures, weights: np.ndarray | None):
                drawn.pull, lambda x: abs(x) / 6)  # fmt: skip
     if drawn.steps is not None:
         yield _map("Largest pull, in σ", "rank", "ring step", drawn.steps, lambda x: x / 6)
-    yield _map("RMS(error / σ), about 1 or below is right", "query chunk", "head", drawn.spread, lambda x: (x - 1) / 2)
+    yield _map("RMS(error / σ), about 1 or below is right", "first query of a run", "head", drawn.bands,
+               lambda x: (x - 1) / 2, drawn.band_starts)  # fmt: skip
 
 
 def _far(weight: float) -> float:
     return abs(weight - 1) * 2
 
 
-def _map(title: str, down: str, across: str, values: np.ndarray, heat) -> dict[str, Any]:
-    """Cells as (row, column, number in words, heat in 0 … 1)."""
+def _map(
+    title: str, down: str, across: str, values: np.ndarray, heat, row_names: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Cells as (row, column, number in words, heat in 0 … 1). Many rows or columns are drawn smaller, fewer named."""
     cells = [
         (i, j, _brief(float(x)), round(float(np.clip(heat(x), 0, 1)), 3))
         for (i, j), x in np.ndenumerate(values)
         if np.isfinite(x)
     ]
     drawn = values.size <= MOST_CELLS
-    return {"title": title, "down": down, "across": across, "rows": values.shape[0], "columns": values.shape[1],
-            "cells": cells if drawn else [], "labelled": values.shape[1] <= 16 and drawn, "drawn": drawn}  # fmt: skip
+    (height, down_step), (width, across_step) = map(_size, values.shape)
+    return {
+        "title": title, "down": down, "across": across, "rows": values.shape[0], "columns": values.shape[1],
+        "names": list(range(values.shape[0]) if row_names is None else row_names),
+        "height": height, "width": width, "down_step": down_step, "across_step": across_step,
+        "cells": cells if drawn else [], "labelled": values.shape[1] <= LABELLED and drawn, "drawn": drawn,
+    }  # fmt: skip
+
+
+def _size(count: int) -> tuple[float, int]:
+    """Of a cell, and of how many cells one has its number at the edge."""
+    return (40.0, 1) if count <= LABELLED else (max(LABELLED * 40 / count, 5.0), -(-count // LABELLED))
 
 
 def _bars(drawn: Figures) -> list[tuple[float, float, float, float]]:
