@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # A package's `__init__.py` that only speaks for its rooms (`cpjax.crosscheck`) is a room too: Python runs it first,
 # but that is not an import that anybody wrote.
 LAYERS = [
-    ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.crosscheck.exact"],
+    ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.wording", "cpjax.crosscheck.exact"],
     ["cpjax.arrays", "cpjax.mask", "cpjax.precision"],
     ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
     ["cpjax.attention"],
