@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from cpjax.errors import InputError
 
-SHOWN = ("judge-dump", "judge", "cases", "crosscheck", "backends", "bench", "mindie")
+SHOWN = ("judge-dump", "judge", "cases", "examples", "crosscheck", "backends", "bench", "mindie")
 """The commands in the order of the help: what most people come for stands first."""
 
 
@@ -265,6 +265,25 @@ def cases(
         for row in rows:
             print(f"{row['case']}: {row['says']}")
         print(f"{len(rows)} cases, version {VERSION}, in {folder}. Next: cpjax judge {folder} RESULTS")
+
+
+EXAMPLES_HELP = """Write the example configs and the documentation into a new folder.
+
+Helps and messages name files under examples/ and docs/: they are there when you stand in this folder.
+
+Example: cpjax examples cpjax-files
+"""
+
+
+@app.command(help=EXAMPLES_HELP, short_help="write the example configs and the docs", epilog=DONE)
+def examples(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")]) -> None:
+    """See EXAMPLES_HELP."""
+    from cpjax.shared import write_shared
+
+    with _errors():
+        written = write_shared(folder)
+    for path in written:
+        print(path)
 
 
 BACKENDS_HELP = """List the installed backends: who can compute a case (docs/backends.md tells how to add one).

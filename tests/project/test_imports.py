@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # but that is not an import that anybody wrote.
 LAYERS = [
     ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.wording", "cpjax.crosscheck.exact"],
-    ["cpjax.arrays", "cpjax.mask", "cpjax.precision"],
+    ["cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared"],
     ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],

@@ -98,7 +98,9 @@ def questions(judged: list[Judged]) -> list[str]:
     Results of one question share its line. Of many questions those come first whose result did not pass.
     """
     together: dict[tuple[str, str], list[Judged]] = {}
-    for one in sorted((one for one in judged if one.verdict is not None), key=lambda one: one.passed):
+    for one in sorted(judged, key=lambda one: one.passed):
+        if one.verdict is None:
+            continue
         layout = (one.about or {}).get("layout")  # a dump's
         asked, assumed = sentences(({"layout": layout} if layout else {}) | one.verdict.asked)
         together.setdefault((asked, assumed), []).append(one)
