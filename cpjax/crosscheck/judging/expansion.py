@@ -57,8 +57,8 @@ def check_expanded(
     if rope.any():
         b, s, n = np.argwhere(rope)[0]
         reasons.append(
-            f"key: the last {latent.k_rope.shape[2]} of {int(rope.sum()):,} keys are not k_rope, the first at batch "
-            f"{b}, token {s}, head {n}"
+            f"key: the last {counted(latent.k_rope.shape[2], 'number')} of {counted(rope.sum(), 'key')} are not "
+            f"k_rope, the first at batch {b}, token {s}, head {n}"
         )
     return Expansion(reasons, differing / max(1, total))
 
