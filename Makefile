@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help check test deep crosscheck lint notebooks bench mutation trial clean
+.PHONY: help check test deep crosscheck lint notebooks bench mutation trial dist clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -59,5 +59,9 @@ trial: $(READY)  ## the judge on trial: 100,000 correct results, then every faul
 	$(BIN)/python -m cpjax.trial false-alarms --count 100000 --workers 2
 	$(BIN)/python -m cpjax.trial detection
 
+dist: $(READY)  ## the sdist, and the wheel built from it, into dist/
+	rm -rf dist
+	$(BIN)/pyproject-build --outdir dist
+
 clean:  ## remove the environment and all caches
-	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

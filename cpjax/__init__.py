@@ -17,6 +17,7 @@ Read in this order; a file imports only what stands above it (tests/project/test
     exchange/                               how keys meet queries: ring, all-gather, pass-query, all-to-all, …
     parallel, decode, latent, module        global arrays in and out; a KV cache cut by tokens; MLA; a Flax layer
     crosscheck/                             the instrument: cases, the judge, the diagnosis; needs no JAX
+    testing                                 the judge as an assertion, for the tests of other projects
     mindie/                                 a MindIE deployment: checked, explained, and its case
     trial/                                  the judge on trial
     cli                                     the command

@@ -1,4 +1,4 @@
-"""The command `cpjax`. Errors of users exit 2 with one line, a failed verdict exits 1, success 0."""
+"""The command `cpjax`. Errors of users exit 2 with one line, a failed verdict exits 1, success 0, Ctrl-C 130."""
 
 import json
 import sys
@@ -6,19 +6,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cpjax.errors import InputError
 
+SHOWN = ("judge-dump", "judge", "cases", "examples", "crosscheck", "backends", "bench", "mindie")
+"""The commands in the order of the help: what most people come for stands first."""
+
+
+class _Shown(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=SHOWN.index)
+
+
+DONE = "Exit status: 0 done, 2 bad input (one line says what and how to mend it)."
+JUDGED = (
+    "Exit status: 0 everything agrees, 1 something is WRONG, not judgeable, or there is no result, 2 bad input (one "
+    "line says what and how to mend it)."
+)
+
 app = typer.Typer(
+    cls=_Shown,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="The executable specification of context-parallel attention, and the judge of its backends.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Judge attention kernels, and compute context-parallel attention as its specification does.",
+    epilog=f"{JUDGED} Each command has a help of its own: cpjax judge-dump --help.",
 )
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"cpjax {version('cpjax')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself; the help is said above."""
 
 
 def _mindie() -> typer.Typer:
@@ -27,7 +63,7 @@ def _mindie() -> typer.Typer:
     return mindie
 
 
-app.add_typer(_mindie(), name="mindie")
+app.add_typer(_mindie(), name="mindie", short_help="check and explain a MindIE config.json")
 
 CROSSCHECK_HELP = """Compute attention of a MindIE deployment three ways, and judge the outcome.
 
@@ -48,7 +84,7 @@ CASES is a folder of cases (or one file), RESULTS the folder with the results, o
 Example: cpjax judge out/cases out/results/npu
 """
 
-DUMP_HELP = """Judge tensors that any tool dumped: .npy, .npz, .safetensors, torch .pt; a folder holds one file a rank.
+DUMP_HELP = """Judge tensors that any tool dumped: .npy, .npz, .safetensors, torch .pt; or folders of one file per rank.
 
 One FILE may hold all tensors, under names like q, k, v, o, lse (else --names). FILE::NAME chooses one array of several.
 Give --query and --key twice for MLA's nope and rope parts; for the latent form the absorbed query, the latent as key.
@@ -58,17 +94,27 @@ printed. What no trial can tell is asked for (exit status 2). Sink, softcap, bia
 
 Examples:
 
-cpjax judge-dump --query q.npy --key k.npy --value v.npy --out o.npy --scale 0.125 --causal
+\b
+cpjax judge-dump --query q.npy --key k.npy --value v.npy --out o.npy \\
+    --scale 0.125 --causal
 
-cpjax judge-dump dump.safetensors --names query=attn.q,out=attn.y --scale 0.125 --causal --window 4096 --sink sinks.npy
+\b
+cpjax judge-dump dump.safetensors --names query=attn.q,out=attn.y \\
+    --scale 0.125 --causal --window 4096 --sink sinks.npy
 
-cpjax judge-dump dump.pt --scale 0.125 --causal --layout-of tnd --cu-seqlens-q cu_q.pt --cu-seqlens-k cu_k.pt
---align bottom-right --lse-layout nt
+\b
+cpjax judge-dump dump.pt --scale 0.125 --causal --layout-of tnd \\
+    --cu-seqlens-q cu_q.pt --cu-seqlens-k cu_k.pt --align bottom-right \\
+    --lse-layout nt
 
-cpjax judge-dump --query q.pt --key k_cache.pt --value v_cache.pt --out o.pt --block-table table.pt --seq-lens lens.pt
---scale 0.125 --no-causal --kv-scale 0.05
+\b
+cpjax judge-dump --query q.pt --key k_cache.pt --value v_cache.pt \\
+    --out o.pt --block-table table.pt --seq-lens lens.pt \\
+    --scale 0.125 --no-causal --kv-scale 0.05
 
-cpjax judge-dump --query q --key k --value v --out o --scale 0.125 --causal --partition zigzag   (folders of ranks)
+\b
+cpjax judge-dump --query q --key k --value v --out o --scale 0.125 \\
+    --causal --partition zigzag          (folders of ranks)
 """
 
 Report = Annotated[
@@ -77,18 +123,24 @@ Report = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
-@app.command(help=CROSSCHECK_HELP)
+@app.command(help=CROSSCHECK_HELP, short_help="compute a MindIE deployment three ways, judge them", epilog=JUDGED)
 def crosscheck(
     config: Annotated[
-        Path | None, typer.Option(help="a MindIE config.json; by default the vendor's example, DeepSeek-R1 on 16 NPUs")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="a MindIE config.json; by default the vendor's example, DeepSeek-R1 on 16 NPUs"
+        ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="length of the prompt; by default the smaller of maxInputTokenLen and 2048")
+        int | None,
+        typer.Option(metavar="N", help="length of the prompt; by default the smaller of maxInputTokenLen and 2048"),
     ] = None,
     geometry: Annotated[
-        str | None, typer.Option(help="HEADS,NOPE,ROPE,VALUE of a model that is not known by name")
+        str | None, typer.Option(metavar="HEADS,NOPE,ROPE,VALUE", help="of a model that is not known by name")
     ] = None,
-    shares: Annotated[int, typer.Option(help="how many of the tensor-parallel shares of the heads are computed")] = 1,
+    shares: Annotated[
+        int, typer.Option(metavar="N", help="how many of the tensor-parallel shares of the heads are computed")
+    ] = 1,
     decode: Annotated[
         bool, typer.Option("--decode", help="also a decode step, over the KV cache that cp·sp ranks share")
     ] = False,
@@ -96,13 +148,21 @@ def crosscheck(
         bool,
         typer.Option("--latent", help="MLA's latent travels, and each rank makes keys and values of it"),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="of the inputs, which are normally distributed")] = 0,
-    keep: Annotated[Path | None, typer.Option(help="keep the case and the results in this folder")] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the inputs, which are normally distributed")] = 0,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="keep the case and the results in this folder")
+    ] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="who computes it (several times); by default spec and npu; cpjax backends")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="spec, npu, sdpa, or another that cpjax backends lists; can be given several "
+            "times; by default spec and npu",
+        ),
     ] = None,
     given: Annotated[
-        Path | None, typer.Option("--cases", help="compute the cases of this folder instead of a deployment's")
+        Path | None,
+        typer.Option("--cases", metavar="DIR", help="compute the cases of this folder instead of a deployment's"),
     ] = None,
     report: Report = None,
     as_json: Json = False,
@@ -145,7 +205,7 @@ def crosscheck(
         _show(judged, as_json, compared)
 
 
-@app.command(help=JUDGE_HELP)
+@app.command(help=JUDGE_HELP, short_help="judge a folder of results of cases", epilog=JUDGED)
 def judge(
     cases: Annotated[Path, typer.Argument(metavar="CASES", help="a folder of case files, or one")],
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="the folder with the results")],
@@ -154,7 +214,7 @@ def judge(
         typer.Option(help="show the error budget of a row (several times)", metavar="CASE,BATCH,POSITION,HEAD"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="processes that judge (default: all cores)")
+        int | None, typer.Option(min=1, max=1024, metavar="N", help="processes that judge (default: all cores)")
     ] = None,
     report: Report = None,
     as_json: Json = False,
@@ -173,7 +233,7 @@ def judge(
             judged = list(judge_folder(found, results, advance, draw=draw, workers=workers))
         budgets = list(budgets_of(judged, rows))
         _report(report, judged, "cpjax judge")
-        _show(judged, as_json, budgets=budgets)
+        _show(judged, as_json, budgets=budgets, asked=True)
 
 
 CASES_HELP = """Write a set of cases into a new folder, with checksums, for any kernel to compute.
@@ -185,10 +245,10 @@ Example: cpjax cases --preset conformance cases
 """
 
 
-@app.command(help=CASES_HELP)
+@app.command(help=CASES_HELP, short_help="write the conformance set: cases for a new kernel", epilog=DONE)
 def cases(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")],
-    preset: Annotated[str, typer.Option(help="which set: conformance")] = "conformance",
+    preset: Annotated[str, typer.Option(metavar="conformance", help="which set")] = "conformance",
     as_json: Json = False,
 ) -> None:
     """See CASES_HELP."""
@@ -207,13 +267,32 @@ def cases(
         print(f"{len(rows)} cases, version {VERSION}, in {folder}. Next: cpjax judge {folder} RESULTS")
 
 
+EXAMPLES_HELP = """Write the example configs and the documentation into a new folder.
+
+Helps and messages name files under examples/ and docs/: they are there when you stand in this folder.
+
+Example: cpjax examples cpjax-files
+"""
+
+
+@app.command(help=EXAMPLES_HELP, short_help="write the example configs and the docs", epilog=DONE)
+def examples(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")]) -> None:
+    """See EXAMPLES_HELP."""
+    from cpjax.shared import write_shared
+
+    with _errors():
+        written = write_shared(folder)
+    for path in written:
+        print(path)
+
+
 BACKENDS_HELP = """List the installed backends: who can compute a case (docs/backends.md tells how to add one).
 
 Example: cpjax backends --json
 """
 
 
-@app.command(help=BACKENDS_HELP)
+@app.command(help=BACKENDS_HELP, short_help="list who can compute a case", epilog=DONE)
 def backends(as_json: Json = False) -> None:
     """See BACKENDS_HELP."""
     from cpjax.crosscheck.backends import about, installed
@@ -233,13 +312,15 @@ Example: cpjax bench --tokens 8192 --heads 4 --head-dim 64 --json
 """
 
 
-@app.command(help=BENCH_HELP)
+@app.command(help=BENCH_HELP, short_help="time the forward pass beside PyTorch and JAX", epilog=DONE)
 def bench(
-    tokens: Annotated[int, typer.Option(min=1)] = 8192,
-    heads: Annotated[int, typer.Option(min=1)] = 4,
-    head_dim: Annotated[int, typer.Option(min=1)] = 64,
-    cp: Annotated[int, typer.Option(min=1, max=64, help="devices, simulated on a CPU: one for each core")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="runs of each contender that count")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="length of the sequence")] = 8192,
+    heads: Annotated[int, typer.Option(min=1, metavar="N", help="query heads, and as many key/value heads")] = 4,
+    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="numbers a head")] = 64,
+    cp: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="devices, simulated on a CPU: one for each core")
+    ] = 2,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="runs of each contender that count")] = 5,
     as_json: Json = False,
 ) -> None:
     """See BENCH_HELP."""
@@ -253,60 +334,102 @@ def bench(
         print(json.dumps([row._asdict() for row in rows], indent=2) if as_json else bench_module.table(rows))
 
 
-@app.command("judge-dump", help=DUMP_HELP)
+PROFILE_NAMES = (
+    "float64, float32, flash_fp16, flash_bf16, ring_mla_fp16, decode_fp16_lse, fia_fp16, softmax_fp16, eager_fp16, "
+    "rounded_sum_fp16, scaled_query_fp16, fia_bf16, softmax_bf16, eager_bf16, rounded_sum_bf16, scaled_query_bf16"
+)
+"""Written out, so that a help loads no NumPy; tests/run/test_command.py holds it against the profiles."""
+
+
+@app.command("judge-dump", help=DUMP_HELP, short_help="judge tensors that any tool dumped", epilog=JUDGED)
 def judge_dump(
-    scale: Annotated[float, typer.Option(help="multiplies q·k")],
+    scale: Annotated[float, typer.Option(metavar="X", help="multiplies q·k")],
     causal: Annotated[bool, typer.Option("--causal/--no-causal", help="whether a causal mask applies")],
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="one file of several tensors: .safetensors, .npz, .pt")
+        Path | None, typer.Argument(metavar="FILE", help="one file of several tensors: .safetensors, .npz, .pt")
     ] = None,
     names: Annotated[
-        str | None, typer.Option(help="query=NAME,… of the tensors in FILE, if they have other names")
+        str | None, typer.Option(metavar="query=NAME,…", help="of the tensors in FILE, if they have other names")
     ] = None,
-    query: Annotated[list[Path] | None, typer.Option(help="file with the queries")] = None,
-    key: Annotated[list[Path] | None, typer.Option(help="file with the keys")] = None,
-    value: Annotated[Path | None, typer.Option(help="file with the values")] = None,
-    out: Annotated[Path | None, typer.Option(help="file with the result that is judged")] = None,
-    lse: Annotated[Path | None, typer.Option(help="file with the logarithm of the softmax sum")] = None,
-    lse_base: Annotated[str | None, typer.Option(help="of the logarithm: e, 2")] = None,
+    query: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="the queries")] = None,
+    key: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="the keys")] = None,
+    value: Annotated[Path | None, typer.Option(metavar="FILE", help="the values")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="the result that is judged")] = None,
+    lse: Annotated[Path | None, typer.Option(metavar="FILE", help="the logarithm of the softmax sum")] = None,
+    lse_base: Annotated[str | None, typer.Option(metavar="e|2", help="base of the logarithm")] = None,
     lse_layout: Annotated[
-        str | None, typer.Option(help="bsn, bns, tn, nt; bsn1, … with an axis of 1 behind; bsn8, … of 8 equal numbers")
+        str | None,
+        typer.Option(
+            metavar="bsn|bns|tn|nt", help="axes; bsn1, … with an axis of 1 behind; bsn8, … of 8 equal numbers"
+        ),
     ] = None,
     layout_of: Annotated[
-        str | None, typer.Option(help="bsnd, bnsd or tnd: batch, sequence (of all requests: tokens), heads n, head dim")
+        str | None,
+        typer.Option(metavar="bsnd|bnsd|tnd", help="batch, sequence (of all requests: tokens), heads n, head dim"),
     ] = None,
-    positions: Annotated[Path | None, typer.Option(help="file with the global position of each query")] = None,
+    positions: Annotated[Path | None, typer.Option(metavar="FILE", help="the global position of each query")] = None,
     align: Annotated[
         str | None,
-        typer.Option(help="of other numbers of queries than keys: bottom-right (the last query sees all), top-left"),
+        typer.Option(
+            metavar="bottom-right|top-left",
+            help="where the mask starts if queries and keys differ in number; bottom-right: the last query sees all",
+        ),
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="LENGTH,… of the requests of a packed batch")] = None,
-    segments: Annotated[Path | None, typer.Option(help="file with the request of each token, -1 for a pad")] = None,
-    cu_seqlens_q: Annotated[Path | None, typer.Option(help="file with 0 and the end of each request's queries")] = None,
-    cu_seqlens_k: Annotated[Path | None, typer.Option(help="the same of the keys, if there are others")] = None,
+    lengths: Annotated[str | None, typer.Option(metavar="LENGTH,…", help="of the requests of a packed batch")] = None,
+    segments: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the request of each token, -1 for a pad")
+    ] = None,
+    cu_seqlens_q: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="0 and the end of each request's queries")
+    ] = None,
+    cu_seqlens_k: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the same of the keys, if there are others")
+    ] = None,
     cu_seqlens_padded: Annotated[
-        Path | None, typer.Option(help="the same with pads: where requests really begin; cu-seqlens are their lengths")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="the same with pads: where requests really begin; cu-seqlens are their lengths"
+        ),
     ] = None,
     block_table: Annotated[
-        Path | None, typer.Option(help="file [requests, blocks]; key and value are [blocks, block_size, heads, dim]")
+        Path | None,
+        typer.Option(metavar="FILE", help="[requests, blocks]; key and value are [blocks, block_size, heads, dim]"),
     ] = None,
-    seq_lens: Annotated[Path | None, typer.Option(help="file with the cached tokens of each request")] = None,
-    window: Annotated[int | None, typer.Option(help="keys that a query sees, its own included")] = None,
-    sink: Annotated[Path | None, typer.Option(help="file [heads]: a logit more in each head's softmax")] = None,
-    softcap: Annotated[float | None, typer.Option(help="X: scores become X·tanh(score / X)")] = None,
-    alibi: Annotated[Path | None, typer.Option(help="file with slopes [heads] or [batch, heads]")] = None,
-    bias: Annotated[Path | None, typer.Option(help="file added to scores, as [batch, heads, queries, keys]")] = None,
-    kv_scale: Annotated[float | None, typer.Option(help="of an FP8 cache: multiplies keys and values")] = None,
-    key_scale: Annotated[float | None, typer.Option(help="of the keys alone")] = None,
-    value_scale: Annotated[float | None, typer.Option(help="of the values alone")] = None,
+    seq_lens: Annotated[Path | None, typer.Option(metavar="FILE", help="the cached tokens of each request")] = None,
+    window: Annotated[int | None, typer.Option(metavar="N", help="keys that a query sees, its own included")] = None,
+    sink: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="[heads]: a logit more in each head's softmax")
+    ] = None,
+    softcap: Annotated[float | None, typer.Option(metavar="X", help="scores become X·tanh(score / X)")] = None,
+    alibi: Annotated[Path | None, typer.Option(metavar="FILE", help="slopes [heads] or [batch, heads]")] = None,
+    bias: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="added to scores, as [batch, heads, queries, keys]")
+    ] = None,
+    kv_scale: Annotated[
+        float | None, typer.Option(metavar="X", help="of an FP8 cache: multiplies keys and values")
+    ] = None,
+    key_scale: Annotated[float | None, typer.Option(metavar="X", help="of the keys alone")] = None,
+    value_scale: Annotated[float | None, typer.Option(metavar="X", help="of the values alone")] = None,
     partition: Annotated[
         str | None,
-        typer.Option(help="contiguous, zigzag, striped, packed, blocks, interleaved: who holds which tokens"),
+        typer.Option(
+            metavar="NAME",
+            help="who holds which tokens: contiguous, zigzag, striped, packed, blocks, interleaved; blocks:64 and "
+            "interleaved:8 say a size, too",
+        ),
     ] = None,
-    cp: Annotated[int | None, typer.Option(min=1, help="ranks; one if not said, or as many as folders hold")] = None,
-    precision: Annotated[str | None, typer.Option(help="a profile, see docs/precision.md")] = None,
+    cp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="ranks; one if not said, or as many as folders hold")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help=f"one of {PROFILE_NAMES} (docs/precision.md)")
+    ] = None,
     order: Annotated[
-        str | None, typer.Option(help="of merging: ring, gather, ascending, unknown; together: nothing is merged")
+        str | None,
+        typer.Option(
+            metavar="ring|gather|ascending|unknown|together",
+            help="in which order the ranks' results were merged; together: nothing was merged",
+        ),
     ] = None,
     report: Report = None,
     as_json: Json = False,
@@ -351,7 +474,7 @@ def judge_dump(
             shown = None if "form" in said.verdict.failed_tests else shown
             judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
         _report(report, [judged], "cpjax judge-dump")
-        _show([judged], as_json, asked=True)
+        _show([judged], as_json, asked=True, provenance=True)
 
 
 def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
@@ -413,14 +536,19 @@ def _report(report: Path | None, judged: list, title: str) -> None:
 
 
 def _show(
-    judged: list, as_json: bool, compared: list | None = None, budgets: list | None = None, *, asked: bool = False
+    judged: list,
+    as_json: bool,
+    compared: list | None = None,
+    budgets: list | None = None,
+    *,
+    asked: bool = False,
+    provenance: bool = False,
 ) -> None:
     """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
     from rich.console import Console
 
-    from cpjax.crosscheck.judging.asked import sentences
     from cpjax.crosscheck.run.compare import between_sentence
-    from cpjax.crosscheck.run.summary import all_passed, sentence, table_of
+    from cpjax.crosscheck.run.summary import all_passed, questions, sentence, table_of
 
     pairs = compared or []
     passed = all_passed(judged) and all(one.agreement.agrees for one in pairs)
@@ -440,9 +568,9 @@ def _show(
                 console.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
             for cause in one.verdict.diagnosis if one.verdict is not None else []:
                 console.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
-        for one in judged if asked else []:
-            for line in sentences({"layout": one.about["layout"]} | one.verdict.asked):
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for line in questions(judged) if asked else []:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for one in judged if provenance else []:
             for name, digest in one.about["files"].items():
                 console.print(f"file: {name}, SHA-256 {digest}", highlight=False, markup=False, soft_wrap=True)
             versions = ", ".join(f"{name} {x}" for name, x in one.about["versions"].items())

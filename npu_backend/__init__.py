@@ -36,6 +36,17 @@ Importing this package makes `torch.ops.atb.npu_ring_mla` and the others callabl
 and torch 2.13.0 at least (docs/operators.md). `sdk/` is for those who develop this: the real torch_npu without an NPU.
 """
 
-from npu_backend import autoload, vendor
+import sys
+
+try:
+    from npu_backend import autoload, vendor
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    needs = 'npu_backend needs torch, which is not installed; install it: pip install "torch>=2.13"'
+    if sys.argv[:1] == ["-m"]:  # `python -m npu_backend`: the interpreter imports the package before it runs it
+        print(needs, file=sys.stderr)
+        raise SystemExit(2) from None
+    raise ModuleNotFoundError(needs, name="torch") from None
 
 __all__ = ["autoload", "vendor"]

@@ -87,7 +87,8 @@ def check_device(device: str, ranks: int, operators: tuple[str, ...]) -> None:
     npu = torch.get_device_module("npu")
     count = npu.device_count()
     if count < ranks:
-        raise InputError(f"device npu: {ranks} ranks need as many NPUs, this host has {count}")
+        need = "1 rank needs an NPU" if ranks == 1 else f"{ranks} ranks need as many NPUs"
+        raise InputError(f"device npu: {need}, this host has {count}")
     soc = npu.get_device_name(0)
     if not soc.startswith(SOCS):
         raise InputError(

@@ -18,6 +18,7 @@ from cpjax.crosscheck.judging.verdict import Verdict, decide, malformed
 from cpjax.errors import InputError
 from cpjax.partition import Partition
 from cpjax.precision import Precision
+from cpjax.wording import counted, is_are
 
 
 def judge(
@@ -175,5 +176,8 @@ def _off_format(problem: Problem, out: np.ndarray) -> str | None:
     off &= problem.is_judged[..., None, None]
     if off.any():
         count, name = int(off.sum()), problem.precision.name
-        return f"out holds {count:,} numbers that are no {fmt} numbers, in which {name} stores it"
+        holds = f"{counted(count, 'number')} that {is_are(count)} no {fmt} {'number' if count == 1 else 'numbers'}"
+        return (
+            f"out ({out.dtype}) holds {holds}, in which {name} stores it; give it in {fmt}, or name another precision"
+        )
     return None

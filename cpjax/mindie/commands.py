@@ -19,26 +19,43 @@ from cpjax.mindie.deployment import MOST_CARDS, read_deployment
 from cpjax.mindie.models import geometry, parse_geometry
 from cpjax.mindie.rules import VERSIONS
 from cpjax.mindie.text_file import printable
+from cpjax.wording import counted
+
+CHECKED = (
+    "Exit status: 0 accepted (warnings too) or done, 1 a config that MindIE does not take, 2 bad input (one line says "
+    "what and how to mend it)."
+)
+DONE = "Exit status: 0 done, 2 bad input (one line says what and how to mend it)."
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     help="A MindIE config.json, checked and explained.",
+    epilog=CHECKED,
 )
 
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="config.json, the vendor's fragment of one, or user_config.json")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Nodes = Annotated[int | None, typer.Option(help="servers in the rank table (default: as the file implies)")]
-Tokens = Annotated[int | None, typer.Option(help="tokens of the prompt (default: maxInputTokenLen)")]
-RoleOption = Annotated[list[str] | None, typer.Option("--role", help="hybrid, prefill or decode; once for each CONFIG")]
-OneRole = Annotated[str | None, typer.Option("--role", help="of a user_config.json: prefill or decode")]
-Hardware = Annotated[str | None, typer.Option(help='"Atlas 800I A2" or "Atlas 800I A3", or 800i-a2 and 800i-a3')]
-Dtype = Annotated[str | None, typer.Option(help="float16 or bfloat16 (default: as the weights' config.json says)")]
+Nodes = Annotated[
+    int | None, typer.Option(metavar="N", help="servers in the rank table (default: as the file implies)")
+]
+Tokens = Annotated[int | None, typer.Option(metavar="N", help="tokens of the prompt (default: maxInputTokenLen)")]
+RoleOption = Annotated[
+    list[str] | None, typer.Option("--role", metavar="hybrid|prefill|decode", help="once for each CONFIG")
+]
+OneRole = Annotated[str | None, typer.Option("--role", metavar="prefill|decode", help="of a user_config.json")]
+Hardware = Annotated[
+    str | None, typer.Option(metavar="NAME", help='"Atlas 800I A2" or "Atlas 800I A3", or 800i-a2 and 800i-a3')
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="float16|bfloat16", help="of the model (default: as the weights' config.json says)"),
+]
 Async = Annotated[bool, typer.Option("--async-scheduling", help="MINDIE_ASYNC_SCHEDULING_ENABLE=1 is set")]
-Version = Annotated[str, typer.Option("--mindie-version", help=f"of MindIE: {', '.join(VERSIONS)}")]
+Version = Annotated[str, typer.Option("--mindie-version", metavar="VERSION", help=f"of MindIE: {', '.join(VERSIONS)}")]
 
 
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,10 +72,10 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@app.command()
+@app.command(short_help="say whether MindIE will take a config, and what is wrong", epilog=CHECKED)
 @user_errors
 def check(
-    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="one config, or all of one deployment")],
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG", help="one config, or all of one deployment")],
     role: RoleOption = None,
     hardware: Hardware = None,
     dtype: Dtype = None,
@@ -106,7 +123,7 @@ def _checked_json(one: Checked) -> dict[str, Any]:
     }
 
 
-@app.command()
+@app.command(short_help="say what each card holds, and its groups", epilog=DONE)
 @user_errors
 def ranks(
     config: Config,
@@ -144,7 +161,7 @@ def ranks(
     if picture is not None:
         from cpjax.mindie.draw import draw
 
-        draw(layout, f"{printable(config)}: {layout.tokens} tokens, cache blocks of {layout.block}", picture)
+        draw(layout, f"{printable(config)}: {counted(layout.tokens, 'token')}, cache blocks of {layout.block}", picture)
     if as_json:
         typer.echo(json.dumps(layout_json(layout)))
         return
@@ -159,7 +176,7 @@ def ranks(
         typer.echo(f"drawn: {printable(picture)}")
 
 
-@app.command()
+@app.command(short_help="say which prefill rank sends what to which decode rank", epilog=DONE)
 @user_errors
 def link(
     prefill: Annotated[Path, typer.Argument(metavar="PREFILL", help="config of the prefill instance")],
@@ -189,16 +206,18 @@ def link(
 
     from cpjax.mindie.tables import link_text, transfers_table
 
-    Console().print(transfers_table(pulled[0], f"what decode rank 0 fetches of a prompt of {length} tokens", 24))
+    Console().print(
+        transfers_table(pulled[0], f"what decode rank 0 fetches of a prompt of {counted(length, 'token')}", 24)
+    )
     for line in link_text(links, pulled[0], p.sizes):
         typer.echo(line)
 
 
-@app.command()
+@app.command(short_help="turn context parallelism on by the smallest edit", epilog=CHECKED)
 @user_errors
 def enable(
     config: Config,
-    cp: Annotated[int, typer.Option(help="the number of parts of the sequence")] = 2,
+    cp: Annotated[int, typer.Option(metavar="N", help="the number of parts of the sequence")] = 2,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="write the new config; never over a file")
     ] = None,
@@ -257,7 +276,7 @@ def _write_new(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-@app.command()
+@app.command(short_help="print all rules, with their sources, as Markdown", epilog=DONE)
 def rules() -> None:
     """Print all rules as a Markdown table: what each says, its source, and whether the server checks it.
 
@@ -269,7 +288,7 @@ def rules() -> None:
         typer.echo(line)
 
 
-@app.command()
+@app.command(short_help="print the JSON schema of a config", epilog=DONE)
 @user_errors
 def schema() -> None:
     """Print the JSON schema of a config, for an editor.

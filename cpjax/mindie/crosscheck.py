@@ -11,6 +11,7 @@ from cpjax.mindie.deployment import Deployment, read_deployment
 from cpjax.mindie.models import Geometry, local_heads, parse_geometry
 from cpjax.mindie.models import geometry as geometry_of
 from cpjax.mindie.text_file import printable
+from cpjax.wording import counted
 
 EXAMPLE = Path(__file__).with_name("deepseek-r1-cp2.json")
 """The vendor's example; examples/deepseek-r1-cp2.json is a link to it."""
@@ -58,8 +59,9 @@ def cases_of(
         raise InputError(f"--shares is {shares}; it must be from 1 to the config's tp, {sizes.tp}")
     if shares < sizes.tp:
         remarks.append(
-            f"scaled down: {shares * sizes.cp} of {sizes.cp * sizes.tp} cards are computed, {heads} heads each; other "
-            f"tensor-parallel shares do the same on other heads (--shares {sizes.tp} computes all)"
+            f"scaled down: {shares * sizes.cp} of {sizes.cp * sizes.tp} cards are computed, "
+            f"{counted(heads, 'head')} each; other tensor-parallel shares do the same on other heads (--shares "
+            f"{sizes.tp} computes all)"
         )
     about = {"config": deployment.path.name, "model": deployment.model_name, "tp": sizes.tp, "tokens": tokens}
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in deployment.path.stem)

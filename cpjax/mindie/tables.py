@@ -9,11 +9,12 @@ from cpjax.mindie.deployment import Sizes
 from cpjax.mindie.layout import Layout, short
 from cpjax.mindie.link import Transfer
 from cpjax.partition.kv_cache import tokens_per_rank
+from cpjax.wording import counted
 
 
 def cards_table(layout: Layout) -> Table:
     """A row per card."""
-    title = f"{len(layout.cards)} cards, a prompt of {layout.tokens} tokens"
+    title = f"{counted(len(layout.cards), 'card')}, a prompt of {counted(layout.tokens, 'token')}"
     table = Table(
         title=title + (f", padded to {layout.padded}" if layout.padded > layout.tokens else ""),
         box=box.SIMPLE_HEAD,
@@ -60,10 +61,11 @@ def link_text(links: dict[int, list[int]], pulled: list[Transfer], prefill: Size
     for d, sources in list(links.items())[:8]:
         yield f"decode tp rank {d} fetches from prefill ranks {short(tuple(sources), 6)}, in this order"
     if len(links) > 8:
-        yield f"… and so on, {len(links)} decode tp ranks"
+        yield f"… and so on, {counted(len(links), 'decode tp rank')}"
     last, ranks = pulled[-1], prefill.cp * prefill.sp
     yield (
-        f"The prompt's last block, {last.block}, has {last.tokens} tokens. It lives on prefill rank {last.source}, the "
+        f"The prompt's last block, {last.block}, has {counted(last.tokens, 'token')}. It lives on prefill rank "
+        f"{last.source}, the "
         f"last of the {ranks} cache ranks that has any block, so that it is fetched last and becomes decode block "
         f"{last.target}, the last: only there may a block be partly filled, because the decode node's cache is read up "
         "to a length."

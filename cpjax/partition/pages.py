@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from cpjax.errors import InputError
 from cpjax.partition.cached import Cached
+from cpjax.wording import counted
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Pages(Cached):
         needed = -(-length // self.page)
         if request >= len(self.ranks) or len(self.ranks[request]) < needed:
             raise InputError(
-                f"request {request} has {length} tokens, {needed} pages of {self.page}, but the page table has "
+                f"request {request} has {counted(length, 'token')}, {counted(needed, 'page')} of {self.page}, "
+                "but the page table has "
                 f"{len(self.ranks[request]) if request < len(self.ranks) else 0}; add a rank for every page"
             )
         return np.repeat(np.array(self.ranks[request], int), self.page)[:length]

@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from cpjax.errors import InputError
 from cpjax.partition.partition import Partition, Segments, check_order
+from cpjax.wording import counted
 
 BlockMask = Literal["none", "triu", "strict"]
 """Of a block's pairs (i, j), query and key counted within their chunks, visible are: all, those with j <= i (the
@@ -47,7 +48,8 @@ class SequencePartition(Partition):
         parts = self.chunk_count
         if length % parts:
             raise InputError(
-                f"{length} tokens cannot be cut into {parts} equal parts (partition {self.name!r}, cp {self.cp}); "
+                f"{counted(length, 'token')} cannot be cut into {parts} equal parts (partition {self.name!r}, "
+                f"cp {self.cp}); "
                 f"pad to {-(-length // parts) * parts} with pad tokens (segment -1)"
             )
         chunk = self.chunk_of(length)

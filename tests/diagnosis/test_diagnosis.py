@@ -42,7 +42,7 @@ SAYS = {
     "lse in log2": "base two",
     "zeros": "never written",
     "plain average": "plain average",
-    "one NaN": "position 32, head 0 is the first of 1 rows with a NaN",
+    "one NaN": "position 32, head 0 is the only row with a NaN",
 }
 
 

@@ -101,8 +101,8 @@ def test_a_mask_that_shows_one_more_key_is_named(case):
         pytest.skip("its queries point at visible keys, so one more key of score 0 changes nothing")
     said = " ".join(read(case, exact(case, hidden_shown=1)))
     if case.about["reading"] == "seen":
-        assert "query 0 of head 0 saw 1 of its 1 keys, and 1 that it may not see (key 1)" in said
-        assert "query 0 of head 0 counted 2 keys, 1 are visible" in said
+        assert "query 0 of head 0 saw 1 of its 1 key, and 1 that it may not see (key 1)" in said
+        assert "query 0 of head 0 counted 2 keys, 1 is visible" in said
     else:
         assert "saw what is hidden" in said
 

@@ -181,7 +181,7 @@ def test_a_rotary_part_of_another_token_is_named_and_pads_are_not_looked_at():
     moved = key.copy()
     moved[1, 2, 1, 5:] = key[1, 3, 1, 5:]
     found = check_expanded(x, moved, value, np.ones((2, 6), bool))
-    assert found.reasons == ["key: the last 2 of 1 keys are not k_rope, the first at batch 1, token 2, head 1"]
+    assert found.reasons == ["key: the last 2 numbers of 1 key are not k_rope, the first at batch 1, token 2, head 1"]
     seen = np.ones((2, 6), bool)
     seen[1, 2] = False
     value[1, 2] = np.nan

@@ -71,13 +71,18 @@ def test_commands_exist(command):
     assert subprocess.run(line, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_readme_has_examples():
+    assert [len(doctest.DocTestParser().get_examples(block)) for block in BLOCKS] == [7, 11]
+
+
 @pytest.mark.process
-def test_the_example_of_the_readme():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 1
-    assert len(doctest.DocTestParser().get_examples(blocks[0])) >= 8
+@pytest.mark.parametrize("block", BLOCKS, ids=["arrays", "JAX"])
+def test_an_example_of_the_readme(block):
     code = (
-        f"import doctest; test = doctest.DocTestParser().get_doctest({blocks[0]!r}, {{}}, 'README', None, 0);"
+        f"import doctest; test = doctest.DocTestParser().get_doctest({block!r}, {{}}, 'README', None, 0);"
         "raise SystemExit(doctest.DocTestRunner().run(test).failed)"
     )
     # A process of its own: it sets the number of devices, as a user would.

@@ -19,15 +19,18 @@ ROOT = Path(__file__).parents[2]
 # A package's `__init__.py` that only speaks for its rooms (`cpjax.crosscheck`) is a room too: Python runs it first,
 # but that is not an import that anybody wrote.
 LAYERS = [
-    ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.crosscheck.exact"],
-    ["cpjax.arrays", "cpjax.mask", "cpjax.precision"],
+    ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.wording", "cpjax.crosscheck.exact"],
+    ["cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared"],
     ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.mapping", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
     ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis"],
     ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge"],
-    ["cpjax.module", "cpjax.bench", "cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"],
+    [
+        *("cpjax.module", "cpjax.bench", "cpjax.testing"),
+        *("cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"),
+    ],
     ["cpjax.crosscheck.report", "cpjax.crosscheck.backends", "cpjax.trial"],
     ["cpjax.cli"],
     ["cpjax.__main__"],
@@ -79,6 +82,7 @@ SHARED = {
 # What judges, so that it can live on a host where JAX cannot be had.
 WITHOUT_JAX = (
     "partition",
+    "testing",
     *(f"crosscheck.{room}" for room in ("exact", "files", "error_model", "judging", "diagnosis", "judge")),
     *(f"crosscheck.{room}" for room in ("conformance", "dumps", "run", "report")),
 )
@@ -264,6 +268,13 @@ np.save(folder / "out.npy", attention(case, right).out)
 query, key, value, out = (folder / f"{name}.npy" for name in ("query", "key", "value", "out"))
 said = judge_dump(Question((query,), (key,), value, out, scale=case.scale, is_causal=True, layout="bsnd", cp=2))
 print("dump", said.verdict.passed)
+
+from cpjax.testing import assert_attention
+assert_attention(case.query, case.key, case.value, attention(case, right).out, scale=case.scale, cp=2)
+try:
+    assert_attention(case.query, case.key, case.value, attention(case, wrong).out, scale=case.scale, cp=2)
+except AssertionError as error:
+    print("assert", str(error).splitlines()[0])
 """
 ABSENT = ("jax", "jaxlib", "flax", "torch")
 HEAVY = ("scipy.stats", "pandas", "matplotlib")
@@ -272,16 +283,20 @@ HEAVY = ("scipy.stats", "pandas", "matplotlib")
 def test_what_judges_works_without_jax(tmp_path):
     """Imported, and used: right and wrong results, with the reason, through case files, result files and a dump."""
     names = [name for name in MODULES if name.removeprefix("cpjax.").startswith(WITHOUT_JAX)]
-    assert {name.removeprefix("cpjax.").rpartition(".")[0] for name in names} >= set(WITHOUT_JAX) - {"crosscheck.judge"}
+    assert {name.removeprefix("cpjax.").rpartition(".")[0] for name in names} >= set(WITHOUT_JAX) - {
+        "crosscheck.judge",
+        "testing",
+    }
     code = NO_JAX
     for word, what in {"NAMES": names, "LAZY": LAZY, "ABSENT": ABSENT, "HEAVY": HEAVY, "FOLDER": str(tmp_path)}.items():
         code = code.replace(word, repr(what))
-    loaded, right, wrong, heavy, dump = says(code).splitlines()
+    loaded, right, wrong, heavy, dump, asserted = says(code).splitlines()
     assert loaded == "", "loaded by importing the judge"
     assert right == "right pass [] []"
     assert wrong.startswith("wrong fail ['rank 0: key/value chunk 1 (of rank 1) never entered query chunk 3 ")
     assert heavy == "", "loaded by judging"
     assert dump == "dump True"
+    assert asserted == "assert attention is WRONG: not what correct flash_fp16 arithmetic gives"
 
 
 # Examples ------------------------------------------------------------------------------------------------------------

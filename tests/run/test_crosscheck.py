@@ -345,7 +345,7 @@ def test_pairs_that_do_not_agree_are_named():
     bad = Compared("b", ("npu", "spec"), Agreement(False, ("out: far",), float("inf"), 2.0, float("nan"), 0.2, 9))
     assert between_sentence([]) == ""
     assert "z at most 0.50" in between_sentence([good])
-    assert between_sentence([good, bad]) == "1 of 2 pairs do NOT agree with each other. b, npu and spec: out: far."
+    assert between_sentence([good, bad]) == "1 of 2 pairs does NOT agree with each other. b, npu and spec: out: far."
     assert (bad.as_json()["z"], bad.as_json()["lse_z"]) == (None, None)
 
 

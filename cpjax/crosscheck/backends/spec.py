@@ -11,6 +11,7 @@ from cpjax.partial import Partial
 from cpjax.partition import Packed, SequencePartition
 from cpjax.partition.cached import Cached
 from cpjax.precision import Precision, profile
+from cpjax.wording import counted
 
 
 class Spec:
@@ -24,7 +25,10 @@ class Spec:
         """One text whose queries and keys are the same tokens; all packs and decodes that can be read."""
         tokens, keys, partition = case.query.shape[1], case.key.shape[1], case.partition
         if isinstance(partition, SequencePartition) and (tokens != keys or tokens % partition.chunk_count):
-            return f"{tokens} queries, {keys} keys; both must be one multiple of {partition.chunk_count}"
+            return (
+                f"{counted(tokens, 'query', 'queries')}, {counted(keys, 'key')}; both must be one multiple "
+                f"of {partition.chunk_count}"
+            )
         absent = [name for name in case.logit_options if name in ("alibi", "bias")]
         if absent:
             return f"{' and '.join(absent)}; the specification has none"

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.result import Result
 from cpjax.mask import PAD, Mask, visible
+from cpjax.wording import counted, is_are
 
 MOST = 8
 """Keys that a sentence names."""
@@ -37,13 +38,14 @@ def _seen(case: Case, result: Result) -> Iterator[str]:
         seen = int((saw[t, n] & may[t]).sum())
         more = f", and {len(extra)} that it may not see ({_listed(extra)})" if len(extra) else ""
         less = f" (not {_listed(missed)})" if len(missed) else ""
-        yield f"out: query {t} of head {n} saw {seen} of its {count[t]} keys{less}{more}{_alike(wrong)}"
+        yield f"out: query {t} of head {n} saw {seen} of its {counted(count[t], 'key')}{less}{more}{_alike(wrong)}"
     if result.lse is not None:
         with np.errstate(over="ignore", invalid="ignore"):
-            counted = np.exp(result.lse[0].astype(np.float64))
-            off = ~(np.abs(counted - count[:, None]) < 0.5) & real[:, None]
+            terms = np.exp(result.lse[0].astype(np.float64))
+            off = ~(np.abs(terms - count[:, None]) < 0.5) & real[:, None]
         for t, n in np.argwhere(off)[:1]:
-            yield f"lse: query {t} of head {n} counted {counted[t, n]:.4g} keys, {count[t]} are visible{_alike(off)}"
+            visible = f"{count[t]} {is_are(count[t])} visible"
+            yield f"lse: query {t} of head {n} counted {terms[t, n]:.4g} keys, {visible}{_alike(off)}"
 
 
 def _one_hot(case: Case, result: Result) -> Iterator[str]:

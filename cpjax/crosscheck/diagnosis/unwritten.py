@@ -7,6 +7,7 @@ from cpjax.crosscheck.diagnosis.places import numbers
 from cpjax.crosscheck.diagnosis.sample import out_suspects
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
+from cpjax.wording import counted, is_are
 
 LEAST_COLUMNS = 2
 """Columns from which on equal numbers in all of them tell something."""
@@ -29,13 +30,12 @@ def said(problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarr
         what = "zero" if number == 0 else f"{number:g} in every column"
         where = [f"position{'s' * (len(np.unique(position)) > 1)} {numbers(position)}"]
         if len(np.unique(head)) < problem.query.shape[2]:
-            where.append(f"heads {numbers(head)}")
+            where.append(f"head{'s' * (len(np.unique(head)) > 1)} {numbers(head)}")
         if problem.query.shape[0] > 1:
             where.append(f"batch {numbers(batch)}")
         count = int(here.sum())
-        rows_said = f"{count:,} rows" if count > 1 else "1 row"
         sentences.append(
-            f"{rows_said} of out {'are' if count > 1 else 'is'} {what}, as if never written: {', '.join(where)}"
+            f"{counted(count, 'row')} of out {is_are(count)} {what}, as if never written: {', '.join(where)}"
             f"{_of_requests(problem, batch, position)}."
         )
     return sentences

@@ -11,6 +11,7 @@ from cpjax.crosscheck.diagnosis.places import holders, numbers, ranks
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.mask import Tokens, visible
+from cpjax.wording import is_are
 
 UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
 
@@ -31,7 +32,7 @@ LOOKED_AT = 64
 
 FP16_MAX = 65504.0
 
-BROKEN_END = "rows with a NaN or an infinity."
+BROKEN_END = "with a NaN or an infinity."
 
 
 def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
@@ -239,7 +240,8 @@ def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out:
     if broken.any():
         i = int(np.flatnonzero(broken)[0])
         where = f"batch {table.batch[i]}, position {table.position[i]}, head {table.head[i]}"
-        sentences.append(f"At {where} is the first of {int(broken.sum()):,} {BROKEN_END}")
+        count = int(broken.sum())
+        sentences.append(f"At {where} is the {'only row' if count == 1 else f'first of {count:,} rows'} {BROKEN_END}")
         sentences += _overflow(problem, table, broken)
     if wrong.any() and not wrong.all():
         parts = []
@@ -257,7 +259,8 @@ def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out:
         if len(places) < len(np.unique(table.position)) and (np.diff(places) > 1).sum() < MOST_RUNS:
             parts.append(f"position{'s' * (len(places) > 1)} {numbers(places)} only")
         if parts:
-            sentences.append(f"Wrong are {int(wrong.sum()):,} of {len(wrong):,} judged rows: {', '.join(parts)}.")
+            count = int(wrong.sum())
+            sentences.append(f"Wrong {is_are(count)} {count:,} of {len(wrong):,} judged rows: {', '.join(parts)}.")
     return sentences
 
 

@@ -25,6 +25,7 @@ from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.errors import InputError
 from cpjax.partition import Packed, Partition, inverse, partition_of
 from cpjax.partition.sequence import SequencePartition
+from cpjax.wording import counted
 
 JOINED = ("zigzag", "contiguous", "striped")
 """How ranks may lie in a folder, tried in this order."""
@@ -174,7 +175,7 @@ def _cp(question: Question, tensors: dict[str, list[Read]], ranks: set[int]) -> 
         raise InputError(f"folders have {', '.join(map(str, sorted(ranks)))} ranks; all must have as many")
     found = next(iter(ranks), None)
     if question.cp is not None and found is not None and question.cp != found:
-        raise InputError(f"--cp {question.cp}, but the folders have {found} ranks; leave --cp out")
+        raise InputError(f"--cp {question.cp}, but the folders have {counted(found, 'rank')}; leave --cp out")
     return question.cp or found or 1
 
 
@@ -340,7 +341,7 @@ def _computes(chosen: Tried, scale: float) -> list[str]:
     problem = chosen.problem
     names = consistent_with(problem, scale, chosen.out, chosen.lse)
     mask = "causal" if problem.mask.is_causal else "full"
-    what = f"computes: {mask} attention, {problem.query.shape[2]} heads on {problem.key.shape[2]}"
+    what = f"computes: {mask} attention, {counted(problem.query.shape[2], 'head')} on {problem.key.shape[2]}"
     return [f"{what}; consistent with {'; or '.join(names)}"] if names else [what]
 
 

@@ -9,6 +9,7 @@ from cpjax.crosscheck.dumps.question import BASES, LSE_AXES
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.errors import InputError
 from cpjax.mask import Tokens, visible
+from cpjax.wording import counted
 
 ROWS = 64
 """Queries, drawn at random, in which readings are compared."""
@@ -147,7 +148,10 @@ def without_infinity(problem: Problem, lse: np.ndarray) -> tuple[np.ndarray, str
     count = int(blind[..., 0].sum())
     if not count:
         return lse, None
-    says = f"lse: +inf in {count} queries that see no key is taken for −inf"
+    says = (
+        f"lse: +inf in {counted(count, 'query', 'queries')} that {'sees' if count == 1 else 'see'} no key is "
+        "taken for −inf"
+    )
     return np.where(blind, -np.inf, lse), says
 
 
@@ -163,7 +167,8 @@ def read_lse(parts: list[np.ndarray], shapes: list[tuple[int, int, int]], layout
         b, t, n = shapes[0]
         said = "" if layout is None else f" as --lse-layout {layout}"
         raise InputError(
-            f"--lse {path}: has shape {list(parts[0].shape)}{said}; with batch {b}, {t} tokens and {n} heads it must "
-            f"be [B, T, N], [B, N, T], [T, N] or [N, T], with an axis of 1 or 8 equal numbers behind or not"
+            f"--lse {path}: has shape {list(parts[0].shape)}{said}; with batch {b}, {counted(t, 'token')} and "
+            f"{counted(n, 'head')} it must be [B, T, N], [B, N, T], [T, N] or [N, T], with an axis of 1 or 8 "
+            "equal numbers behind or not"
         )
     return {word: [one[word] for one in each] for word in words}

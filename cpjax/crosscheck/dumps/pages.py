@@ -8,6 +8,7 @@ from cpjax.crosscheck.dumps.places import Row, read_offsets
 from cpjax.crosscheck.dumps.question import Question
 from cpjax.crosscheck.dumps.readers import WHOLE, read_array
 from cpjax.errors import InputError
+from cpjax.wording import counted
 
 
 class Gathered(NamedTuple):
@@ -37,13 +38,16 @@ def gathered(question: Question, key: np.ndarray, value: np.ndarray, batch: int,
     requests, blocks, size = len(table), key.shape[0], key.shape[1]
     lengths = _cached(question)
     if len(lengths) != requests:
-        raise InputError(f"--block-table has {requests} requests, but the cached tokens are of {len(lengths)}")
+        raise InputError(
+            f"--block-table has {counted(requests, 'request')}, but the cached tokens are of {len(lengths)}"
+        )
     slots = []
     for i, (row, n) in enumerate(zip(table, lengths, strict=True)):
         needed = -(-int(n) // size)
         if n < 1 or needed > len(row):
             raise InputError(
-                f"request {i} has {n} cached tokens; its {len(row)} blocks of {size} hold 1 to {len(row) * size}"
+                f"request {i} has {counted(n, 'cached token')}; its {counted(len(row), 'block')} of {size} "
+                f"{'holds' if len(row) == 1 else 'hold'} 1 to {len(row) * size}"
             )
         used = row[:needed]
         if ((used < 0) | (used >= blocks)).any():
@@ -68,12 +72,15 @@ def _queries(question: Question, requests: int, batch: int, length: int) -> Row:
     if question.cu_seqlens_q is not None and batch == 1:
         ends = read_offsets(question.cu_seqlens_q, "cu-seqlens-q", length)
         if len(ends) != requests + 1:
-            raise InputError(f"--cu-seqlens-q has {len(ends) - 1} requests, --block-table {requests}; make them equal")
+            raise InputError(
+                f"--cu-seqlens-q has {counted(len(ends) - 1, 'request')}, --block-table {requests}; make them equal"
+            )
         return ends
     if batch == requests:
         return np.arange(requests + 1) * length
     if batch == 1 and length == requests:
         return np.arange(requests + 1)
     raise InputError(
-        f"query has batch {batch} and {length} tokens, --block-table {requests} requests: say --cu-seqlens-q"
+        f"query has batch {batch} and {counted(length, 'token')}, --block-table {counted(requests, 'request')}: "
+        "say --cu-seqlens-q"
     )

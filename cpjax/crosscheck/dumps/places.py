@@ -10,6 +10,7 @@ from cpjax.crosscheck.dumps.question import Question
 from cpjax.crosscheck.dumps.readers import WHOLE, read_array
 from cpjax.errors import InputError
 from cpjax.mask import PAD
+from cpjax.wording import counted, is_are
 
 Row = Int[np.ndarray, " _"]
 
@@ -57,7 +58,9 @@ def read_offsets(path: Path, name: str, length: int | None = None) -> Row:
             f"--{name} {path}: is {list(x.shape)} from {x.ravel()[:4].tolist()}; it must be 0, ends ascending"
         )
     if length is not None and int(x[-1]) > length:
-        raise InputError(f"--{name} {path}: ends at {int(x[-1])}, but there are {length} tokens")
+        raise InputError(
+            f"--{name} {path}: ends at {int(x[-1])}, but there {is_are(length)} {counted(length, 'token')}"
+        )
     return x.astype(np.int64)
 
 
@@ -102,7 +105,8 @@ def _offsets(question: Question, length: int, keys: int) -> tuple[Row, Row] | No
         lengths = list(question.lengths)
         if length != keys or not lengths or sum(lengths) > length or min(lengths) < 1:
             raise InputError(
-                f"--lengths {lengths} must be positive and sum to at most the {length} tokens of query and key"
+                f"--lengths {lengths} must be positive and sum to at most the {counted(length, 'token')} of "
+                "query and key"
             )
         ends = np.cumsum([0, *lengths])
         return ends, ends
@@ -111,11 +115,16 @@ def _offsets(question: Question, length: int, keys: int) -> tuple[Row, Row] | No
     q = read_offsets(question.cu_seqlens_q, "cu-seqlens-q", length)
     if question.cu_seqlens_k is None:
         if length != keys:
-            raise InputError(f"--cu-seqlens-q for {length} queries and {keys} keys: give --cu-seqlens-k, too")
+            raise InputError(
+                f"--cu-seqlens-q for {counted(length, 'query', 'queries')} and {counted(keys, 'key')}: give "
+                "--cu-seqlens-k, too"
+            )
         return q, q
     kv = read_offsets(question.cu_seqlens_k, "cu-seqlens-k", keys)
     if len(q) != len(kv):
-        raise InputError(f"--cu-seqlens-q has {len(q) - 1} requests, --cu-seqlens-k {len(kv) - 1}; make them equal")
+        raise InputError(
+            f"--cu-seqlens-q has {counted(len(q) - 1, 'request')}, --cu-seqlens-k {len(kv) - 1}; make them equal"
+        )
     return q, kv
 
 
@@ -153,7 +162,8 @@ def _first(question: Question, length: int, keys: int) -> int:
     ]
     if depends and question.align is None:
         raise InputError(
-            f"{depends[0]} with {length} queries and {keys} keys: give --positions, the global position of each query, "
+            f"{depends[0]} with {counted(length, 'query', 'queries')} and {counted(keys, 'key')}: give "
+            "--positions, the global position of each query, "
             f"or --align bottom-right (the last query sees all keys) or top-left (the first query sees the first key)"
         )
     return 0

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from cpjax.arrays import of_torch
 from cpjax.crosscheck.files.checksums import sha256_of
 from cpjax.errors import InputError
+from cpjax.wording import counted
 
 MOST_BYTES = 2**34
 """An array, unpacked, may take 16 GiB."""
@@ -48,7 +49,7 @@ class Read(NamedTuple):
     @property
     def about(self) -> str:
         """dtype and shape in words."""
-        ranks = f"{len(self.parts)} ranks of " if self.by_rank else ""
+        ranks = f"{counted(len(self.parts), 'rank')} of " if self.by_rank else ""
         return f"{ranks}{self.parts[0].dtype} {list(self.parts[0].shape)}"
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.files.latent import TOKENS, Latent, half, product, stretches
 from cpjax.crosscheck.judging.statistic import LIMIT, expected_maximum
+from cpjax.wording import counted, is_are
 
 
 class Expansion(NamedTuple):
@@ -56,8 +57,8 @@ def check_expanded(
     if rope.any():
         b, s, n = np.argwhere(rope)[0]
         reasons.append(
-            f"key: the last {latent.k_rope.shape[2]} of {int(rope.sum()):,} keys are not k_rope, the first at batch "
-            f"{b}, token {s}, head {n}"
+            f"key: the last {counted(latent.k_rope.shape[2], 'number')} of {counted(rope.sum(), 'key')} are not "
+            f"k_rope, the first at batch {b}, token {s}, head {n}"
         )
     return Expansion(reasons, differing / max(1, total))
 
@@ -112,7 +113,8 @@ def _too_many(found: _Counts) -> str | None:
         if wrong.any() and (axis == (0, 1) or not wrong.all()):  # that all of them are wrong says nothing about where
             worst = int(np.argmax(z_score))
             return (
-                f"{differing[worst]:,} of {total[worst]:,} numbers {name(worst)} are not the FP16 number next to the "
+                f"{differing[worst]:,} of {counted(total[worst], 'number')} {name(worst)} "
+                f"{is_are(differing[worst])} not the FP16 number next to the "
                 f"product, where float32 sums explain {explained[worst]:,.0f}"
             )
     return None

@@ -29,6 +29,7 @@ from cpjax.crosscheck.judging.evidence import model_of
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.crosscheck.judging.sampling import Tile, chosen_rows, tiles
 from cpjax.crosscheck.judging.statistic import LIMIT, RowErrors, effective_dof, spread_z_score, worst_row_z_score
+from cpjax.wording import counted
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def _reasons(name: str, found: _Differences) -> list[str]:
     beyond = int((~(found.ratio <= 1.0)).sum())
     if beyond:
         reasons.append(
-            f"{name}: {beyond:,} rows differ by more than both bounds together, the worst by {found.worst:.3g} times"
+            f"{name}: {counted(beyond, 'row')} {'differs' if beyond == 1 else 'differ'} by more than both bounds "
+            f"together, the worst by {found.worst:.3g} times"
         )
     together, worst = spread_z_score(found.errors), worst_row_z_score(found.errors)
     if not together <= LIMIT:

@@ -17,6 +17,7 @@ from cpjax.mask import PAD, Mask, Tokens, visible
 from cpjax.partition import Contiguous, Partition, Zigzag, partition_of
 from cpjax.partition.partition import check_order
 from cpjax.precision import PROFILE_OF, PROFILES, Precision, profile, query_in, scale_in
+from cpjax.wording import counted
 
 Array = Any
 """NumPy's, or what `cpjax.arrays.as_array` makes one of: torch's, JAX's, DLPack's, a list."""
@@ -161,7 +162,8 @@ def checked_problem(
         for name, given in (("q_positions", q_positions), ("kv_positions", kv_positions)):
             if given is None:
                 raise ValueError(
-                    f"causal with {query.shape[1]} queries and {key.shape[1]} keys: nobody can say which keys are the "
+                    f"causal with {counted(query.shape[1], 'query', 'queries')} and "
+                    f"{counted(key.shape[1], 'key')}: nobody can say which keys are the "
                     f"future; give {name} (global positions, [batch, seq])"
                 )
     q_tokens, kv_tokens = _tokens(query, key, q_positions, kv_positions, segment_ids)

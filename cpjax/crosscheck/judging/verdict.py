@@ -20,6 +20,7 @@ from cpjax.crosscheck.judging.statistic import (
     spread_z_score,
     worst_row_z_score,
 )
+from cpjax.wording import counted, is_are
 
 LATTICE_SHARE = 2 / 7
 """Of outputs that should be no BF16 numbers, rounding errors typically move at most this share onto one: of the seven
@@ -220,7 +221,7 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
 
 
 def _count(some: int, of: int) -> str:
-    return f"{some:,} of {of:,} rows {'is' if some == 1 else 'are'}"
+    return f"{some:,} of {counted(of, 'row')} {is_are(some)}"
 
 
 def _place(table: RowTable, row: int) -> str:
@@ -250,10 +251,11 @@ def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -
         size = f"is off by {error:.3g}, {ratio[worst]:.3g} times its bound"
         if np.isinf(ratio[worst]):
             size = "is no finite number, or should not be one"
+        many = int(outside[rows].sum())
         yield (
             "bound" if name == "out" else "lse bound",
-            f"{name}: {int(outside[rows].sum()):,} values in {len(rows):,} rows lie beyond what any rounding explains; "
-            f"the worst, at {_place(table, int(worst))}, {size}",
+            f"{name}: {counted(many, 'value')} in {counted(len(rows), 'row')} {'lies' if many == 1 else 'lie'} beyond "
+            f"what any rounding explains; the worst, at {_place(table, int(worst))}, {size}",
         )
 
 

@@ -10,6 +10,7 @@ from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.crosscheck.judging.pairwise import Agreement, agreement
 from cpjax.crosscheck.run.session import Judged, problem_of
+from cpjax.wording import counted
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def between_sentence(compared: list[Compared]) -> str:
     apart = [one for one in compared if not one.agreement.agrees]
     if apart:
         said = (f"{one.case}, {' and '.join(one.backends)}: {one.agreement.reasons[0]}" for one in apart)
-        return f"{len(apart)} of {len(compared)} pairs do NOT agree with each other. {'; '.join(said)}."
+        return (
+            f"{len(apart)} of {counted(len(compared), 'pair')} {'does' if len(apart) == 1 else 'do'} NOT "
+            f"agree with each other. {'; '.join(said)}."
+        )
     worst = max(one.agreement.z for one in compared)
     return f"Held against each other, they differ by what their rounding explains and no more (z at most {worst:.2f})."

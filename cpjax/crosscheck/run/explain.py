@@ -12,6 +12,7 @@ from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.judging.error_budget import ErrorBudget, error_budget
 from cpjax.crosscheck.run.session import Judged
 from cpjax.errors import InputError
+from cpjax.wording import counted
 
 
 class Row(NamedTuple):
@@ -77,7 +78,7 @@ class Explained:
 def _title(one: Explained) -> str:
     b = one.budget
     where = f"{one.case}, {one.backend}: batch {b.batch}, position {b.position}, head {b.head}"
-    said = f"{where} sees {b.visible_keys} keys. RMS error {b.error:.2g}, σ {b.sigma:.2g}"
+    said = f"{where} sees {counted(b.visible_keys, 'key')}. RMS error {b.error:.2g}, σ {b.sigma:.2g}"
     if b.sigma > 0:
         said += f" (z {b.error / b.sigma:.2f})"
     said += f"; largest share of the bound {b.worst_ratio:.0%}, in column {b.worst_column}"
