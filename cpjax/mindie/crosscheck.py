@@ -34,7 +34,7 @@ def cases_of(
 
     Args:
       tokens: length of the prompt; None: the smaller of maxInputTokenLen and 2,048.
-      geometry: HEADS,NOPE,ROPE,VALUE; None: by the model's name.
+      geometry: HEADS,NOPE,ROPE,VALUE, with scale 1/√(NOPE + ROPE); None: by the model's name, with its own scale.
       shares: of the tp shares of the heads so many are computed, a case each, with other inputs.
       decode: also a case of decode, over the cache that cp·sp ranks share.
       latent: of the prompt the latent is given, of which each rank makes keys and values, as in MindIE.
@@ -71,6 +71,7 @@ def cases_of(
             precision=PRECISION,
             seed=seed + share,
             about=about | {"tp_rank": share},
+            scale=shape.scale,
         )
         for share in range(shares)
     ]

@@ -19,14 +19,17 @@ ROOT = Path(__file__).parents[2]
 # A package's `__init__.py` that only speaks for its rooms (`cpjax.crosscheck`) is a room too: Python runs it first,
 # but that is not an import that anybody wrote.
 LAYERS = [
-    ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.crosscheck.exact"],
-    ["cpjax.arrays", "cpjax.mask", "cpjax.precision"],
+    ["cpjax", "cpjax.errors", "cpjax.deepseek", "cpjax.rounding", "cpjax.crosscheck.exact"],
+    ["cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.deepseek.config"],
     ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
-    ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis"],
-    ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge"],
+    ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis", "cpjax.deepseek.rope"],
+    ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge", "cpjax.deepseek.attention"],
+    ["cpjax.deepseek.moe"],
+    ["cpjax.deepseek.model"],
+    ["cpjax.deepseek.names"],
     ["cpjax.module", "cpjax.bench", "cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"],
     ["cpjax.crosscheck.report", "cpjax.crosscheck.backends", "cpjax.trial"],
     ["cpjax.cli"],
@@ -134,7 +137,7 @@ IMPORTS = {name: imports_of(name) for name in MODULES}
 def room_of(module: str) -> str:
     """The sub-package of a module, or itself."""
     parts = module.split(".")
-    depth = 3 if parts[:2] == ["cpjax", "crosscheck"] else 2
+    depth = 3 if parts[:2] in (["cpjax", "crosscheck"], ["cpjax", "deepseek"]) else 2
     return ".".join(parts[:depth])
 
 

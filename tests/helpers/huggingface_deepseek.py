@@ -1,0 +1,62 @@
+"""Hugging Face transformers' DeepseekV3 as a reference, in float64 throughout if asked.
+
+Its code says float32 in its norms, its router, its angles and its softmax, whatever the model's dtype. `lifted` gives it
+another `torch` in which float32 is float64, so that the two implementations can be held to 1e-10; without it, to 1e-4.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DeepseekV3ForCausalLM, modeling_rope_utils
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+
+class _Lifted:
+    """torch, with float32 spelled float64."""
+
+    def __getattr__(self, name: str) -> Any:
+        return torch.float64 if name in ("float32", "float") else getattr(torch, name)
+
+
+@contextlib.contextmanager
+def precision(is_lifted: bool) -> Iterator[None]:
+    """What the reference's hard-coded float32 means inside this block."""
+    modules = (modeling_deepseek_v3, modeling_rope_utils)
+    before = [module.torch for module in modules]
+    for module in modules if is_lifted else ():
+        module.torch = _Lifted()
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            module.torch = old
+
+
+def read(folder: Path) -> Any:
+    """The model of a checkpoint, in float64, experts one by one (its faster ways refuse float64)."""
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model.config._experts_implementation = "eager"
+    return model.eval()
+
+
+def logits(folder: Path, ids: np.ndarray, *, is_lifted: bool = True) -> np.ndarray:
+    """Of all tokens, `[B, T, vocab]`."""
+    with precision(is_lifted), torch.no_grad():
+        return read(folder)(torch.tensor(ids), use_cache=False).logits.numpy()
+
+
+def angles(model_config: Any, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines `[B, T, R]` of the reference, each half the same."""
+    with precision(True), torch.no_grad():
+        rope = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(model_config)
+        cos, sin = rope(torch.zeros(1, dtype=torch.float64), torch.tensor(position))
+    return cos.numpy(), sin.numpy()
+
+
+def softmax_scale(model_config: Any) -> float:
+    """What multiplies q·k in the reference."""
+    return modeling_deepseek_v3.yarn_apply_mscale(model_config.rope_parameters, model_config.qk_head_dim**-0.5)
