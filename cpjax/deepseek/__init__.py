@@ -13,6 +13,7 @@ Read in this order; a file imports only what stands above it:
     cache         latents of past tokens, cut over cp ranks
     parallel      prefill with tokens in zigzag over cp, heads over tp, experts over both; decode; on a mesh
     generate      greedy decoding, and the same on one device as a check
+    simulate      what `cpjax generate` does
     module        the weights as Flax NNX modules that bear the checkpoint's names
 
 Everything is computed in one dtype, float64 or float32, but attention: that has a profile (`cpjax.precision`).

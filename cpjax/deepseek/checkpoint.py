@@ -136,7 +136,7 @@ def check_computed(dtype: str) -> None:
 
 
 def write_random(
-    folder: Path, config: DeepseekConfig, seed: int, *, dtype: str = "float16", shard_bytes: int = 2**20
+    folder: Path, config: DeepseekConfig, seed: int, *, dtype: str = "float16", shard_bytes: int = 2**18
 ) -> list[Path]:
     """Write a random checkpoint with a model's structure and names into a new folder; the files, in order.
 

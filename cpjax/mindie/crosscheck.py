@@ -42,7 +42,7 @@ def cases_of(
     Raises:
       InputError: what cannot be read or computed, and what `cpjax mindie check` refuses.
     """
-    deployment = _accepted(EXAMPLE if config is None else config)
+    deployment = accepted(EXAMPLE if config is None else config)
     identity = setting_of(deployment).identity
     shape = geometry_of(identity, deployment.model_name) if geometry is None else parse_geometry(geometry)
     sizes = deployment.sizes
@@ -90,7 +90,7 @@ def cases_of(
     return cases, remarks
 
 
-def _accepted(config: Path) -> Deployment:
+def accepted(config: Path) -> Deployment:
     """The deployment, of MindIE-Motor's file the prefill one, if MindIE takes it: a verdict on another is no use."""
     deployment = read_deployment(config, role="prefill")
     errors = [finding for finding in check(setting_of(deployment)) if finding.level == "error"]

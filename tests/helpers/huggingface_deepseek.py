@@ -1,7 +1,7 @@
 """Hugging Face transformers' DeepseekV3 as a reference, in float64 throughout if asked.
 
-Its code says float32 in its norms, its router, its angles and its softmax, whatever the model's dtype. `lifted` gives it
-another `torch` in which float32 is float64, so that the two implementations can be held to 1e-10; without it, to 1e-4.
+Its code says float32 in its norms, its router, its angles and its softmax, whatever the model's dtype. Lifted, it has
+another `torch` in which float32 is float64, so that the two implementations can be held to 1e-10; as it is, to 1e-4.
 """
 
 import contextlib

@@ -29,7 +29,10 @@ LAYERS = [
     ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge", "cpjax.deepseek.attention"],
     ["cpjax.deepseek.moe"],
     ["cpjax.deepseek.model"],
-    ["cpjax.deepseek.names"],
+    ["cpjax.deepseek.names", "cpjax.deepseek.cache"],
+    ["cpjax.deepseek.checkpoint", "cpjax.deepseek.parallel"],
+    ["cpjax.deepseek.generate", "cpjax.deepseek.module"],
+    ["cpjax.deepseek.simulate"],
     ["cpjax.module", "cpjax.bench", "cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"],
     ["cpjax.crosscheck.report", "cpjax.crosscheck.backends", "cpjax.trial"],
     ["cpjax.cli"],
@@ -191,7 +194,7 @@ def test_neither_half_imports_the_other():
 
 # Packages that importing nothing of ours needs: they are extras (docs/design.md), or slow and used in one function.
 LAZY = ("torch", "flax", "matplotlib", "pandas", "scipy.stats", "scipy.sparse", "scipy.optimize")
-NEEDS_AN_EXTRA = {"cpjax.module", "cpjax.trial.activations"}
+NEEDS_AN_EXTRA = {"cpjax.module", "cpjax.deepseek.module", "cpjax.trial.activations"}
 RUNS = {name for name in MODULES if name.endswith("__main__")}
 
 
