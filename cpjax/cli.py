@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -428,9 +428,9 @@ def generate(
         request = Request(model, ids, steps, sizes, block, exchange, dtype, precision, check)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
-        jax.config.update("jax_num_cpu_devices", sizes[0] * sizes[1])
-        jax.config.update("jax_enable_x64", dtype == "float64")
-        with _progress() as advance:
+        with suppress(RuntimeError):  # JAX is in use already; then it has the devices, or the mesh says what is missing
+            jax.config.update("jax_num_cpu_devices", sizes[0] * sizes[1])
+        with jax.enable_x64(dtype == "float64"), _progress() as advance:
             said = run(request, advance)
     print(json.dumps(said.as_json(), indent=2, allow_nan=False) if as_json else said.text())
     raise typer.Exit(0 if said.passed else 1)

@@ -8,7 +8,7 @@ block of a prompt to the last rank; where a token lies changes no result but in 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class CacheCut:
         slot, rank = np.arange(self.slots), np.arange(self.cp)[:, None]
         return (slot // self.block * self.cp + rank) * self.block + slot % self.block
 
-    def place(self, position: Int[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    def place(self, position: Int[Any, " B"]) -> tuple[Int[Any, " B"], Int[Any, " B"]]:
         """Rank and slot of the tokens at these positions.
 
         >>> [x.tolist() for x in CacheCut(cp=2, block=2, capacity=5).place(jnp.array([3, 4]))]

@@ -8,12 +8,13 @@ two differ by 1e-14 or so, and a difference that matters cannot hide behind roun
 """
 
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import Advance
@@ -102,6 +103,12 @@ def generate(
     return Generated(logits.argmax(axis=2), logits, seconds)
 
 
+@partial(jax.jit, static_argnums=0)
+def on_one_device(config: DeepseekConfig, weights: ModelWeights, text: Int[Array, "B T"]) -> Float[Array, "B T W"]:
+    """`forward`, compiled."""
+    return forward(weights, config, text)
+
+
 def check(config: DeepseekConfig, weights: ModelWeights, ids: Int[Any, "B T"], generated: Generated) -> Checked:
     """Hold what was generated against one device.
 
@@ -116,7 +123,7 @@ def check(config: DeepseekConfig, weights: ModelWeights, ids: Int[Any, "B T"], g
         raise InputError(f"the check is made in float64, the weights are {weights.norm.dtype}; load them in float64")
     prompt, steps = np.asarray(ids), generated.ids.shape[1]
     text = jnp.asarray(np.concatenate([prompt, generated.ids[:, :-1]], axis=1), jnp.int32)
-    whole = np.asarray(jax.jit(lambda weights, text: forward(weights, config, text))(weights, text))
+    whole = np.asarray(on_one_device(config, weights, text))
     expected = whole[:, -steps:]
     others = np.flatnonzero((expected.argmax(axis=2) != generated.ids).any(axis=0))
     return Checked(

@@ -9,6 +9,7 @@
 What is summed over devices is summed in the model's dtype.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -133,7 +134,10 @@ def specs(config: DeepseekConfig) -> ModelWeights:
 
 
 def prefill(
-    setup: Setup, weights: ModelWeights, ids: Int[Any, "B T"], lengths: Int[Any, " B"] | None = None
+    setup: Setup,
+    weights: ModelWeights,
+    ids: Int[Any, "B T"],
+    lengths: Sequence[int] | Int[np.ndarray, " B"] | None = None,
 ) -> Outcome:
     """A whole prompt at once: the last hidden state and the latents of all layers, in natural order.
 
@@ -246,7 +250,7 @@ class Next(NamedTuple):
     cache: Cache
 
 
-def start_cache(setup: Setup, cut: CacheCut, outcome: Outcome, lengths: Int[Any, " B"]) -> Cache:
+def start_cache(setup: Setup, cut: CacheCut, outcome: Outcome, lengths: Sequence[int] | Int[np.ndarray, " B"]) -> Cache:
     """The cache after a prefill, each rank's part on its device."""
     return _start_cache(setup, cut, outcome.latent, jnp.asarray(lengths, jnp.int32))
 

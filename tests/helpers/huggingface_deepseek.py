@@ -60,3 +60,15 @@ def angles(model_config: Any, position: np.ndarray) -> tuple[np.ndarray, np.ndar
 def softmax_scale(model_config: Any) -> float:
     """What multiplies q·k in the reference."""
     return modeling_deepseek_v3.yarn_apply_mscale(model_config.rope_parameters, model_config.qk_head_dim**-0.5)
+
+
+def route(model_config: Any, x: np.ndarray, gate: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """The weight of every expert `[T, E]` that the reference's router gives."""
+    with precision(True), torch.no_grad():
+        router = modeling_deepseek_v3.DeepseekV3TopkRouter(model_config).double()
+        router.weight.copy_(torch.tensor(gate))
+        router.e_score_correction_bias.copy_(torch.tensor(bias))
+        _, weight, chosen = router(torch.tensor(x))
+    found = np.zeros((len(x), len(gate)))
+    np.put_along_axis(found, chosen.numpy(), weight.numpy(), axis=1)
+    return found
