@@ -373,17 +373,17 @@ def checkpoint(
     """See CHECKPOINT_HELP."""
     from cpjax.deepseek.checkpoint import write_random
     from cpjax.deepseek.config import SMALL, read_config
-    from cpjax.deepseek.names import shapes
+    from cpjax.deepseek.names import mtp_shapes, shapes
 
     with _errors():
         config = SMALL if like is None else read_config(like)
         files = write_random(folder, config, seed, dtype=dtype)
-    size = sum(file.stat().st_size for file in files)
+    size, count = sum(file.stat().st_size for file in files), len(shapes(config) | mtp_shapes(config))
     if as_json:
         said = {"folder": str(folder), "files": [file.name for file in files], "bytes": size}
-        print(json.dumps(said | {"tensors": len(shapes(config)), "dtype": dtype, "seed": seed}, indent=2))
+        print(json.dumps(said | {"tensors": count, "dtype": dtype, "seed": seed}, indent=2))
     else:
-        print(f"{len(shapes(config))} tensors, {size:,} bytes in {len(files)} file(s), in {folder}")
+        print(f"{count} tensors, {size:,} bytes in {len(files)} file(s), in {folder}")
         print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
 
 

@@ -7,6 +7,7 @@ Read in this order; a file imports only what stands above it:
     attention     a layer's projections: hidden state → query and latent; what was attended → hidden state
     moe           gate, up, down; the router; experts
     model         layers to logits; what attends is handed in
+    mtp           the module that drafts one more token
     names         the checkpoint's tensors: names, shapes, dtypes, and how ranks cut them
     checkpoint    sharded safetensors: each device reads its slice; a random one is written
     cache         latents of past tokens, cut over cp ranks

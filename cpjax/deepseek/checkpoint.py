@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from cpjax.crosscheck.files.atomic import atomic_write, is_free
 from cpjax.deepseek.config import DeepseekConfig, read_config
 from cpjax.deepseek.model import ModelWeights
-from cpjax.deepseek.names import BIAS, shapes, weights_of
+from cpjax.deepseek.mtp import MtpWeights
+from cpjax.deepseek.names import BIAS, mtp_of, mtp_shapes, shapes, weights_of
 from cpjax.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -50,6 +51,12 @@ class Checkpoint:
     config: DeepseekConfig
     files: dict[str, Path]
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the MTP modules that the config counts are there; Hugging Face writes checkpoints without them."""
+        drafts = mtp_shapes(self.config)
+        return bool(drafts) and set(drafts) <= set(self.files)
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor, in the dtype of the file.
 
@@ -73,7 +80,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{folder} is no folder; give a checkpoint's, or write one: cpjax checkpoint DIR")
     config = read_config(folder)
     files = _files(folder)
-    wanted = shapes(config)
+    drafts = mtp_shapes(config)
+    wanted = shapes(config) | (drafts if any(name in files for name in drafts) else {})
     for name in wanted:
         if name not in files:
             raise InputError(f"{folder}: tensor {name} is missing; config.json says the model has it")
@@ -108,10 +116,27 @@ def load(
     Raises:
       InputError: a dtype in which nothing is computed; a file that cannot be read.
     """
+    wanted = shapes(checkpoint.config)
+    sources = weights_of(checkpoint.config, lambda name: _Source((name,), wanted[name]), _stacked)
+    return _loaded(checkpoint, sources, dtype, mesh, specs, advance)
+
+
+def load_mtp(checkpoint: Checkpoint, dtype: str) -> tuple[MtpWeights, ...]:
+    """The MTP modules, on one device.
+
+    Raises:
+      InputError: there is none; a dtype in which nothing is computed; a file that cannot be read.
+    """
+    if not checkpoint.has_mtp:
+        raise InputError(f"{checkpoint.folder} has no MTP module; take a checkpoint with num_nextn_predict_layers > 0")
+    wanted = mtp_shapes(checkpoint.config)
+    sources = mtp_of(checkpoint.config, lambda name: _Source((name,), wanted[name]), _stacked)
+    return _loaded(checkpoint, sources, dtype, None, None, lambda what, done, total: None)
+
+
+def _loaded(checkpoint: Checkpoint, sources: Any, dtype: str, mesh: Mesh | None, specs: Any, advance: Advance) -> Any:
+    """A tree of sources as arrays."""
     check_computed(dtype)
-    config = checkpoint.config
-    wanted = shapes(config)
-    sources = weights_of(config, lambda name: _Source((name,), wanted[name]), _stacked)
     is_source = lambda x: isinstance(x, _Source)  # noqa: E731
     found, (leaves, structure) = [], jax.tree.flatten(sources, is_leaf=is_source)
     where = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)) or [PartitionSpec()] * len(leaves)
@@ -151,7 +176,7 @@ def write_random(
     """
     if dtype not in STORED:
         raise InputError(f"dtype {dtype!r:.60} is unknown; known are {', '.join(STORED)}")
-    wanted = shapes(config)
+    wanted = shapes(config) | mtp_shapes(config)
     size = sum(int(np.prod(shape)) for shape in wanted.values()) * np.dtype(STORED[dtype]).itemsize
     if size > MOST_BYTES:
         raise InputError(f"{size} bytes of random weights are more than {MOST_BYTES}; make the config smaller")
@@ -162,7 +187,7 @@ def write_random(
         with atomic_write(folder) as unfinished:
             unfinished.mkdir()
             names = _write_shards(unfinished, arrays, shard_bytes)
-            document = config.as_json() | {"torch_dtype": dtype, "num_nextn_predict_layers": 0}
+            document = config.as_json() | {"torch_dtype": dtype}
             (unfinished / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written ({_first_line(error)})") from None
@@ -235,12 +260,14 @@ def _check_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], wan
 
 
 def _may_be_there(name: str, config: DeepseekConfig) -> bool:
-    """Whether a tensor may be left out: those of the MTP modules, and what follows from the config."""
+    """Whether a tensor may be left out: it follows from the config, is shared by an MTP module, or of one too many."""
     if name.endswith(_IGNORED):
         return True
     parts = name.split(".")
-    is_layer = parts[:2] == ["model", "layers"] and len(parts) > 3 and parts[2].isdecimal()
-    return is_layer and int(parts[2]) >= config.num_hidden_layers
+    if parts[:2] != ["model", "layers"] or len(parts) < 4 or not parts[2].isdecimal():
+        return False
+    number, shared = int(parts[2]) - config.num_hidden_layers, ("embed_tokens.weight", "shared_head.head.weight")
+    return number >= config.num_nextn_predict_layers or (number >= 0 and ".".join(parts[3:]) in shared)
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> np.ndarray:
@@ -248,7 +275,7 @@ def _random(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> np.ndar
     x = rng.standard_normal(shape, dtype=np.float32)
     if name.endswith(BIAS):
         return x * np.float32(0.1)
-    if "norm" in name.split(".")[-2]:
+    if "norm" in name.split(".")[-2]:  # enorm, q_a_layernorm, …
         return (1 + x * np.float32(0.1)).astype(STORED[dtype])
     size = 1.0 if "embed_tokens" in name else shape[-1] ** -0.5
     return (x * np.float32(size)).astype(STORED[dtype])

@@ -13,6 +13,7 @@ from cpjax.deepseek.attention import MlaWeights
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.model import LayerWeights, ModelWeights
 from cpjax.deepseek.moe import MlpWeights, MoeWeights
+from cpjax.deepseek.mtp import MtpWeights
 
 Get = Callable[[str], Any]
 """Name of a tensor → whatever stands for it."""
@@ -77,6 +78,22 @@ def layer_shapes(config: DeepseekConfig, number: int) -> dict[str, tuple[int, ..
     return found
 
 
+def mtp_shapes(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors of all MTP modules; embedding and head, which they share with the model, left out.
+
+    >>> from cpjax.deepseek.config import KNOWN
+    >>> found = mtp_shapes(KNOWN["DeepSeek-V3"])
+    >>> len(found), found["model.layers.61.eh_proj.weight"]
+    (786, (7168, 14336))
+    """
+    found, wide = {}, config.hidden_size
+    for number in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        found |= layer_shapes(config, number)
+        parts = {"enorm": (wide,), "hnorm": (wide,), "eh_proj": (wide, 2 * wide), "shared_head.norm": (wide,)}
+        found |= {f"model.layers.{number}.{name}.weight": shape for name, shape in parts.items()}
+    return found
+
+
 def _mlp(name: str, wide: int, inner: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.gate_proj": (inner, wide), f"{name}.up_proj": (inner, wide), f"{name}.down_proj": (wide, inner)}
 
@@ -85,6 +102,18 @@ def weights_of(config: DeepseekConfig, get: Get, stack: Callable[[list], Any]) -
     """`ModelWeights` of whatever `get` finds by name; `stack` joins what it finds for the experts of a layer."""
     layers = tuple(layer_of(config, number, get, stack) for number in range(config.num_hidden_layers))
     return ModelWeights(get("model.embed_tokens.weight"), layers, get("model.norm.weight"), get("lm_head.weight"))
+
+
+def mtp_of(config: DeepseekConfig, get: Get, stack: Callable[[list], Any]) -> tuple[MtpWeights, ...]:
+    """All MTP modules, as `weights_of` gives the model."""
+
+    def module(number: int) -> MtpWeights:
+        enorm, hnorm, eh_proj, norm = (
+            get(f"model.layers.{number}.{name}.weight") for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+        )
+        return MtpWeights(enorm, hnorm, eh_proj, layer_of(config, number, get, stack), norm)
+
+    return tuple(module(config.num_hidden_layers + k) for k in range(config.num_nextn_predict_layers))
 
 
 def layer_of(config: DeepseekConfig, number: int, get: Get, stack: Callable[[list], Any]) -> LayerWeights:

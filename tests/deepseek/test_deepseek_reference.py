@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from source_mutant import mutant
 from strategies import examples
 from transformers import DeepseekV3Config
 
 from cpjax.deepseek import attention, model, moe, rope
-from cpjax.deepseek.checkpoint import load, open_checkpoint, write_random
+from cpjax.deepseek.attention import attend_on_one_device, linear, rms_norm
+from cpjax.deepseek.checkpoint import load, load_mtp, open_checkpoint, write_random
 from cpjax.deepseek.config import SMALL, Yarn, config_of, read_config
-from cpjax.deepseek.model import forward
+from cpjax.deepseek.model import attention_for, forward, run_layers
 from cpjax.deepseek.moe import MlpWeights, MoeWeights
+from cpjax.deepseek.mtp import draft
 from cpjax.deepseek.rope import cos_sin
+from cpjax.mask import Tokens, tokens
 
 YARN = Yarn(factor=40.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0)
 TINY = replace(SMALL, vocab_size=97, hidden_size=48, num_hidden_layers=2, yarn=YARN)
@@ -95,6 +99,24 @@ def test_a_checkpoint_that_the_reference_writes_is_read(folders, expected, tmp_p
     assert read_config(tmp_path) == read_config(folders("two shared experts"))
     with jax.enable_x64(True):
         assert difference(ours(tmp_path), expected("two shared experts")) < 1e-10
+
+
+def test_the_draft_module(folders):
+    """Logits of the token after the next, of all places at once."""
+    folder = folders("as DeepSeek-V3")
+    checkpoint = open_checkpoint(folder)
+    config, tensors = checkpoint.config, {n: x for f in folder.glob("*.safetensors") for n, x in load_file(f).items()}
+    with jax.enable_x64(True):
+        weights, (module,), ids = load(checkpoint, "float64"), load_mtp(checkpoint, "float64"), jnp.asarray(IDS)
+        how = attention_for(config, None, "float64")
+        place = Tokens(*(jnp.asarray(x) for x in tokens(2, 39)))
+        attending = lambda number, query, latent, up: attend_on_one_device(query, latent, up, place, place, how)  # noqa: E731
+        outcome = run_layers(weights, config, ids[:, :-1], place.position, attending)
+        hidden = rms_norm(outcome.hidden, weights.norm, config.rms_norm_eps)
+        drafted, latent = draft(weights, module, config, ids[:, 1:], hidden, place.position, attending)
+        found = np.asarray(linear(drafted, weights.lm_head))
+    assert latent.c_kv.shape == (2, 39, config.kv_lora_rank)
+    assert difference(found, reference.drafts(folder, IDS, tensors, config.num_hidden_layers)) < 1e-10
 
 
 # Angles and scale ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DeepseekV3ForCausalLM, modeling_rope_utils
+from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 
@@ -72,3 +73,30 @@ def route(model_config: Any, x: np.ndarray, gate: np.ndarray, bias: np.ndarray) 
     found = np.zeros((len(x), len(gate)))
     np.put_along_axis(found, chosen.numpy(), weight.numpy(), axis=1)
     return found
+
+
+def drafts(folder: Path, ids: np.ndarray, tensors: dict[str, np.ndarray], layer: int) -> np.ndarray:
+    """Logits of the first MTP module for all places but the last, `[B, T − 1, vocab]`.
+
+    Args:
+      tensors: of the checkpoint; the module's have the number `layer`.
+    """
+    with precision(True), torch.no_grad():
+        model = read(folder)
+        module = MtpModel(model, 1).double().eval()
+        module.config._attn_implementation = module.config._experts_implementation = "eager"
+        one, at = module.layers[0], f"model.layers.{layer}."
+        found = {name.removeprefix(at): torch.tensor(x).double() for name, x in tensors.items() if name.startswith(at)}
+        experts = range(model.config.n_routed_experts)
+        both = [torch.cat([found.pop(f"mlp.experts.{e}.{x}_proj.weight") for x in ("gate", "up")]) for e in experts]
+        state = {"post_norm.weight": found.pop("shared_head.norm.weight")}
+        state |= {f"{name}.weight": found.pop(f"{name}.weight") for name in ("enorm", "hnorm", "eh_proj")}
+        down = torch.stack([found.pop(f"mlp.experts.{e}.down_proj.weight") for e in experts])
+        found |= {"mlp.experts.gate_up_proj": torch.stack(both), "mlp.experts.down_proj": down}
+        one.load_state_dict(state | {f"mtp_block.{name}": x for name, x in found.items()}, strict=True)
+        hidden = model.model(torch.tensor(ids), use_cache=False).last_hidden_state[:, :-1]
+        x, place = model.get_input_embeddings()(torch.tensor(ids[:, 1:])), torch.arange(ids.shape[1] - 1)[None]
+        mask = torch.full((len(place[0]),) * 2, float("-inf"), dtype=torch.float64).triu(1)[None, None]
+        angles = model.model.rotary_emb(x, position_ids=place)
+        out = one(x, hidden, position_embeddings=angles, attention_mask=mask, position_ids=place, cache=None)
+        return model.lm_head(out).numpy()
