@@ -54,8 +54,8 @@ def route(weights: MoeWeights, config: DeepseekConfig, x: Float[Array, "T M"]) -
     Which of two experts of equal choice is taken is not said; the lower here.
 
     >>> from cpjax.deepseek.config import SMALL
-    >>> experts, width = SMALL.n_routed_experts, SMALL.hidden_size
-    >>> gate = MoeWeights(jnp.zeros((experts, width)), jnp.arange(experts) * 0.1, None, None)
+    >>> width = SMALL.hidden_size
+    >>> gate = MoeWeights(jnp.zeros((16, width)), jnp.arange(16.0) * 0.1, None, None)
     >>> route(gate, SMALL, jnp.ones((1, width))).round(3)[0, -8:]  # all scores are ½; the bias chooses the last 4
     Array([0.   , 0.   , 0.   , 0.   , 0.625, 0.625, 0.625, 0.625], dtype=float32)
     """
