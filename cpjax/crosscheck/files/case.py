@@ -113,7 +113,7 @@ def gaussian_case(
     )
     position = np.arange(length, dtype=np.int32)[None]
     places = Tokens(position, np.where(position < tokens, 0, -1).astype(np.int32))
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = float(head_dim**-0.5) if scale is None else scale
     return Case(name, query, key, value, places, places, scale, True, cp, precision, about | {"seed": seed})
 
 
