@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -477,12 +477,94 @@ def judge_dump(
         _show([judged], as_json, asked=True, provenance=True)
 
 
-def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
-    """--lengths."""
+CHECKPOINT_HELP = """Write a random DeepSeek checkpoint into a new folder: true structure and names, small numbers.
+
+config.json, safetensors and their index, as Hugging Face writes them. --like takes the numbers of another config.json.
+
+Example: cpjax checkpoint build/small --seed 1
+"""
+
+
+@app.command(help=CHECKPOINT_HELP)
+def checkpoint(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")],
+    like: Annotated[Path | None, typer.Option(help="a checkpoint's config.json, for its numbers")] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: float16, bfloat16, float32, float64")] = "float16",
+    seed: Annotated[int, typer.Option(min=0, help="of the weights, which are normally distributed")] = 0,
+    as_json: Json = False,
+) -> None:
+    """See CHECKPOINT_HELP."""
+    from cpjax.deepseek.checkpoint import write_random
+    from cpjax.deepseek.config import SMALL, read_config
+    from cpjax.deepseek.names import mtp_shapes, shapes
+
+    with _errors():
+        config = SMALL if like is None else read_config(like)
+        files = write_random(folder, config, seed, dtype=dtype)
+    size, count = sum(file.stat().st_size for file in files), len(shapes(config) | mtp_shapes(config))
+    if as_json:
+        said = {"folder": str(folder), "files": [file.name for file in files], "bytes": size}
+        print(json.dumps(said | {"tensors": count, "dtype": dtype, "seed": seed}, indent=2))
+    else:
+        print(f"{count} tensors, {size:,} bytes in {len(files)} file(s), in {folder}")
+        print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
+
+
+GENERATE_HELP = """Prefill a prompt under context parallelism, and decode greedily over the sharded cache of latents.
+
+MODEL is the folder of a DeepSeek-V3 checkpoint that is not quantised. Devices are simulated: cp ranks share the tokens,
+tp ranks the heads, both together the experts. --config takes cp and tp of a MindIE deployment.
+
+--check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same.
+
+Example: cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
+"""
+
+
+@app.command(help=GENERATE_HELP)
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
+    prompt_ids: Annotated[str, typer.Option(help="token ids with commas", metavar="ID,…")],
+    cp: Annotated[int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said")] = None,
+    config: Annotated[Path | None, typer.Option(help="a MindIE config.json, for its cp and tp")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="new tokens")] = 8,
+    block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache")] = 128,
+    exchange: Annotated[str, typer.Option(help="how latents meet queries: ring, gather, …")] = "ring",
+    dtype: Annotated[str, typer.Option(help="everything is computed in: float64, float32")] = "float64",
+    precision: Annotated[
+        str | None, typer.Option(help="attention is computed in: a profile, see docs/precision.md; dtype's if not said")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="compare with one device; exit 1 if it differs")] = False,
+    as_json: Json = False,
+) -> None:
+    """See GENERATE_HELP."""
+    import jax
+
+    from cpjax.deepseek.config import read_config
+    from cpjax.deepseek.simulate import Request, ranks_of, run
+
+    with _errors():
+        ids = _whole_numbers(prompt_ids, "--prompt-ids") or ()
+        shape = read_config(model) if model.is_dir() else None
+        sizes, remarks = ranks_of(cp, tp, config, shape)
+        request = Request(model, ids, steps, sizes, block, exchange, dtype, precision, check)
+        for remark in remarks:
+            print(f"cpjax: {remark}", file=sys.stderr)
+        with suppress(RuntimeError):  # JAX is in use already; then it has the devices, or the mesh says what is missing
+            jax.config.update("jax_num_cpu_devices", sizes[0] * sizes[1])
+        with jax.enable_x64(dtype == "float64"), _progress() as advance:
+            said = run(request, advance)
+    print(json.dumps(said.as_json(), indent=2, allow_nan=False) if as_json else said.text())
+    raise typer.Exit(0 if said.passed else 1)
+
+
+def _whole_numbers(text: str | None, option: str = "--lengths") -> tuple[int, ...] | None:
+    """--lengths, --prompt-ids."""
     try:
         return None if text is None else tuple(int(n) for n in text.split(","))
     except ValueError:
-        raise InputError(f"--lengths {text!r} must be whole numbers with commas, as 512,300") from None
+        raise InputError(f"{option} {text!r:.80} must be whole numbers with commas, as 512,300") from None
 
 
 def main() -> None:

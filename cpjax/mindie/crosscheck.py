@@ -35,7 +35,7 @@ def cases_of(
 
     Args:
       tokens: length of the prompt; None: the smaller of maxInputTokenLen and 2,048.
-      geometry: HEADS,NOPE,ROPE,VALUE; None: by the model's name.
+      geometry: HEADS,NOPE,ROPE,VALUE, with scale 1/√(NOPE + ROPE); None: by the model's name, with its own scale.
       shares: of the tp shares of the heads so many are computed, a case each, with other inputs.
       decode: also a case of decode, over the cache that cp·sp ranks share.
       latent: of the prompt the latent is given, of which each rank makes keys and values, as in MindIE.
@@ -43,7 +43,7 @@ def cases_of(
     Raises:
       InputError: what cannot be read or computed, and what `cpjax mindie check` refuses.
     """
-    deployment = _accepted(EXAMPLE if config is None else config)
+    deployment = accepted(EXAMPLE if config is None else config)
     identity = setting_of(deployment).identity
     shape = geometry_of(identity, deployment.model_name) if geometry is None else parse_geometry(geometry)
     sizes = deployment.sizes
@@ -73,6 +73,7 @@ def cases_of(
             precision=PRECISION,
             seed=seed + share,
             about=about | {"tp_rank": share},
+            scale=shape.scale,
         )
         for share in range(shares)
     ]
@@ -91,7 +92,7 @@ def cases_of(
     return cases, remarks
 
 
-def _accepted(config: Path) -> Deployment:
+def accepted(config: Path) -> Deployment:
     """The deployment, of MindIE-Motor's file the prefill one, if MindIE takes it: a verdict on another is no use."""
     deployment = read_deployment(config, role="prefill")
     errors = [finding for finding in check(setting_of(deployment)) if finding.level == "error"]

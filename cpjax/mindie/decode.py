@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from cpjax.crosscheck.files.case import Case
+from cpjax.deepseek.config import KNOWN
 from cpjax.mask import Tokens
 from cpjax.mindie.models import Geometry
 
-LATENT = 512
+LATENT = KNOWN["DeepSeek-V3"].kv_lora_rank
 """Width of c_kv (kv_lora_rank), the same in all DeepSeek models that have a name here."""
 
 PRECISION = {"spec": "decode_fp16_lse", "npu": "decode_fp16_lse"}
@@ -37,8 +38,8 @@ def decode_case(name: str, geometry: Geometry, tokens: int, ranks: int, seed: in
         np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None],
         np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None],
     )
-    scale = (geometry.nope + geometry.rope) ** -0.5  # of the heads as they are before they are absorbed
     value = np.ascontiguousarray(key[..., :LATENT])
     return Case(
-        name, query, key, value, new, cached, scale, True, ranks, PRECISION, about | {"seed": seed}, layout="decode"
-    )
+        name, query, key, value, new, cached, geometry.scale, True, ranks, PRECISION, about | {"seed": seed},
+        layout="decode",
+    )  # fmt: skip

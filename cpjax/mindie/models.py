@@ -4,6 +4,7 @@ import functools
 import re
 from typing import NamedTuple
 
+from cpjax.deepseek.config import KNOWN, DeepseekConfig
 from cpjax.errors import InputError
 from cpjax.mindie.json_text import shown
 
@@ -15,12 +16,31 @@ class Geometry(NamedTuple):
     nope: int
     rope: int
     value_dim: int
+    scale_factor: float = 1.0
+    """YaRN's mscale²; 1 of a model that is known by its dims only."""
+
+    @property
+    def scale(self) -> float:
+        """What multiplies q·k.
+
+        >>> round(GEOMETRIES["DeepSeek-R1"].scale, 4), round(Geometry(16, 128, 64, 128).scale, 4)
+        (0.1352, 0.0722)
+        """
+        return (self.nope + self.rope) ** -0.5 * self.scale_factor
 
 
-_DEEPSEEK = Geometry(heads=128, nope=128, rope=64, value_dim=128)
+def geometry_of(config: DeepseekConfig) -> Geometry:
+    """The geometry that a model's own config.json says."""
+    return Geometry(
+        config.num_attention_heads,
+        config.qk_nope_head_dim,
+        config.qk_rope_head_dim,
+        config.v_head_dim,
+        1.0 if config.yarn is None else config.yarn.scale_factor,
+    )
 
-GEOMETRIES = {"DeepSeek-R1": _DEEPSEEK, "DeepSeek-V3": _DEEPSEEK, "DeepSeek-V3.1": _DEEPSEEK}
-"""From the models' own config.json: num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim."""
+
+GEOMETRIES = {name: geometry_of(config) for name, config in KNOWN.items()}
 
 # What may follow the family: a release date, a quantisation, a dtype, a variant with the same attention. Anything else
 # is another model (DeepSeek-R1-Distill-Llama-70B, DeepSeek-V3.2-Exp).

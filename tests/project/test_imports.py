@@ -19,14 +19,21 @@ ROOT = Path(__file__).parents[2]
 # A package's `__init__.py` that only speaks for its rooms (`cpjax.crosscheck`) is a room too: Python runs it first,
 # but that is not an import that anybody wrote.
 LAYERS = [
-    ["cpjax", "cpjax.errors", "cpjax.rounding", "cpjax.wording", "cpjax.crosscheck.exact"],
-    ["cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared"],
+    ["cpjax", "cpjax.errors", "cpjax.deepseek", "cpjax.rounding", "cpjax.wording", "cpjax.crosscheck.exact"],
+    ["cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared", "cpjax.deepseek.config"],
     ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.mapping", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
-    ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis"],
-    ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge"],
+    ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis", "cpjax.deepseek.rope"],
+    ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge", "cpjax.deepseek.attention"],
+    ["cpjax.deepseek.moe"],
+    ["cpjax.deepseek.model"],
+    ["cpjax.deepseek.mtp", "cpjax.deepseek.cache"],
+    ["cpjax.deepseek.names"],
+    ["cpjax.deepseek.checkpoint", "cpjax.deepseek.parallel"],
+    ["cpjax.deepseek.generate", "cpjax.deepseek.module"],
+    ["cpjax.deepseek.simulate"],
     [
         *("cpjax.module", "cpjax.bench", "cpjax.testing"),
         *("cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"),
@@ -138,7 +145,7 @@ IMPORTS = {name: imports_of(name) for name in MODULES}
 def room_of(module: str) -> str:
     """The sub-package of a module, or itself."""
     parts = module.split(".")
-    depth = 3 if parts[:2] == ["cpjax", "crosscheck"] else 2
+    depth = 3 if parts[:2] in (["cpjax", "crosscheck"], ["cpjax", "deepseek"]) else 2
     return ".".join(parts[:depth])
 
 
@@ -192,7 +199,7 @@ def test_neither_half_imports_the_other():
 
 # Packages that importing nothing of ours needs: they are extras (docs/design.md), or slow and used in one function.
 LAZY = ("torch", "flax", "matplotlib", "pandas", "scipy.stats", "scipy.sparse", "scipy.optimize")
-NEEDS_AN_EXTRA = {"cpjax.module", "cpjax.trial.activations"}
+NEEDS_AN_EXTRA = {"cpjax.module", "cpjax.deepseek.module", "cpjax.trial.activations"}
 RUNS = {name for name in MODULES if name.endswith("__main__")}
 
 

@@ -114,12 +114,20 @@ class _Description(BaseModel):
 
 
 def gaussian_case(
-    name: str, shape: tuple[int, int, int, int, int], *, cp: int, precision: dict[str, str], seed: int, about: dict
+    name: str,
+    shape: tuple[int, int, int, int, int],
+    *,
+    cp: int,
+    precision: dict[str, str],
+    seed: int,
+    about: dict,
+    scale: float | None = None,
 ) -> Case:
-    """A causal case of normally distributed inputs, scale 1/√H, padded at its right end to a multiple of 2·cp.
+    """A causal case of normally distributed inputs, padded at its right end to a multiple of 2·cp.
 
     Args:
       shape: tokens, query heads, key/value heads, query and key head dim, value head dim.
+      scale: None is 1/√H.
     """
     tokens, heads, kv_heads, head_dim, value_dim = shape
     length = math.ceil(tokens / (2 * cp)) * 2 * cp
@@ -130,7 +138,8 @@ def gaussian_case(
     )
     position = np.arange(length, dtype=np.int32)[None]
     places = Tokens(position, np.where(position < tokens, 0, -1).astype(np.int32))
-    return Case(name, query, key, value, places, places, head_dim**-0.5, True, cp, precision, about | {"seed": seed})
+    scale = float(head_dim**-0.5) if scale is None else scale
+    return Case(name, query, key, value, places, places, scale, True, cp, precision, about | {"seed": seed})
 
 
 def latent_case(case: Case, width: int, *, nope: int, seed: int) -> Case:

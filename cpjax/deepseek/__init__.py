@@ -1,0 +1,20 @@
+"""DeepSeek-V3 and R1, from config.json to tokens, on one device or under context parallelism.
+
+Read in this order; a file imports only what stands above it:
+
+    config        config.json as one value: shapes, YaRN, softmax scale; no JAX
+    rope          angles, and the rotation of pairs
+    attention     a layer's projections: hidden state → query and latent; what was attended → hidden state
+    moe           gate, up, down; the router; experts
+    model         layers to logits; what attends is handed in
+    mtp           the module that drafts one more token
+    names         the checkpoint's tensors: names, shapes, dtypes, and how ranks cut them
+    checkpoint    sharded safetensors: each device reads its slice; a random one is written
+    cache         latents of past tokens, cut over cp ranks
+    parallel      prefill with tokens in zigzag over cp, heads over tp, experts over both; decode; on a mesh
+    generate      greedy decoding, and the same on one device as a check
+    simulate      what `cpjax generate` does
+    module        the weights as Flax NNX modules that bear the checkpoint's names
+
+Everything is computed in one dtype, float64 or float32, but attention: that has a profile (`cpjax.precision`).
+"""

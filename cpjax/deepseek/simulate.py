@@ -1,0 +1,136 @@
+"""`cpjax generate`: a checkpoint, a prompt and a number of ranks in; tokens, times and a check out."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cpjax.deepseek.checkpoint import Advance, check_computed, load, open_checkpoint
+from cpjax.deepseek.config import DeepseekConfig
+from cpjax.deepseek.generate import Checked, Generated, check, generate
+from cpjax.deepseek.parallel import checked_ids, model_mesh, setup, specs
+from cpjax.errors import InputError
+from cpjax.mindie.crosscheck import accepted
+
+MOST_DEVICES = 64
+MOST_SCALED = 8
+"""Devices that a deployment of more cards is scaled down to."""
+
+
+class Request(NamedTuple):
+    """What is asked for; sizes are (cp, tp)."""
+
+    model: Path
+    ids: tuple[int, ...]
+    steps: int
+    sizes: tuple[int, int]
+    block: int
+    exchange: str
+    dtype: str
+    precision: str | None
+    is_checked: bool
+
+
+class Said(NamedTuple):
+    """The answer."""
+
+    request: Request
+    precision: str
+    generated: Generated
+    checked: Checked | None
+
+    @property
+    def passed(self) -> bool:
+        """Also where nothing was checked."""
+        return self.checked is None or self.checked.passed
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`; a NaN is null."""
+        request, checked = self.request, self.checked
+        cp, tp = request.sizes
+        said = {"model": str(request.model), "cp": cp, "tp": tp, "exchange": request.exchange}
+        said |= {"dtype": request.dtype, "precision": self.precision, "prompt": list(request.ids)}
+        said |= {"tokens": self.generated.ids[0].tolist(), "seconds": self.generated.seconds, "check": None}
+        if checked is not None:
+            difference = checked.difference if np.isfinite(checked.difference) else None
+            said["check"] = {
+                "passed": checked.passed,
+                "largest difference of a logit": difference,
+                "allowed": checked.allowed if np.isfinite(checked.allowed) else None,
+                "first step with another token": checked.other,
+            }
+        return said
+
+    def text(self) -> str:
+        """For a person."""
+        cp, tp = self.request.sizes
+        seconds, count = self.generated.seconds, self.generated.ids.shape[1]
+        further = f", {seconds['further steps'] / (count - 2):.3f} s each of {count - 2} more" if count > 2 else ""
+        first = f"; first step {seconds['first step']:.1f} s (compiled)" if count > 1 else ""
+        lines = [
+            f"tokens: {', '.join(map(str, self.generated.ids[0].tolist()))}",
+            f"cp {cp}, tp {tp}, exchange {self.request.exchange}, {self.request.dtype}, attention {self.precision}",
+            f"prefill of {len(self.request.ids)} tokens {seconds['prefill']:.1f} s (compiled){first}{further}",
+        ]
+        if self.checked is not None:
+            word = "agrees with one device" if self.checked.passed else "DIFFERS from one device"
+            other = "" if self.checked.other is None else f"; another token at step {self.checked.other}"
+            lines.append(
+                f"check: {word}, logits differ by at most {self.checked.difference:.1e} "
+                f"({self.checked.allowed:.1e} allowed){other}"
+            )
+        return "\n".join(lines)
+
+
+def ranks_of(
+    cp: int | None, tp: int | None, deployment: Path | None, model: DeepseekConfig | None
+) -> tuple[tuple[int, int], list[str]]:
+    """(cp, tp) as asked for, and remarks for the user.
+
+    A deployment's tp is scaled down to at most `MOST_SCALED` devices, and to what divides the model's heads.
+
+    Raises:
+      InputError: sizes given beside a deployment; one that MindIE does not take; more devices than are simulated.
+    """
+    if deployment is None:
+        sizes, remarks = (cp or 2, tp or 1), []
+    elif cp is None and tp is None:
+        found = accepted(deployment)
+        cp, tp = found.sizes.cp, found.sizes.tp
+        heads = tp if model is None else model.num_attention_heads
+        fits = [n for n in range(1, tp + 1) if tp % n == 0 and heads % n == 0 and cp * n <= max(cp, MOST_SCALED)]
+        sizes, remarks = (cp, fits[-1]), list(found.warnings)
+        if fits[-1] != tp:
+            remarks.append(f"scaled down: tp {fits[-1]} instead of the deployment's {tp}; cp {cp} as it is")
+    else:
+        raise InputError("--config has cp and tp; leave out --cp and --tp, or --config")
+    if sizes[0] * sizes[1] > MOST_DEVICES:
+        raise InputError(f"cp·tp is {sizes[0] * sizes[1]}; at most {MOST_DEVICES} devices are simulated")
+    return sizes, remarks
+
+
+def run(request: Request, advance: Advance) -> Said:
+    """Read, generate, check. JAX must have cp·tp devices, and float64 if that is asked for.
+
+    Raises:
+      InputError: whatever does not fit, before a weight is read.
+    """
+    if request.is_checked and (request.dtype, request.precision or "float64") != ("float64", "float64"):
+        raise InputError("--check is made in float64; leave out --dtype and --precision")
+    check_computed(request.dtype)
+    checkpoint = open_checkpoint(request.model)
+    config = checkpoint.config
+    ids = checked_ids(config, np.array([request.ids]))
+    how = setup(
+        config,
+        model_mesh(*request.sizes),
+        dtype=request.dtype,
+        precision=request.precision,
+        exchange=request.exchange,
+    )
+    weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
+    generated = generate(how, weights, ids, request.steps, block=request.block, advance=advance)
+    checked = None
+    if request.is_checked:
+        checked = check(config, load(checkpoint, request.dtype), ids, generated)
+    return Said(request, how.attention.precision.name, generated, checked)

@@ -1,0 +1,113 @@
+"""`cpjax checkpoint` and `cpjax generate`, as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cpjax.cli import app
+from cpjax.deepseek import simulate
+from cpjax.deepseek.generate import Checked, Generated
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "deepseek-r1-cp2.json"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(x) for x in arguments])
+
+
+def refused(*arguments):
+    """The one line of a user error."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, ""), result
+    lines = [line for line in result.stderr.splitlines() if line.startswith("cpjax: ")]
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands") / "model"
+    result = run("checkpoint", folder, "--seed", 1)
+    assert result.exit_code == 0, result.output
+    assert f"Next: cpjax generate {folder} --prompt-ids" in result.stdout
+    return folder
+
+
+def test_a_checkpoint_is_written_once(model, tmp_path):
+    assert "nothing is overwritten" in refused("checkpoint", model)
+    result = run("checkpoint", tmp_path / "new", "--like", model, "--dtype", "bfloat16", "--json")
+    said = json.loads(result.stdout)
+    assert (said["tensors"], said["dtype"], said["seed"]) == (205, "bfloat16", 0)
+    assert said["bytes"] == sum((tmp_path / "new" / name).stat().st_size for name in said["files"])
+    assert "config.json is not there" in refused("checkpoint", tmp_path / "x", "--like", tmp_path)
+
+
+@pytest.mark.process
+def test_from_nothing_to_tokens(tmp_path):
+    """Both commands in processes of their own, under the vendor's example deployment."""
+    command = [sys.executable, "-m", "cpjax"]
+    written = subprocess.run([*command, "checkpoint", "m"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert written.returncode == 0, written.stderr
+    line = [*command, "generate", "m", "--prompt-ids", "5,6,7,8,9", "--config", EXAMPLE, "--check", "--json"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "scaled down: tp 4 instead of the deployment's 8; cp 2 as it is" in done.stderr
+    said = json.loads(done.stdout)
+    assert (said["cp"], said["tp"], said["prompt"], len(said["tokens"])) == (2, 4, [5, 6, 7, 8, 9], 8)
+    assert said["check"]["passed"]
+    assert said["check"]["largest difference of a logit"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt-ids", "1,x"), "--prompt-ids '1,x' must be whole numbers with commas"),
+        (("--prompt-ids", "1,512"), "token id 512 is none of the model's; they are 0 to 511"),
+        (("--prompt-ids", "1", "--cp", "65"), "cp·tp is 65; at most 64 devices are simulated"),
+        (("--prompt-ids", "1", "--tp", "3"), "num_attention_heads is 4, which tp 3 does not divide"),
+        (("--prompt-ids", "1", "--cp", "2", "--config", EXAMPLE), "leave out --cp and --tp, or --config"),
+        (("--prompt-ids", "1", "--config", ROOT / "README.md"), "README.md"),
+        (("--prompt-ids", "1", "--dtype", "float32", "--check"), "--check is made in float64"),
+        (("--prompt-ids", "1", "--dtype", "float16"), "dtype 'float16' is not one that a model is computed in"),
+        (("--prompt-ids", "1", "--exchange", "all_to_all"), "a latent takes one of ring"),
+    ],
+)
+def test_bad_input(model, arguments, message):
+    assert message in refused("generate", model, *arguments)
+
+
+def test_no_checkpoint(tmp_path):
+    assert "is no folder; give a checkpoint's, or write one: cpjax checkpoint DIR" in refused(
+        "generate", tmp_path / "nowhere", "--prompt-ids", "1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("checked", "code", "word"),
+    [
+        (Checked(1e-15, 1e-10, None), 0, "agrees with one device"),
+        (Checked(1e-3, 1e-10, None), 1, "DIFFERS from one device"),
+        (Checked(1e-15, 1e-10, 3), 1, "another token at step 3"),
+        (Checked(float("nan"), float("nan"), None), 1, "DIFFERS from one device"),
+        (None, 0, "tokens: 7, 8, 9"),
+    ],
+)
+def test_a_check_that_fails_ends_with_1(model, monkeypatch, checked, code, word):
+    """What is printed of a result, in words and as JSON without NaN."""
+    found = Generated(
+        np.array([[7, 8, 9]]), np.zeros((1, 3, 10)), {"prefill": 1.0, "first step": 1.0, "further steps": 1.0}
+    )
+    monkeypatch.setattr(simulate, "run", lambda request, advance: simulate.Said(request, "float64", found, checked))
+    result = run("generate", model, "--prompt-ids", "1", "--check")
+    assert result.exit_code == code
+    assert word in result.stdout
+    result = run("generate", model, "--prompt-ids", "1", "--json")
+    assert result.exit_code == code
+    said = json.loads(result.stdout)
+    assert said["tokens"] == [7, 8, 9]
+    assert (said["check"] is None) == (checked is None)
