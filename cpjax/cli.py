@@ -13,7 +13,10 @@ from typer.core import TyperGroup
 
 from cpjax.errors import InputError
 
-SHOWN = ("judge-dump", "judge", "cases", "examples", "crosscheck", "backends", "bench", "mindie")
+SHOWN = (
+    *("judge-dump", "judge", "cases", "examples", "crosscheck", "checkpoint", "generate", "backends", "bench"),
+    "mindie",
+)
 """The commands in the order of the help: what most people come for stands first."""
 
 
@@ -23,6 +26,10 @@ class _Shown(TyperGroup):
 
 
 DONE = "Exit status: 0 done, 2 bad input (one line says what and how to mend it)."
+GENERATED = (
+    "Exit status: 0 done, 1 with --check: one device gives something else, 2 bad input (one line says what and how to "
+    "mend it)."
+)
 JUDGED = (
     "Exit status: 0 everything agrees, 1 something is WRONG, not judgeable, or there is no result, 2 bad input (one "
     "line says what and how to mend it)."
@@ -485,18 +492,21 @@ Example: cpjax checkpoint build/small --seed 1
 """
 
 
-@app.command(help=CHECKPOINT_HELP)
+@app.command(help=CHECKPOINT_HELP, short_help="write a small random DeepSeek checkpoint", epilog=DONE)
 def checkpoint(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")],
-    like: Annotated[Path | None, typer.Option(help="a checkpoint's config.json, for its numbers")] = None,
-    dtype: Annotated[str, typer.Option(help="of the weights: float16, bfloat16, float32, float64")] = "float16",
-    seed: Annotated[int, typer.Option(min=0, help="of the weights, which are normally distributed")] = 0,
+    like: Annotated[
+        Path | None, typer.Option(help="a checkpoint's config.json, for its numbers", metavar="FILE")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights", metavar="float16|bfloat16|float32|float64")] = "float16",
+    seed: Annotated[int, typer.Option(min=0, help="of the weights, which are normally distributed", metavar="N")] = 0,
     as_json: Json = False,
 ) -> None:
     """See CHECKPOINT_HELP."""
     from cpjax.deepseek.checkpoint import write_random
     from cpjax.deepseek.config import SMALL, read_config
     from cpjax.deepseek.names import mtp_shapes, shapes
+    from cpjax.wording import counted
 
     with _errors():
         config = SMALL if like is None else read_config(like)
@@ -506,7 +516,7 @@ def checkpoint(
         said = {"folder": str(folder), "files": [file.name for file in files], "bytes": size}
         print(json.dumps(said | {"tensors": count, "dtype": dtype, "seed": seed}, indent=2))
     else:
-        print(f"{count} tensors, {size:,} bytes in {len(files)} file(s), in {folder}")
+        print(f"{count} tensors, {size:,} bytes in {counted(len(files), 'file')}, in {folder}")
         print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
 
 
@@ -517,23 +527,33 @@ tp ranks the heads, both together the experts. --config takes cp and tp of a Min
 
 --check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same.
 
-Example: cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
+Example:
+
+\b
+cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
 """
 
 
-@app.command(help=GENERATE_HELP)
+@app.command(help=GENERATE_HELP, short_help="run a DeepSeek checkpoint, prompt to tokens", epilog=GENERATED)
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
     prompt_ids: Annotated[str, typer.Option(help="token ids with commas", metavar="ID,…")],
-    cp: Annotated[int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said")] = None,
-    config: Annotated[Path | None, typer.Option(help="a MindIE config.json, for its cp and tp")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="new tokens")] = 8,
-    block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache")] = 128,
-    exchange: Annotated[str, typer.Option(help="how latents meet queries: ring, gather, …")] = "ring",
-    dtype: Annotated[str, typer.Option(help="everything is computed in: float64, float32")] = "float64",
+    cp: Annotated[
+        int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said", metavar="N")
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said", metavar="N")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="a MindIE config.json, for its cp and tp", metavar="FILE")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="new tokens", metavar="N")] = 8,
+    block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache", metavar="N")] = 128,
+    exchange: Annotated[
+        str, typer.Option(help="how latents meet queries", metavar="ring|ring_both_ways|gather|pass_query")
+    ] = "ring",
+    dtype: Annotated[str, typer.Option(help="everything is computed in it", metavar="float64|float32")] = "float64",
     precision: Annotated[
-        str | None, typer.Option(help="attention is computed in: a profile, see docs/precision.md; dtype's if not said")
+        str | None,
+        typer.Option(help="profile of attention, see docs/precision.md; dtype's if not said", metavar="PROFILE"),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="compare with one device; exit 1 if it differs")] = False,
     as_json: Json = False,
