@@ -278,7 +278,8 @@ def test_a_word_that_is_no_arithmetic_is_refused():
 def test_tokens_without_a_scale_give_zeros(tiny):
     """0 is decided, not the vendor's word; and what float32 can hardly hold is a number still."""
     x = jnp.zeros((2, 64)).at[0, 3].set(tiny).at[1].set(1.0)
-    integers, scale = jitted_per_token(x)
+    with jax.debug_nans(True):  # what a NaN becomes as an integer is the device's to say
+        integers, scale = quantize_per_token(x)
     assert (integers[0, :3] == 0).all()
     assert (integers[1] == 127).all()
     assert np.isfinite(scale).all()
@@ -441,8 +442,7 @@ def test_static_sums_are_the_same_under_any_tp(tp):
     check_static_sums(tp)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arithmetic", ["exact", "vendor"])
+@pytest.mark.parametrize(("kind", "arithmetic"), [*((kind, "vendor") for kind in KINDS), ("w4a8", "exact")])
 def test_rows_are_the_same_under_any_tp(kind, arithmetic):
     """Column-parallel: to the bit, for every rank sees the whole token."""
     rng = np.random.default_rng(8)
