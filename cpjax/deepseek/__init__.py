@@ -16,5 +16,12 @@ Read in this order; a file imports only what stands above it:
     simulate      what `cpjax generate` does
     module        the weights as Flax NNX modules that bear the checkpoint's names
 
+Beside them, for layers with quantised weights, which no checkpoint's reader hands to a model yet:
+
+    quantized         what is stored; activations as integers; integer products
+    quantized_linear  from integers to numbers, exactly or as the vendor's hardware does
+    quantized_cut     what a rank of tp holds
+    quantizers        quantised weights made of float ones
+
 Everything is computed in one dtype, float64 or float32, but attention: that has a profile (`cpjax.precision`).
 """

@@ -20,8 +20,14 @@ ROOT = Path(__file__).parents[2]
 # but that is not an import that anybody wrote.
 LAYERS = [
     ["cpjax", "cpjax.errors", "cpjax.deepseek", "cpjax.rounding", "cpjax.wording", "cpjax.crosscheck.exact"],
-    ["cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared", "cpjax.deepseek.config"],
-    ["cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"],
+    [
+        *("cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared"),
+        *("cpjax.deepseek.config", "cpjax.deepseek.quantized"),
+    ],
+    [
+        *("cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"),
+        *("cpjax.deepseek.quantized_linear", "cpjax.deepseek.quantized_cut", "cpjax.deepseek.quantizers"),
+    ],
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.mapping", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
