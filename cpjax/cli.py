@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -331,12 +331,11 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """See BENCH_HELP."""
-    import jax
-
     from cpjax import bench as bench_module
+    from cpjax.parallel import simulate_devices
 
     with _errors():
-        jax.config.update("jax_num_cpu_devices", cp)
+        simulate_devices(cp)
         rows = bench_module.bench(tokens, heads, head_dim, cp, repeats)
         print(json.dumps([row._asdict() for row in rows], indent=2) if as_json else bench_module.table(rows))
 
@@ -547,6 +546,10 @@ def generate(
     config: Annotated[Path | None, typer.Option(help="a MindIE config.json, for its cp and tp", metavar="FILE")] = None,
     steps: Annotated[int, typer.Option(min=1, help="new tokens", metavar="N")] = 8,
     block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache", metavar="N")] = 128,
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens of the prompt that are prefilled at once; all if not said", metavar="N"),
+    ] = None,
     exchange: Annotated[
         str, typer.Option(help="how latents meet queries", metavar="ring|ring_both_ways|gather|pass_query")
     ] = "ring",
@@ -563,16 +566,16 @@ def generate(
 
     from cpjax.deepseek.config import read_config
     from cpjax.deepseek.simulate import Request, ranks_of, run
+    from cpjax.parallel import simulate_devices
 
     with _errors():
         ids = _whole_numbers(prompt_ids, "--prompt-ids") or ()
         shape = read_config(model) if model.is_dir() else None
         sizes, remarks = ranks_of(cp, tp, config, shape)
-        request = Request(model, ids, steps, sizes, block, exchange, dtype, precision, check)
+        request = Request(model, ids, steps, sizes, block, exchange, dtype, precision, check, chunk)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
-        with suppress(RuntimeError):  # JAX is in use already; then it has the devices, or the mesh says what is missing
-            jax.config.update("jax_num_cpu_devices", sizes[0] * sizes[1])
+        simulate_devices(sizes[0] * sizes[1])
         with jax.enable_x64(dtype == "float64"), _progress() as advance:
             said = run(request, advance)
     print(json.dumps(said.as_json(), indent=2, allow_nan=False) if as_json else said.text())

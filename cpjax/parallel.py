@@ -7,6 +7,7 @@ changes and no others, and the exchange sends what it says.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -153,6 +154,16 @@ def context_parallel_attention(
     )
     operands = (query, key, value, q_tokens, kv_tokens, words["sink"], scale)
     return _run(how, *jax.tree.map(jnp.asarray, operands))
+
+
+def simulate_devices(count: int) -> None:
+    """Have at least so many CPU devices, if JAX has not begun; else nothing happens, and a mesh says what is missing.
+
+    >>> simulate_devices(2)
+    """
+    with suppress(RuntimeError):  # JAX has begun: the number is fixed
+        there = jax.config.values["jax_num_cpu_devices"]  # −1 where it was not said
+        jax.config.update("jax_num_cpu_devices", max(there, count))
 
 
 def cp_mesh(cp: int) -> Mesh:

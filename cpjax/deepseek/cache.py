@@ -53,7 +53,7 @@ class CacheCut:
         slot, rank = np.arange(self.slots), np.arange(self.cp)[:, None]
         return (slot // self.block * self.cp + rank) * self.block + slot % self.block
 
-    def place(self, position: Int[Any, " B"]) -> tuple[Int[Any, " B"], Int[Any, " B"]]:
+    def place(self, position: Int[Any, "*B"]) -> tuple[Int[Any, "*B"], Int[Any, "*B"]]:
         """Rank and slot of the tokens at these positions.
 
         >>> [x.tolist() for x in CacheCut(cp=2, block=2, capacity=5).place(jnp.array([3, 4]))]
@@ -70,15 +70,34 @@ class Cache(NamedTuple):
     length: Int[Array, " B"]
 
 
-def fill(cut: CacheCut, latent: Latent, length: Int[Array, " B"]) -> Cache:
-    """The cache of a prompt whose latents `[L, B, T, …]` lie in natural order; zeros in slots that are empty.
+def empty(cut: CacheCut, like: Latent) -> Cache:
+    """A cache without tokens, for latents of these layers, rows and widths.
+
+    >>> one = jnp.ones((1, 1, 3, 1))
+    >>> cache = empty(CacheCut(2, 1, 4), Latent(one, one))
+    >>> cache.latent.c_kv.ravel(), cache.length
+    (Array([0., 0., 0., 0.], dtype=float32), Array([0], dtype=int32))
+    """
+    slots = cut.cp * cut.slots
+    latent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], slots, *x.shape[3:]), x.dtype), like)
+    return Cache(latent, jnp.zeros(like.c_kv.shape[1], jnp.int32))
+
+
+def with_text(cut: CacheCut, cache: Cache, latent: Latent, length: Int[Array, " B"]) -> Cache:
+    """The cache with `length` more tokens a row, whose latents `[L, B, T, …]` lie in natural order; pads are not kept.
 
     >>> one = jnp.array([1.0, 2.0, 3.0]).reshape(1, 1, 3, 1)
-    >>> fill(CacheCut(2, 1, 4), Latent(one, one), jnp.array([3])).latent.c_kv.ravel()
+    >>> cut = CacheCut(2, 1, 4)
+    >>> with_text(cut, empty(cut, Latent(one, one)), Latent(one, one), jnp.array([3])).latent.c_kv.ravel()
     Array([1., 3., 2., 0.], dtype=float32)
     """
-    slots = cut.positions.ravel()
-    return Cache(jax.tree.map(lambda x: x.at[:, :, slots].get(mode="fill", fill_value=0), latent), length)
+    index = jnp.arange(latent.c_kv.shape[2], dtype=jnp.int32)[None]
+    rank, slot = cut.place(cache.length[:, None] + index)
+    # Out of range, so that the write is dropped, behind the last token of a row.
+    place = jnp.where(index < length[:, None], rank * cut.slots + slot, cut.cp * cut.slots)
+    row = jnp.arange(len(length), dtype=jnp.int32)[:, None]
+    held = jax.tree.map(lambda x, y: x.at[:, row, place].set(y, mode="drop"), cache.latent, latent)
+    return Cache(held, cache.length + length)
 
 
 def with_new(cut: CacheCut, held: Latent, new: Latent, position: Int[Array, " B"], rank: Int[Array, ""]) -> Latent:

@@ -1,6 +1,7 @@
 """Greedy decoding on a mesh, and the same text on one device as a check.
 
     prompt  ─prefill─▶  latents, first token  ─cut─▶  cache  ─step─▶  next token  ─step─▶  …
+    in chunks: each is prefilled with what is cached of those before it
 
 The check is one pass over prompt and tokens together on one device, in which nothing is cut, cached, absorbed or
 merged: its logits at each place must be those of the step, and the token must be its choice. In float64 only: there the
@@ -20,7 +21,7 @@ from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import Advance
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.model import ModelWeights, forward, logits_of
-from cpjax.deepseek.parallel import Setup, checked_ids, decode_step, prefill, start_cache
+from cpjax.deepseek.parallel import Setup, checked_ids, decode_step, extended_cache, prefill
 from cpjax.errors import InputError
 
 BLOCK = 128
@@ -63,6 +64,7 @@ def generate(
     steps: int,
     *,
     block: int = BLOCK,
+    chunk: int | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> Generated:
     """The `steps` tokens that follow a prompt, each the one with the largest logit (of equal ones the first).
@@ -70,10 +72,12 @@ def generate(
     Args:
       ids: the prompts, all of one length.
       block: tokens of a block of the cache; a short text lies on few ranks if it is large.
+      chunk: tokens of the prompt that are prefilled at once; None: all of them.
       advance: is told how many tokens there are.
 
     Raises:
-      InputError: ids that the model does not have; no step; more tokens than the model has positions for.
+      InputError: ids that the model does not have; no step, an empty chunk; more tokens than the model has positions
+        for.
     """
     ids = checked_ids(setup.config, ids)
     if steps < 1:
@@ -84,12 +88,15 @@ def generate(
             f"{length} tokens and {steps} steps are more than the model's max_position_embeddings, "
             f"{setup.config.max_position_embeddings}; give fewer"
         )
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}; it is the number of tokens that are prefilled at once, at least 1")
     started = time.perf_counter()
-    lengths = np.full(len(ids), length)
-    outcome = prefill(setup, weights, ids, lengths)
-    found = [np.asarray(logits_of(weights, setup.config, outcome.hidden[:, -1:])[:, 0])]
-    cut = CacheCut(setup.sizes[0], block, length + steps)
-    cache = start_cache(setup, cut, outcome, lengths)
+    cut, cache, found = CacheCut(setup.sizes[0], block, length + steps), None, []
+    for part in np.split(ids, range(chunk or length, length, chunk or length), axis=1):
+        outcome = prefill(setup, weights, part, cut=None if cache is None else cut, cache=cache)
+        cache = extended_cache(setup, cut, outcome, np.full(len(ids), part.shape[1]), cache)
+        found = [np.asarray(logits_of(weights, setup.config, outcome.hidden[:, -1:])[:, 0])]
+    assert cache is not None  # a prompt has a token
     seconds = {"prefill": time.perf_counter() - started, "first step": 0.0, "further steps": 0.0}
     advance("tokens", 1, steps)
     for step in range(1, steps):

@@ -4,6 +4,8 @@
                latents travel by an exchange (`cpjax.latent`), expanded to this device's heads where they are used
     decode     one new token a row, the same on all ranks of cp; queries are absorbed, each rank attends to its part of
                the cache, and partials are merged in the order of the ranks (`cpjax.exchange.decode`)
+    prefix     of tokens that are cached already, or a prompt in chunks: the cached latents are gathered, attended to as
+               one block, and merged last, as MindIE does (docs/mindie.md)
     experts    each device has E / (cp·tp) of them, computes them for the tokens of all ranks of cp, and sums come home
 
 What is summed over devices is summed in the model's dtype.
@@ -23,8 +25,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cpjax.attention import Attention
+from cpjax.blocks.tiles import attend
 from cpjax.deepseek.attention import Latent
-from cpjax.deepseek.cache import Cache, CacheCut, cache_tokens, fill, with_new
+from cpjax.deepseek.cache import Cache, CacheCut, cache_tokens, empty, with_new, with_text
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.model import (
     ModelWeights,
@@ -38,9 +41,11 @@ from cpjax.deepseek.model import (
 from cpjax.deepseek.moe import MoeWeights, experts_of, mlp, route
 from cpjax.deepseek.names import cut_axis, weights_of
 from cpjax.errors import InputError
+from cpjax.exchange.blocks import finished
 from cpjax.exchange.decode import decode_attention
-from cpjax.latent import HEADLESS, UpProjection, latent_attention_on_device
+from cpjax.latent import HEADLESS, UpProjection, expand, latent_attention_on_device
 from cpjax.mask import PAD, Tokens
+from cpjax.partial import Partial, merge
 from cpjax.partition import Zigzag
 from cpjax.precision import Precision
 
@@ -138,22 +143,29 @@ def prefill(
     weights: ModelWeights,
     ids: Int[Any, "B T"],
     lengths: Sequence[int] | Int[np.ndarray, " B"] | None = None,
+    *,
+    cut: CacheCut | None = None,
+    cache: Cache | None = None,
 ) -> Outcome:
-    """A whole prompt at once: the last hidden state and the latents of all layers, in natural order.
+    """Tokens at once: their last hidden state and the latents of all layers, in natural order.
 
     Args:
       ids: token ids; rows that are shorter are filled up at their end with any id.
       lengths: tokens of each row; None: T.
+      cut, cache: tokens that stand before these, from an earlier prefill or another request with the same beginning;
+        rows may have different numbers of them, or none. None: nothing stands before.
 
     Raises:
-      InputError: ids that the model does not have.
+      InputError: ids that the model does not have; a cache without its cut.
     """
+    if (cut is None) != (cache is None):
+        raise InputError("cut says how the cache is cut; give both or none of them")
     ids = checked_ids(setup.config, ids)
     batch, length = ids.shape
     lengths = np.full(batch, length) if lengths is None else lengths
     chunks = 2 * setup.sizes[0]
     padded = np.pad(ids, ((0, 0), (0, -length % chunks)))
-    found = _prefill(setup, weights, jnp.asarray(padded, jnp.int32), jnp.asarray(lengths, jnp.int32))
+    found = _prefill(setup, cut, weights, jnp.asarray(padded, jnp.int32), jnp.asarray(lengths, jnp.int32), cache)
     return Outcome(found.hidden[:, :length], jax.tree.map(lambda x: x[:, :, :length], found.latent))
 
 
@@ -177,14 +189,19 @@ def checked_ids(config: DeepseekConfig, ids: Int[Any, "B T"]) -> Int[np.ndarray,
     return found
 
 
-@partial(jax.jit, static_argnums=0)
-def _prefill(setup: Setup, weights: ModelWeights, ids: Array, lengths: Array) -> Outcome:
+@partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    setup: Setup, cut: CacheCut | None, weights: ModelWeights, ids: Array, lengths: Array, cache: Cache | None
+) -> Outcome:
     zigzag = Zigzag(setup.sizes[0])
     order = zigzag.order(ids.shape[1])
-    position = jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None], ids.shape)
-    places = Tokens(position, jnp.where(position < lengths[:, None], 0, PAD).astype(jnp.int32))
+    index = jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None], ids.shape)
+    position = index if cache is None else index + cache.length[:, None]
+    places = Tokens(position, jnp.where(index < lengths[:, None], 0, PAD).astype(jnp.int32))
 
-    def device(weights: ModelWeights, ids: Array, places: Tokens) -> tuple[Array, Latent]:
+    def device(
+        weights: ModelWeights, ids: Array, places: Tokens, held: Latent | None, length: Array | None
+    ) -> tuple[Array, Latent]:
         def attending(number: int, query: Array, latent: Latent, up: UpProjection) -> Array:
             (query,) = as_handed_over(setup.attention, query)
             c_kv, k_rope = as_handed_over(setup.attention, *latent)
@@ -201,21 +218,45 @@ def _prefill(setup: Setup, weights: ModelWeights, ids: Array, lengths: Array) ->
                 exchange=setup.exchange,
                 chunks=zigzag.chunks_per_rank,
             )
+            if cut is not None and held is not None and length is not None:
+                mine = jax.tree.map(lambda x: x[number], held)
+                before = _prefix(setup.attention, cut, query, mine, length, up, places)
+                result = finished(merge(result, before, setup.attention.precision), setup.attention)
             return jnp.asarray(result.out)
 
         parts = Parts(_summed, partial(_moe, is_cut=True))
         outcome = run_layers(weights, setup.config, ids, places.position, attending, parts)
         return outcome.hidden, outcome.latent
 
-    cut = P(None, "cp")
+    runs, slots = P(None, "cp"), P(None, None, "cp")
     program = jax.shard_map(
-        device, mesh=setup.mesh, in_specs=(specs(setup.config), cut, cut), out_specs=(cut, P(None, None, "cp"))
+        device,
+        mesh=setup.mesh,
+        in_specs=(specs(setup.config), runs, runs, slots, P()),
+        out_specs=(runs, slots),
     )
-    hidden, latent = program(weights, ids[:, order], places)
+    hidden, latent = program(weights, ids[:, order], places, *((None, None) if cache is None else cache))
     back = np.argsort(order)
     place = lambda x, spec: lax.with_sharding_constraint(x, jax.NamedSharding(setup.mesh, spec))  # noqa: E731
     latent = jax.tree.map(lambda x: place(x[:, :, back], P(None, None, "cp")), latent)
-    return Outcome(place(hidden[:, back], cut), latent)
+    return Outcome(place(hidden[:, back], runs), latent)
+
+
+def _prefix(
+    attention: Attention,
+    cut: CacheCut,
+    query: Array,
+    held: Latent,
+    length: Array,
+    up: UpProjection,
+    places: Tokens,
+) -> Partial:
+    """Attention of this device's queries over all that is cached, gathered from the ranks of cp."""
+    c_kv, k_rope = as_handed_over(attention, *(lax.all_gather(x, "cp", axis=1, tiled=True) for x in held))
+    position = jnp.broadcast_to(jnp.asarray(cut.positions.ravel(), jnp.int32)[None], c_kv.shape[:2])
+    there = Tokens(position, jnp.where(position < length[:, None], 0, PAD).astype(jnp.int32))
+    key, value = expand(c_kv, k_rope, up, attention)
+    return attend(query, key, value, places, there, attention)
 
 
 def _summed(x: Array) -> Array:
@@ -250,15 +291,24 @@ class Next(NamedTuple):
     cache: Cache
 
 
-def start_cache(setup: Setup, cut: CacheCut, outcome: Outcome, lengths: Sequence[int] | Int[np.ndarray, " B"]) -> Cache:
-    """The cache after a prefill, each rank's part on its device."""
-    return _start_cache(setup, cut, outcome.latent, jnp.asarray(lengths, jnp.int32))
+def extended_cache(
+    setup: Setup,
+    cut: CacheCut,
+    outcome: Outcome,
+    lengths: Sequence[int] | Int[np.ndarray, " B"],
+    cache: Cache | None = None,
+) -> Cache:
+    """The cache after a prefill, each rank's part on its device; `cache` is what the prefill was given.
+
+    It must have room for them (`CacheCut.capacity`); what has none is not kept.
+    """
+    return _extended(setup, cut, outcome.latent, jnp.asarray(lengths, jnp.int32), cache)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _start_cache(setup: Setup, cut: CacheCut, latent: Latent, lengths: Array) -> Cache:
+def _extended(setup: Setup, cut: CacheCut, latent: Latent, lengths: Array, cache: Cache | None) -> Cache:
     where = jax.NamedSharding(setup.mesh, P(None, None, "cp"))
-    cache = fill(cut, latent, lengths)
+    cache = with_text(cut, empty(cut, latent) if cache is None else cache, latent, lengths)
     return cache._replace(latent=jax.tree.map(lambda x: lax.with_sharding_constraint(x, where), cache.latent))
 
 

@@ -29,6 +29,7 @@ class Request(NamedTuple):
     dtype: str
     precision: str | None
     is_checked: bool
+    chunk: int | None = None
 
 
 class Said(NamedTuple):
@@ -48,7 +49,7 @@ class Said(NamedTuple):
         """For `--json`; a NaN is null."""
         request, checked = self.request, self.checked
         cp, tp = request.sizes
-        said = {"model": str(request.model), "cp": cp, "tp": tp, "exchange": request.exchange}
+        said = {"model": str(request.model), "cp": cp, "tp": tp, "exchange": request.exchange, "chunk": request.chunk}
         said |= {"dtype": request.dtype, "precision": self.precision, "prompt": list(request.ids)}
         said |= {"tokens": self.generated.ids[0].tolist(), "seconds": self.generated.seconds, "check": None}
         if checked is not None:
@@ -129,7 +130,7 @@ def run(request: Request, advance: Advance) -> Said:
         exchange=request.exchange,
     )
     weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
-    generated = generate(how, weights, ids, request.steps, block=request.block, advance=advance)
+    generated = generate(how, weights, ids, request.steps, block=request.block, chunk=request.chunk, advance=advance)
     checked = None
     if request.is_checked:
         checked = check(config, load(checkpoint, request.dtype), ids, generated)

@@ -54,6 +54,7 @@ def test_from_nothing_to_tokens(tmp_path):
     written = subprocess.run([*command, "checkpoint", "m"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert written.returncode == 0, written.stderr
     line = [*command, "generate", "m", "--prompt-ids", "5,6,7,8,9", "--config", EXAMPLE, "--check", "--json"]
+    line += ["--chunk", "3"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "scaled down: tp 4 instead of the deployment's 8; cp 2 as it is" in done.stderr

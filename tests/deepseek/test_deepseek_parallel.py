@@ -19,7 +19,7 @@ from cpjax.deepseek.checkpoint import load, open_checkpoint, write_random
 from cpjax.deepseek.config import KNOWN, SMALL
 from cpjax.deepseek.generate import check, generate, on_one_device
 from cpjax.deepseek.model import logits_of
-from cpjax.deepseek.parallel import model_mesh, prefill, setup, specs, start_cache
+from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.partition import Interleaved
 
@@ -94,10 +94,70 @@ def test_rows_of_different_lengths(on_mesh, expected, which):
     near(found[1, :13], expected[1, :13])
 
 
+# Prefix and chunks ----------------------------------------------------------------------------------------------------
+
+
+def in_chunks(how, weights, sizes):
+    """Logits of the text, prefilled in chunks of these sizes over the latents of those before; and the cache."""
+    cut, cache, start, found = CacheCut(how.sizes[0], 2, IDS.shape[1]), None, 0, []
+    for size in sizes:
+        ids = IDS[:, start : start + size]
+        outcome = prefill(how, weights, ids, cut=None if cache is None else cut, cache=cache)
+        cache = extended_cache(how, cut, outcome, [size, size], cache)
+        found.append(logits(how, weights, outcome))
+        start += size
+    return np.concatenate(found, axis=1), cache
+
+
+@pytest.mark.parametrize("which", SETUPS[1:])
+def test_in_chunks_is_at_once(on_mesh, expected, which):
+    """And the last chunk is one token, all others are cached: the largest prefix that there is."""
+    how, weights = on_mesh(*which)
+    found, cache = in_chunks(how, weights, [8, 8, 4, 1])
+    near(found, expected)
+    whole = extended_cache(how, CacheCut(how.sizes[0], 2, 21), prefill(how, weights, IDS), [21, 21])
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
+        near(np.asarray(a), np.asarray(b))
+
+
+def test_rows_with_different_prefixes(on_mesh, expected):
+    """One row has 11 tokens cached, the other none; of the new tokens one has 10, the other 6, then pads."""
+    how, weights = on_mesh(*SETUPS[0])
+    cut, lengths = CacheCut(2, 2, 21), [11, 0]
+    cache = extended_cache(how, cut, prefill(how, weights, IDS[:, :11], lengths), lengths)
+    new = np.stack([IDS[0, 11:], np.where(np.arange(10) < 6, IDS[1, :10], 96)])
+    found = logits(how, weights, prefill(how, weights, new, [10, 6], cut=cut, cache=cache))
+    near(found[0], expected[0, 11:])
+    near(found[1, :6], expected[1, :6])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("index + cache.length[:, None]", "index + cache.length[:, None] - 1"),  # a prefix that is one token short
+        ("jnp.where(position < length[:, None], 0, PAD)", "jnp.where(position < length[:, None] - 1, 0, PAD)"),
+        ("jnp.asarray(cut.positions.ravel(), jnp.int32)", "jnp.arange(cut.positions.size, dtype=jnp.int32)"),
+    ],
+)
+def test_a_broken_prefix_is_seen(on_mesh, expected, old, new):
+    how, weights = on_mesh(*SETUPS[0])
+    name = "_prefill" if "index" in old else "_prefix"
+    unjitted = parallel._prefill.__wrapped__  # in a function of its own, so that it is traced anew
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch, parallel, name, old, new)
+        if name == "_prefix":
+            patch.setattr(parallel, "_prefill", jax.jit(lambda *x: unjitted(*x), static_argnums=(0, 1)))
+        found, _ = in_chunks(how, weights, [9, 12])
+    assert np.abs(found - expected).max() > 1e-4
+
+
+# Decode ---------------------------------------------------------------------------------------------------------------
+
+
 def decoded(how, weights, lengths, steps):
     """Logits of all steps after prompts of these lengths; blocks of the cache have as many tokens as tp ranks."""
     cut = CacheCut(how.sizes[0], how.sizes[1], IDS.shape[1])
-    cache = start_cache(how, cut, prefill(how, weights, cut_off(lengths), lengths), lengths)
+    cache = extended_cache(how, cut, prefill(how, weights, cut_off(lengths), lengths), lengths)
     found = []
     for i in range(steps):
         new = jnp.asarray([row[length + i] for row, length in zip(IDS, lengths, strict=True)], jnp.int32)
@@ -141,7 +201,7 @@ def test_each_device_holds_its_part(on_mesh):
     assert shape(attention.kv_a_proj_with_mqa) == (40, 48), "latents are everybody's"
     assert shape(feed.experts.gate_proj) == (4, 32, 48), "4 of 16 experts"
     assert shape(weights.layers[0].mlp.down_proj) == (48, 96 // 2)
-    cache = start_cache(how, CacheCut(2, 2, 24), prefill(how, weights, IDS), [21, 21])
+    cache = extended_cache(how, CacheCut(2, 2, 24), prefill(how, weights, IDS), [21, 21])
     assert shape(cache.latent.c_kv) == (2, 2, 12, 32)
 
 
@@ -156,6 +216,9 @@ def test_what_is_generated_is_one_device_s(on_mesh, one_device):
     said = check(TINY, one_device, prompt, found)
     assert said.passed
     assert said.difference < 1e-12
+    again = generate(how, weights, prompt, 3, block=2, chunk=4)
+    assert (again.ids == found.ids[:, :3]).all()
+    assert check(TINY, one_device, prompt, again).passed
     other = found._replace(ids=(found.ids + (np.arange(13) == 12)) % 97)
     assert check(TINY, one_device, prompt, other).other == 12
     assert not check(TINY, one_device, prompt, found._replace(logits=found.logits * np.nan)).passed
@@ -207,6 +270,10 @@ def test_other_bad_input(on_mesh):
     ):
         with pytest.raises(InputError, match=message):
             prefill(how, weights, np.array(ids, int))
+    with pytest.raises(InputError, match="give both or none"):
+        prefill(how, weights, IDS, cut=CacheCut(2, 1, 1))
+    with pytest.raises(InputError, match="chunk is 0"):
+        generate(how, weights, IDS, 1, chunk=0)
     with pytest.raises(InputError, match="steps is 0"):
         generate(how, weights, IDS, 0)
     with pytest.raises(InputError, match="more than the model's max_position_embeddings"):

@@ -1,7 +1,5 @@
 """The specification as a backend: attention in JAX, on as many simulated CPU devices as there are ranks."""
 
-import contextlib
-
 import numpy as np
 
 from cpjax.crosscheck.files.case import Case
@@ -39,11 +37,9 @@ class Spec:
 
     def prepare(self, cases: list[Case]) -> None:
         """Devices for the largest case: their number is fixed once JAX has begun."""
-        import jax
+        from cpjax.parallel import simulate_devices
 
-        with contextlib.suppress(RuntimeError):  # JAX has begun; cp_mesh says what to do if there are too few devices
-            there = jax.config.values["jax_num_cpu_devices"]  # −1 where it was not said
-            jax.config.update("jax_num_cpu_devices", max(there, *(case.cp for case in cases)))
+        simulate_devices(max(case.cp for case in cases))
 
     def run(self, case: Case) -> Result:
         """Attention by the exchange; of layout decode, by an exchange of partials.
