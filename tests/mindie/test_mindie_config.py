@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -270,7 +271,9 @@ def test_names_mean_one_model_or_none(name, model, bits):
             geometry(identity, name)
     else:
         assert identity.models == (model,)
-        assert geometry(identity, name) == Geometry(128, 128, 64, 128)
+        found = geometry(identity, name)
+        assert found[:4] == (128, 128, 64, 128)
+        assert found.scale == pytest.approx(192**-0.5 * (0.1 * np.log(40) + 1) ** 2)  # YaRN, factor 40
 
 
 THREE = ("DeepSeek-R1", "DeepSeek-V3", "DeepSeek-V3.1")
