@@ -167,17 +167,15 @@ def cache_moves(owner: tuple[int, ...], cp: int) -> CacheMoves:
     slots = max(run, *map(len, held))
     place = np.arange(run * cp).reshape(cp, run)  # which token lies in a run, and where, once it is filled up
     place = (place // run * slots + place % run).ravel()
-    pads = [*np.setdiff1d(np.arange(cp * slots), place[: len(owner)])]
-    order = []
-    for rank, mine in enumerate(held):
-        # A rank keeps its own pads as far as it can: these cost no transfer.
-        own = [x for x in pads if x // slots == rank][: slots - len(mine)]
-        order.append([*place[mine], *own])
-        pads = [x for x in pads if x not in set(own)]
-    for mine in order:
-        short = slots - len(mine)
-        mine += pads[:short]
-        pads = pads[short:]
+    pads = np.setdiff1d(np.arange(cp * slots), place[: len(owner)])
+    short = [slots - len(mine) for mine in held]
+    # A rank keeps its own pads as far as it can: these cost no transfer.
+    spare = [pads[pads // slots == rank] for rank in range(cp)]
+    own = [mine[:n] for mine, n in zip(spare, short, strict=True)]
+    others = np.concatenate([mine[n:] for mine, n in zip(spare, short, strict=True)])
+    still = [n - len(mine) for n, mine in zip(short, own, strict=True)]
+    given = np.split(others, np.cumsum(still)[:-1])
+    order = [x for mine, *fill in zip(held, own, given, strict=True) for x in (place[mine], *fill)]
     return CacheMoves(run, slots, moves(np.concatenate(order), cp))
 
 

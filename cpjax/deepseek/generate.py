@@ -91,12 +91,13 @@ def generate(
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}; it is the number of tokens that are prefilled at once, at least 1")
     started = time.perf_counter()
-    cut, cache, found = CacheCut(setup.sizes[0], block, length + steps), None, []
+    cut, cache, outcome = CacheCut(setup.sizes[0], block, length + steps), None, None
     for part in np.split(ids, range(chunk or length, length, chunk or length), axis=1):
         outcome = prefill(setup, weights, part, cut=None if cache is None else cut, cache=cache)
         cache = extended_cache(setup, cut, outcome, np.full(len(ids), part.shape[1]), cache)
-        found = [np.asarray(logits_of(weights, setup.config, outcome.hidden[:, -1:])[:, 0])]
     assert cache is not None  # a prompt has a token
+    assert outcome is not None
+    found = [np.asarray(logits_of(weights, setup.config, outcome.hidden[:, -1:])[:, 0])]
     seconds = {"prefill": time.perf_counter() - started, "first step": 0.0, "further steps": 0.0}
     advance("tokens", 1, steps)
     for step in range(1, steps):
