@@ -1,5 +1,6 @@
 """`cpjax.testing.assert_attention`, as another project's tests call it; and the table of docs/testing.md."""
 
+import os
 import re
 import subprocess
 import sys
@@ -184,10 +185,11 @@ def test_the_message_on_the_page_is_what_pytest_shows(tmp_path):
 
 
 def pytest_in(folder, code):
-    """pytest in a folder that has this test file and nothing of ours."""
+    """pytest in a folder that has this test file and nothing of ours, as at a terminal: under CI it folds no line."""
     (folder / "test_kernel.py").write_text(code)
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    terminal = {name: value for name, value in os.environ.items() if name not in ("CI", "BUILD_NUMBER")}
+    return subprocess.run(line, cwd=ROOT, env=terminal, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.process
