@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -11,6 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
+from cpjax.commands.deepseek import app as deepseek
+from cpjax.commands.verdicts import JUDGED, Report, free, report_to, show
 from cpjax.errors import InputError
 
 SHOWN = (
@@ -24,16 +25,6 @@ class _Shown(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=SHOWN.index)
 
-
-DONE = "Exit status: 0 done, 2 bad input (one line says what and how to mend it)."
-GENERATED = (
-    "Exit status: 0 done, 1 with --check: one device gives something else, 2 bad input (one line says what and how to "
-    "mend it)."
-)
-JUDGED = (
-    "Exit status: 0 everything agrees, 1 something is WRONG, not judgeable, or there is no result, 2 bad input (one "
-    "line says what and how to mend it)."
-)
 
 app = typer.Typer(
     cls=_Shown,
@@ -70,6 +61,7 @@ def _mindie() -> typer.Typer:
     return mindie
 
 
+app.add_typer(deepseek)
 app.add_typer(_mindie(), name="mindie", short_help="check and explain a MindIE config.json")
 
 CROSSCHECK_HELP = """Compute attention of a MindIE deployment three ways, and judge the outcome.
@@ -123,11 +115,6 @@ cpjax judge-dump --query q.pt --key k_cache.pt --value v_cache.pt \\
 cpjax judge-dump --query q --key k --value v --out o --scale 0.125 \\
     --causal --partition zigzag          (folders of ranks)
 """
-
-Report = Annotated[
-    Path | None, typer.Option(help="write a page, DIR/index.html; nothing is overwritten", metavar="DIR")
-]
-Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
 @app.command(help=CROSSCHECK_HELP, short_help="compute a MindIE deployment three ways, judge them", epilog=JUDGED)
@@ -184,9 +171,9 @@ def crosscheck(
     from cpjax.mindie.crosscheck import cases_of
 
     names = list(dict.fromkeys(backend or ["spec", "npu"]))
-    with _errors():
+    with errors():
         check_names(names)
-        _free(report)
+        free(report)
         if given is None:
             cases, remarks = cases_of(
                 config, tokens=tokens, geometry=geometry, seed=seed, shares=shares, decode=decode, latent=latent
@@ -205,11 +192,11 @@ def crosscheck(
                 cases = [write_case(folder / "cases", case) for case in cases]
             for name in names:
                 launch(name, given or folder / "cases", folder / "results" / name, cases)
-            with _progress() as advance:
+            with progress() as advance:
                 judged = list(judge_folder(cases, folder / "results", advance, draw=report is not None))
             compared = list(compare_folder(cases, folder / "results", judged))
-        _report(report, judged, "cpjax crosscheck")
-        _show(judged, as_json, compared)
+        report_to(report, judged, "cpjax crosscheck")
+        show(judged, as_json, compared)
 
 
 @app.command(help=JUDGE_HELP, short_help="judge a folder of results of cases", epilog=JUDGED)
@@ -231,16 +218,16 @@ def judge(
     from cpjax.crosscheck.run.explain import budgets_of, checked_rows
     from cpjax.crosscheck.run.session import judge_folder
 
-    with _errors():
-        _free(report)
+    with errors():
+        free(report)
         found = read_cases(cases)
         rows = checked_rows(explain or [], found)
-        with _progress() as advance:
+        with progress() as advance:
             draw = report is not None or bool(rows)
             judged = list(judge_folder(found, results, advance, draw=draw, workers=workers))
         budgets = list(budgets_of(judged, rows))
-        _report(report, judged, "cpjax judge")
-        _show(judged, as_json, budgets=budgets, asked=True)
+        report_to(report, judged, "cpjax judge")
+        show(judged, as_json, budgets=budgets, asked=True)
 
 
 CASES_HELP = """Write a set of cases into a new folder, with checksums, for any kernel to compute.
@@ -261,7 +248,7 @@ def cases(
     """See CASES_HELP."""
     from cpjax.crosscheck.conformance.cases import VERSION, write_conformance
 
-    with _errors():
+    with errors():
         if preset != "conformance":
             raise InputError(f"--preset {preset!r} is unknown; known is conformance")
         written = write_conformance(folder)
@@ -287,7 +274,7 @@ def examples(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folde
     """See EXAMPLES_HELP."""
     from cpjax.shared import write_shared
 
-    with _errors():
+    with errors():
         written = write_shared(folder)
     for path in written:
         print(path)
@@ -304,7 +291,7 @@ def backends(as_json: Json = False) -> None:
     """See BACKENDS_HELP."""
     from cpjax.crosscheck.backends import about, installed
 
-    with _errors():
+    with errors():
         rows = [about(entry) for entry in installed().values()]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -334,7 +321,7 @@ def bench(
     from cpjax import bench as bench_module
     from cpjax.parallel import simulate_devices
 
-    with _errors():
+    with errors():
         simulate_devices(cp)
         rows = bench_module.bench(tokens, heads, head_dim, cp, repeats)
         print(json.dumps([row._asdict() for row in rows], indent=2) if as_json else bench_module.table(rows))
@@ -448,8 +435,8 @@ def judge_dump(
     from cpjax.crosscheck.dumps.question import Question
     from cpjax.crosscheck.run.session import Judged, Shown
 
-    with _errors():
-        _free(report)
+    with errors():
+        free(report)
         found = {} if file is None else named(file, names)
         if file is None and names is not None:
             raise InputError("--names is of the tensors in FILE; give the file")
@@ -460,7 +447,7 @@ def judge_dump(
         question = Question(
             query=tuple(query or [found["query"]]), key=tuple(key or [found["key"]]), value=value or found["value"],
             out=out or found["out"], lse=lse or found.get("lse"), scale=scale, is_causal=causal, layout=layout_of,
-            positions=positions, align=align, lengths=_whole_numbers(lengths), segments=segments,
+            positions=positions, align=align, lengths=whole_numbers(lengths), segments=segments,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, cu_seqlens_padded=cu_seqlens_padded,
             block_table=block_table, seq_lens=seq_lens, sink=sink or found.get("sink"), softcap=softcap, window=window,
             alibi=alibi, bias=bias, key_scale=kv_scale if key_scale is None else key_scale,
@@ -479,215 +466,13 @@ def judge_dump(
             shown = Shown(said.problem, said.out, said.lse)
             shown = None if "form" in said.verdict.failed_tests else shown
             judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
-        _report(report, [judged], "cpjax judge-dump")
-        _show([judged], as_json, asked=True, provenance=True)
-
-
-CHECKPOINT_HELP = """Write a random DeepSeek checkpoint into a new folder: true structure and names, small numbers.
-
-config.json, safetensors and their index, as Hugging Face writes them. --like takes the numbers of another config.json.
-
-Example: cpjax checkpoint build/small --seed 1
-"""
-
-
-@app.command(help=CHECKPOINT_HELP, short_help="write a small random DeepSeek checkpoint", epilog=DONE)
-def checkpoint(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")],
-    like: Annotated[
-        Path | None, typer.Option(help="a checkpoint's config.json, for its numbers", metavar="FILE")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="of the weights", metavar="float16|bfloat16|float32|float64")] = "float16",
-    seed: Annotated[int, typer.Option(min=0, help="of the weights, which are normally distributed", metavar="N")] = 0,
-    as_json: Json = False,
-) -> None:
-    """See CHECKPOINT_HELP."""
-    from cpjax.deepseek.checkpoint import write_random
-    from cpjax.deepseek.config import SMALL, read_config
-    from cpjax.deepseek.names import mtp_shapes, shapes
-    from cpjax.wording import counted
-
-    with _errors():
-        config = SMALL if like is None else read_config(like)
-        files = write_random(folder, config, seed, dtype=dtype)
-    size, count = sum(file.stat().st_size for file in files), len(shapes(config) | mtp_shapes(config))
-    if as_json:
-        said = {"folder": str(folder), "files": [file.name for file in files], "bytes": size}
-        print(json.dumps(said | {"tensors": count, "dtype": dtype, "seed": seed}, indent=2))
-    else:
-        print(f"{count} tensors, {size:,} bytes in {counted(len(files), 'file')}, in {folder}")
-        print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
-
-
-GENERATE_HELP = """Prefill a prompt under context parallelism, and decode greedily over the sharded cache of latents.
-
-MODEL is the folder of a DeepSeek-V3 checkpoint that is not quantised. Devices are simulated: cp ranks share the tokens,
-tp ranks the heads, both together the experts. --config takes cp and tp of a MindIE deployment.
-
---check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same.
-
-Example:
-
-\b
-cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
-"""
-
-
-@app.command(help=GENERATE_HELP, short_help="run a DeepSeek checkpoint, prompt to tokens", epilog=GENERATED)
-def generate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
-    prompt_ids: Annotated[str, typer.Option(help="token ids with commas", metavar="ID,…")],
-    cp: Annotated[
-        int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said", metavar="N")
-    ] = None,
-    tp: Annotated[
-        int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said", metavar="N")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="a MindIE config.json, for its cp and tp", metavar="FILE")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="new tokens", metavar="N")] = 8,
-    block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache", metavar="N")] = 128,
-    chunk: Annotated[
-        int | None,
-        typer.Option(min=1, help="tokens of the prompt that are prefilled at once; all if not said", metavar="N"),
-    ] = None,
-    exchange: Annotated[
-        str, typer.Option(help="how latents meet queries", metavar="ring|ring_both_ways|gather|pass_query")
-    ] = "ring",
-    dtype: Annotated[str, typer.Option(help="everything is computed in it", metavar="float64|float32")] = "float64",
-    precision: Annotated[
-        str | None,
-        typer.Option(help="profile of attention, see docs/precision.md; dtype's if not said", metavar="PROFILE"),
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="compare with one device; exit 1 if it differs")] = False,
-    as_json: Json = False,
-) -> None:
-    """See GENERATE_HELP."""
-    import jax
-
-    from cpjax.deepseek.config import read_config
-    from cpjax.deepseek.simulate import Request, ranks_of, run
-    from cpjax.parallel import simulate_devices
-
-    with _errors():
-        ids = _whole_numbers(prompt_ids, "--prompt-ids") or ()
-        shape = read_config(model) if model.is_dir() else None
-        sizes, remarks = ranks_of(cp, tp, config, shape)
-        request = Request(model, ids, steps, sizes, block, exchange, dtype, precision, check, chunk)
-        for remark in remarks:
-            print(f"cpjax: {remark}", file=sys.stderr)
-        simulate_devices(sizes[0] * sizes[1])
-        with jax.enable_x64(dtype == "float64"), _progress() as advance:
-            said = run(request, advance)
-    print(json.dumps(said.as_json(), indent=2, allow_nan=False) if as_json else said.text())
-    raise typer.Exit(0 if said.passed else 1)
-
-
-def _whole_numbers(text: str | None, option: str = "--lengths") -> tuple[int, ...] | None:
-    """--lengths, --prompt-ids."""
-    try:
-        return None if text is None else tuple(int(n) for n in text.split(","))
-    except ValueError:
-        raise InputError(f"{option} {text!r:.80} must be whole numbers with commas, as 512,300") from None
+        report_to(report, [judged], "cpjax judge-dump")
+        show([judged], as_json, asked=True, provenance=True)
 
 
 def main() -> None:
     """The entry point of the console script."""
     app()
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        print(f"cpjax: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        print("cpjax: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _progress() -> Iterator:
-    """A bar on stderr; `advance(what, done, total)`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield advance
-
-
-def _free(report: Path | None) -> None:
-    """Refuse a report that would overwrite something before anything is computed."""
-    if report is not None:
-        from cpjax.crosscheck.report.page import check_free
-
-        check_free(report)
-
-
-def _report(report: Path | None, judged: list, title: str) -> None:
-    if report is not None:
-        from cpjax.crosscheck.report.page import write_report
-
-        print(f"cpjax: report: {write_report(report, judged, title)}", file=sys.stderr)
-
-
-def _show(
-    judged: list,
-    as_json: bool,
-    compared: list | None = None,
-    budgets: list | None = None,
-    *,
-    asked: bool = False,
-    provenance: bool = False,
-) -> None:
-    """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
-    from rich.console import Console
-
-    from cpjax.crosscheck.run.compare import between_sentence
-    from cpjax.crosscheck.run.summary import all_passed, questions, sentence, table_of
-
-    pairs = compared or []
-    passed = all_passed(judged) and all(one.agreement.agrees for one in pairs)
-    summary = f"{sentence(judged)} {between_sentence(pairs)}".rstrip()
-    if as_json:
-        report = {"passed": passed, "summary": summary, "results": [one.as_json() for one in judged]}
-        report["between"] = [one.as_json() for one in pairs]
-        report["explained"] = [one.as_json() for one in budgets or []]
-        print(json.dumps(report, indent=2, allow_nan=False))
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(table_of(judged))
-        for one in judged:
-            for reason in one.reasons if one.outcome in ("fail", "error") else []:
-                console.print(f"{one.case}, {one.backend}: {reason}", highlight=False, markup=False)
-            for remark in one.remarks:
-                console.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
-            for cause in one.verdict.diagnosis if one.verdict is not None else []:
-                console.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
-        for line in questions(judged) if asked else []:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        for one in judged if provenance else []:
-            for name, digest in one.about["files"].items():
-                console.print(f"file: {name}, SHA-256 {digest}", highlight=False, markup=False, soft_wrap=True)
-            versions = ", ".join(f"{name} {x}" for name, x in one.about["versions"].items())
-            console.print(f"judged: {one.about['date']}, {versions}", highlight=False, markup=False)
-        for backend, reason in dict.fromkeys((x.backend, x.unsupported) for x in judged if x.outcome == "unsupported"):
-            which = [x.case for x in judged if (x.backend, x.unsupported) == (backend, reason)]
-            names = ", ".join(which[:3]) + (f" and {len(which) - 3} more" if len(which) > 3 else "")
-            console.print(f"unsupported by {backend}: {reason} ({names})", highlight=False, markup=False)
-        for one in budgets or []:
-            console.print(one.table())
-        console.print(summary, highlight=False, markup=False)
-    raise typer.Exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

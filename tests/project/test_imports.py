@@ -45,6 +45,7 @@ LAYERS = [
         *("cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"),
     ],
     ["cpjax.crosscheck.report", "cpjax.crosscheck.backends", "cpjax.trial"],
+    ["cpjax.commands"],
     ["cpjax.cli"],
     ["cpjax.__main__"],
 ]

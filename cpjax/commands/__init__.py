@@ -1,0 +1,1 @@
+"""The commands of `cpjax`, one file a group; `cpjax.cli` puts them together."""

@@ -1,0 +1,115 @@
+"""`cpjax checkpoint` and `cpjax generate`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
+
+GENERATED = (
+    "Exit status: 0 done, 1 with --check: one device gives something else, 2 bad input (one line says what and how to "
+    "mend it)."
+)
+
+app = typer.Typer()
+
+CHECKPOINT_HELP = """Write a random DeepSeek checkpoint into a new folder: true structure and names, small numbers.
+
+config.json, safetensors and their index, as Hugging Face writes them. --like takes the numbers of another config.json.
+
+Example: cpjax checkpoint build/small --seed 1
+"""
+
+
+@app.command(help=CHECKPOINT_HELP, short_help="write a small random DeepSeek checkpoint", epilog=DONE)
+def checkpoint(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")],
+    like: Annotated[
+        Path | None, typer.Option(help="a checkpoint's config.json, for its numbers", metavar="FILE")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights", metavar="float16|bfloat16|float32|float64")] = "float16",
+    seed: Annotated[int, typer.Option(min=0, help="of the weights, which are normally distributed", metavar="N")] = 0,
+    as_json: Json = False,
+) -> None:
+    """See CHECKPOINT_HELP."""
+    from cpjax.deepseek.checkpoint import write_random
+    from cpjax.deepseek.config import SMALL, read_config
+    from cpjax.deepseek.names import mtp_shapes, shapes
+    from cpjax.wording import counted
+
+    with errors():
+        config = SMALL if like is None else read_config(like)
+        files = write_random(folder, config, seed, dtype=dtype)
+    size, count = sum(file.stat().st_size for file in files), len(shapes(config) | mtp_shapes(config))
+    if as_json:
+        said = {"folder": str(folder), "files": [file.name for file in files], "bytes": size}
+        print(json.dumps(said | {"tensors": count, "dtype": dtype, "seed": seed}, indent=2))
+    else:
+        print(f"{count} tensors, {size:,} bytes in {counted(len(files), 'file')}, in {folder}")
+        print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
+
+
+GENERATE_HELP = """Prefill a prompt under context parallelism, and decode greedily over the sharded cache of latents.
+
+MODEL is the folder of a DeepSeek-V3 checkpoint that is not quantised. Devices are simulated: cp ranks share the tokens,
+tp ranks the heads, both together the experts. --config takes cp and tp of a MindIE deployment.
+
+--check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same.
+
+Example:
+
+\b
+cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
+"""
+
+
+@app.command(help=GENERATE_HELP, short_help="run a DeepSeek checkpoint, prompt to tokens", epilog=GENERATED)
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
+    prompt_ids: Annotated[str, typer.Option(help="token ids with commas", metavar="ID,…")],
+    cp: Annotated[
+        int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said", metavar="N")
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said", metavar="N")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="a MindIE config.json, for its cp and tp", metavar="FILE")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="new tokens", metavar="N")] = 8,
+    block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache", metavar="N")] = 128,
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens of the prompt that are prefilled at once; all if not said", metavar="N"),
+    ] = None,
+    exchange: Annotated[
+        str, typer.Option(help="how latents meet queries", metavar="ring|ring_both_ways|gather|pass_query")
+    ] = "ring",
+    dtype: Annotated[str, typer.Option(help="everything is computed in it", metavar="float64|float32")] = "float64",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="profile of attention, see docs/precision.md; dtype's if not said", metavar="PROFILE"),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="compare with one device; exit 1 if it differs")] = False,
+    as_json: Json = False,
+) -> None:
+    """See GENERATE_HELP."""
+    import jax
+
+    from cpjax.deepseek.config import read_config
+    from cpjax.deepseek.simulate import Request, ranks_of, run
+    from cpjax.parallel import simulate_devices
+
+    with errors():
+        ids = whole_numbers(prompt_ids, "--prompt-ids") or ()
+        shape = read_config(model) if model.is_dir() else None
+        sizes, remarks = ranks_of(cp, tp, config, shape)
+        request = Request(model, ids, steps, sizes, block, exchange, dtype, precision, check, chunk)
+        for remark in remarks:
+            print(f"cpjax: {remark}", file=sys.stderr)
+        simulate_devices(sizes[0] * sizes[1])
+        with jax.enable_x64(dtype == "float64"), progress() as advance:
+            said = run(request, advance)
+    print(json.dumps(said.as_json(), indent=2, allow_nan=False) if as_json else said.text())
+    raise typer.Exit(0 if said.passed else 1)

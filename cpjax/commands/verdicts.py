@@ -1,0 +1,84 @@
+"""How the commands that judge show their verdicts: on the terminal, as JSON, as a page."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JUDGED = (
+    "Exit status: 0 everything agrees, 1 something is WRONG, not judgeable, or there is no result, 2 bad input (one "
+    "line says what and how to mend it)."
+)
+
+
+Report = Annotated[
+    Path | None, typer.Option(help="write a page, DIR/index.html; nothing is overwritten", metavar="DIR")
+]
+
+
+def free(report: Path | None) -> None:
+    """Refuse a report that would overwrite something before anything is computed."""
+    if report is not None:
+        from cpjax.crosscheck.report.page import check_free
+
+        check_free(report)
+
+
+def report_to(report: Path | None, judged: list, title: str) -> None:
+    """Write the page and say where it lies; nothing without --report."""
+    if report is not None:
+        from cpjax.crosscheck.report.page import write_report
+
+        print(f"cpjax: report: {write_report(report, judged, title)}", file=sys.stderr)
+
+
+def show(
+    judged: list,
+    as_json: bool,
+    compared: list | None = None,
+    budgets: list | None = None,
+    *,
+    asked: bool = False,
+    provenance: bool = False,
+) -> None:
+    """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
+    from rich.console import Console
+
+    from cpjax.crosscheck.run.compare import between_sentence
+    from cpjax.crosscheck.run.summary import all_passed, questions, sentence, table_of
+
+    pairs = compared or []
+    passed = all_passed(judged) and all(one.agreement.agrees for one in pairs)
+    summary = f"{sentence(judged)} {between_sentence(pairs)}".rstrip()
+    if as_json:
+        report = {"passed": passed, "summary": summary, "results": [one.as_json() for one in judged]}
+        report["between"] = [one.as_json() for one in pairs]
+        report["explained"] = [one.as_json() for one in budgets or []]
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(table_of(judged))
+        for one in judged:
+            for reason in one.reasons if one.outcome in ("fail", "error") else []:
+                console.print(f"{one.case}, {one.backend}: {reason}", highlight=False, markup=False)
+            for remark in one.remarks:
+                console.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
+            for cause in one.verdict.diagnosis if one.verdict is not None else []:
+                console.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
+        for line in questions(judged) if asked else []:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for one in judged if provenance else []:
+            for name, digest in one.about["files"].items():
+                console.print(f"file: {name}, SHA-256 {digest}", highlight=False, markup=False, soft_wrap=True)
+            versions = ", ".join(f"{name} {x}" for name, x in one.about["versions"].items())
+            console.print(f"judged: {one.about['date']}, {versions}", highlight=False, markup=False)
+        for backend, reason in dict.fromkeys((x.backend, x.unsupported) for x in judged if x.outcome == "unsupported"):
+            which = [x.case for x in judged if (x.backend, x.unsupported) == (backend, reason)]
+            names = ", ".join(which[:3]) + (f" and {len(which) - 3} more" if len(which) > 3 else "")
+            console.print(f"unsupported by {backend}: {reason} ({names})", highlight=False, markup=False)
+        for one in budgets or []:
+            console.print(one.table())
+        console.print(summary, highlight=False, markup=False)
+    raise typer.Exit(0 if passed else 1)
