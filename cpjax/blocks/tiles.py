@@ -5,24 +5,26 @@ sum l of exp(s − m) and the sum acc of exp(s − m)·v. A new maximum rescales
 own, because in which format each of them rounds is part of the specification and is tested stage by stage.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from cpjax.attention import Attention
-from cpjax.mask import PAD, Tokens, visible
+from cpjax.blocks.varying import varying_full
+from cpjax.mask import PAD, Mask, Tokens, visible
 from cpjax.partial import Partial, divisor, finite, log_sum
 from cpjax.precision import KEY_TILE, Precision, scale_in
 from cpjax.rounding import rounded
 
-"""Keys a tile; the vendor's kernel takes 512 columns a step too. Part of the numerics: p is rounded relative to the
-maximum so far."""
-
 QUERY_TILE = 256
 """Queries a tile; no part of the numerics."""
+
+State = TypeVar("State")
 
 
 class Running(NamedTuple):
@@ -88,10 +90,11 @@ def _attend_rows(
 
     def step(state: Running, tile: tuple[Array, Array, Tokens]) -> Running:
         key, value, kv_tokens = tile
-        seen = jnp.asarray(visible(attention.mask, q_tokens, kv_tokens))[:, None, None]
-        computed = lambda: accumulate(state, scores(query, key, seen, attention), value, precision)  # noqa: E731
-        # A hidden tile would change no bit. The small ones, as in tests, are not worth a branch.
-        return lax.cond(seen.any(), computed, lambda: state) if key.shape[2] == KEY_TILE else computed()
+
+        def computed(seen: Array | bool) -> Running:
+            return accumulate(state, scores(query, key, seen, attention), value, precision)
+
+        return where_seen(attention.mask, q_tokens, kv_tokens, computed, state)
 
     state = _nothing_yet(query, stacks[0])
     for stack in stacks:
@@ -102,8 +105,47 @@ def _attend_rows(
     return finish(state, precision)
 
 
+def where_seen(
+    mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, computed: Callable[[Array | bool], State], hidden: State
+) -> State:
+    """`computed(seen)` of a tile; `hidden` where no query sees a key of it, which must be the same to the bit.
+
+    `seen` is `[B, 1, 1, T, S]`, or True where every query sees every key: then no pair is looked at. Which of the three
+    it is follows from the least and greatest places of the tile; where these leave it open, every pair is looked at.
+    """
+    some = lambda: computed(jnp.asarray(visible(mask, q_tokens, kv_tokens))[:, None, None])  # noqa: E731
+    if kv_tokens.position.shape[1] != KEY_TILE:
+        return some()  # small ones, as in tests, are not worth a branch
+    return lax.switch(seen_of(mask, q_tokens, kv_tokens), [lambda: hidden, some, lambda: computed(True)])
+
+
+def seen_of(mask: Mask, q: Tokens, kv: Tokens) -> Int[Any, ""]:
+    """How much of a tile is seen: 0 nothing, 2 every pair, 1 what remains. From the ranges of places, in O(T + S).
+
+    >>> from cpjax.mask import tokens
+    >>> new, old = tokens(1, 4, start=4), tokens(1, 4)
+    >>> [seen_of(Mask(), *pair).item() for pair in ((old, new), (old, old), (new, old))]
+    [0, 1, 2]
+    """
+    (q_first, q_last), (kv_first, kv_last) = ((x.position.min(), x.position.max()) for x in (q, kv))
+    q_segments, kv_segments = ((x.segment.min(), x.segment.max()) for x in (q, kv))
+    one_request = (q_segments[0] == q_segments[1]) & (kv_segments[0] == kv_segments[1])
+    every = one_request & (q_segments[0] == kv_segments[0]) & (q_segments[0] != PAD)
+    some = (q_segments[1] >= kv_segments[0]) & (kv_segments[1] >= q_segments[0])
+    some = some & (q_segments[1] != PAD) & (kv_segments[1] != PAD)
+    if mask.is_causal:
+        every, some = every & (q_first >= kv_last), some & (q_last >= kv_first)
+    if mask.window is not None:
+        every = every & (q_last - kv_first < mask.window) & (kv_last - q_first < mask.window)
+        some = some & (q_first - kv_last < mask.window) & (kv_first - q_last < mask.window)
+    return some.astype(jnp.int32) + (some & every).astype(jnp.int32)
+
+
 def scores(
-    query: Float[Array, "B K G T H"], key: Float[Array, "B K S H"], seen: Bool[Array, "B 1 1 T S"], attention: Attention
+    query: Float[Array, "B K G T H"],
+    key: Float[Array, "B K S H"],
+    seen: Bool[Array, "B 1 1 T S"] | bool,
+    attention: Attention,
 ) -> Float[Array, "B K G T S"]:
     """`scale · q·k` (through the softcap), rounded where the profile says, −inf where the key is not seen."""
     fmt, of_query, scale = attention.precision.score, attention.precision.query, rounded_scale(attention)
@@ -204,12 +246,7 @@ def _only(stack):
 
 
 def _nothing_yet(query: Float[Array, "B K G T H"], stack: tuple[Array, Array, Tokens]) -> Running:
-    """The state before the first tile. Inside shard_map it must vary over the mesh as later states will."""
-    rows = query.shape[:-1]
-    over = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((query, stack))))
-
-    def full(shape: tuple[int, ...], x: float) -> Array:
-        made = jnp.full(shape, x, query.dtype)
-        return lax.pcast(made, tuple(over), to="varying") if over else made
-
+    """The state before the first tile."""
+    rows, like = query.shape[:-1], (query, stack)
+    full = partial(varying_full, dtype=query.dtype, like=like)
     return Running(full(rows, -jnp.inf), full(rows, 0.0), full((*rows, stack[1].shape[-1]), 0.0))

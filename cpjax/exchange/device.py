@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import rounded_scale, without_pads
+from cpjax.blocks.varying import varying
 from cpjax.errors import InputError
 from cpjax.exchange.all_to_all import all_to_all_attention
 from cpjax.exchange.all_to_all_ring import all_to_all_ring_attention
@@ -83,20 +83,13 @@ def attention_on_device(
     scale = None
     if not isinstance(attention.scale, float):
         # It is an operand, which a program's constants cannot hold; on each device its own, so that derivatives add up.
-        scale = _varying(jnp.asarray(attention.scale), (query, key, value, q_tokens, kv_tokens))
+        scale = varying(jnp.asarray(attention.scale), (query, key, value, q_tokens, kv_tokens))
         attention = replace(attention, scale=1.0)
     how = (exchange, attention, axis_name, chunks)
     result: Any = _exchanged(how, scale, query, key, value, q_tokens, kv_tokens)
     if sink is None:
         return result
     return finished(merge(result, sink_partial(sink, result), attention.precision), attention)
-
-
-def _varying(x: Array, like: Any) -> Array:
-    """`x` as an array that varies over the mesh as `like` does."""
-    vary = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(like)]
-    missing = frozenset().union(*vary) - jax.typeof(x).manual_axis_type.varying
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

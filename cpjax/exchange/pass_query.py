@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import attend as attend_in_tiles
-from cpjax.exchange.blocks import Attend, finished, fold
+from cpjax.blocks.varying import varying
+from cpjax.exchange.blocks import Attend, finished, fold, packed, repeated, to_next
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
 
@@ -31,13 +32,25 @@ def pass_query_attention(
 ) -> Partial:
     """What one device does; arguments and result as in `cpjax.exchange.ring.ring_attention`."""
     cp = lax.axis_size(axis_name)
-    to_next = [(rank, (rank + 1) % cp) for rank in range(cp)]
-    visitor, shard, result = (query, q_tokens), (key, value, kv_tokens), None
-    for step in range(cp):
-        arriving = lax.ppermute(visitor, axis_name, to_next) if step < cp - 1 else visitor
-        result = fold(result, visitor[0], visitor[1], shard, attention, chunks, attend)
-        if cp > 1:
-            result = lax.ppermute(result, axis_name, to_next)
-        visitor = arriving
-    assert result is not None  # cp >= 1
-    return finished(result, attention)
+    shard = (key, value, kv_tokens)
+
+    def attended(result: Partial | None, query: Array, q_tokens: Tokens) -> Partial:
+        return fold(result, query, q_tokens, shard, attention, chunks, attend)
+
+    if cp == 1:
+        return finished(attended(None, query, q_tokens), attention)
+
+    def sent(result: Partial) -> Partial:
+        parcel, unpacked = packed(result)
+        return unpacked(to_next(parcel, axis_name))
+
+    def step(state: tuple[list[Array], Partial]) -> tuple[list[Array], Partial]:
+        present, result = state
+        arriving = to_next(present, axis_name)
+        return arriving, sent(attended(result, *unpacked(present)))
+
+    parcel, unpacked = packed((query, q_tokens))
+    arriving = to_next(parcel, axis_name)
+    result = varying(sent(attended(None, query, q_tokens)), like=arriving)
+    last, result = repeated(step, (arriving, result), cp - 2)
+    return finished(sent(attended(result, *unpacked(last))), attention)

@@ -4,7 +4,8 @@
     step s       rank r attends to the shard of rank (r − s) mod cp, which has just come from rank r − 1
 
 The next shard is sent before the current one is used, so a compiler or a DMA engine may do both at once. There are
-cp steps and cp − 1 transfers; with one rank nothing is sent.
+cp steps and cp − 1 transfers; with one rank nothing is sent. The steps between the first and the last are one loop, so
+the program is as large for any cp.
 """
 
 from jax import lax
@@ -12,7 +13,8 @@ from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import attend as attend_in_tiles
-from cpjax.exchange.blocks import Attend, finished, fold
+from cpjax.blocks.varying import varying
+from cpjax.exchange.blocks import Attend, Shard, finished, fold, packed, repeated, to_next
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
 
@@ -42,11 +44,21 @@ def ring_attention(
       This device's `out` `[B, t, N, V]` and `lse` `[B, t, N]`, stored in the profile's compute dtype.
     """
     cp = lax.axis_size(axis_name)
-    to_next = [(rank, (rank + 1) % cp) for rank in range(cp)]
-    shard, result = (key, value, kv_tokens), None
-    for step in range(cp):
-        arriving = lax.ppermute(shard, axis_name, to_next) if step < cp - 1 else shard
-        result = fold(result, query, q_tokens, shard, attention, chunks, attend)
-        shard = arriving
-    assert result is not None  # cp >= 1
-    return finished(result, attention)
+    shard = (key, value, kv_tokens)
+
+    def attended(result: Partial | None, shard: Shard) -> Partial:
+        return fold(result, query, q_tokens, shard, attention, chunks, attend)
+
+    if cp == 1:
+        return finished(attended(None, shard), attention)
+
+    def step(state: tuple[list[Array], Partial]) -> tuple[list[Array], Partial]:
+        present, result = state
+        arriving = to_next(present, axis_name)
+        return arriving, attended(result, unpacked(present))
+
+    parcel, unpacked = packed(shard)
+    arriving = to_next(parcel, axis_name)
+    result = varying(attended(None, shard), like=arriving)
+    last, result = repeated(step, (arriving, result), cp - 2)
+    return finished(attended(result, unpacked(last)), attention)

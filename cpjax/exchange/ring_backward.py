@@ -2,12 +2,14 @@
 
     step s       rank r holds the shard of rank (r − s) mod cp, adds to its dk and dv, and to its own dq
 
-A shard is sent cp − 1 times as before; its dk and dv cp times, for the last transfer brings them home. What is kept
-from the forward pass is the rank's own inputs and result, O(seq/cp); autodiff through the loop would keep all blocks.
+A shard is sent cp − 1 times as before; its dk and dv cp times, for the last transfer brings them home. Both are on
+their way while a step computes what it adds. What is kept from the forward pass is the rank's own inputs and result,
+O(seq/cp); autodiff through the loop would keep all blocks.
 The derivatives do not depend on how keys met queries forwards, so this serves every exchange.
 """
 
-import jax
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -15,6 +17,8 @@ from jaxtyping import Array, Float
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import without_pads
 from cpjax.blocks.tiles_backward import attend_backward
+from cpjax.blocks.varying import varying
+from cpjax.exchange.blocks import Shard, packed, repeated, to_next
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
 
@@ -39,19 +43,31 @@ def ring_backward(
         saw no key contribute nothing, whatever their cotangent.
     """
     cp = lax.axis_size(axis_name)
-    to_next = [(rank, (rank + 1) % cp) for rank in range(cp)]
     out, lse, dout, dlse = (jnp.asarray(x) for x in (*result, *cotangent))
     nothing = jnp.isneginf(lse)
     dout = jnp.where(nothing[..., None], 0.0, without_pads(dout, q_tokens))
     delta = jnp.where(nothing, 0.0, (dout * out).sum(axis=-1) - without_pads(dlse, q_tokens))
-    shard, dq, dkv = (key, value, kv_tokens), None, None
-    for step in range(cp):
-        arriving = lax.ppermute(shard, axis_name, to_next) if step < cp - 1 else shard
-        more = attend_backward(query, shard[0], shard[1], q_tokens, shard[2], attention, lse, delta, dout)
-        dq = more[0] if dq is None else dq + more[0]
-        dkv = more[1:] if dkv is None else jax.tree.map(jnp.add, dkv, more[1:])
-        dkv = lax.ppermute(dkv, axis_name, to_next) if cp > 1 else dkv
-        shard = arriving
-    assert dq is not None  # cp >= 1
-    assert dkv is not None
-    return dq, dkv[0], dkv[1]
+
+    def derivatives(shard: Shard) -> tuple[Array, list[Array], Callable]:
+        """What a shard adds to dq, and to its dk and dv, which travel as one."""
+        dq, *dkv = attend_backward(query, shard[0], shard[1], q_tokens, shard[2], attention, lse, delta, dout)
+        return dq, *packed(tuple(dkv))
+
+    shard = (key, value, kv_tokens)
+    if cp == 1:
+        dq, dkv, apart = derivatives(shard)
+        return dq, *apart(dkv)
+
+    def added(state: tuple[list[Array], list[Array], Array], last: bool = False) -> tuple:
+        """One more shard. Its dk and dv so far arrive while it is computed what it adds to them."""
+        present, dkv, dq = state
+        arriving, dkv = present if last else to_next(present, axis_name), to_next(dkv, axis_name)
+        more, new, _ = derivatives(unpacked(present))
+        return arriving, [old + x for old, x in zip(dkv, new, strict=True)], dq + more
+
+    parcel, unpacked = packed(shard)
+    arriving = to_next(parcel, axis_name)
+    dq, dkv, apart = derivatives(shard)
+    state = repeated(added, varying((arriving, dkv, dq), like=arriving), cp - 2)
+    _, dkv, dq = added(state, last=True)
+    return dq, *apart(to_next(dkv, axis_name))

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import attend as attend_in_tiles
-from cpjax.exchange.blocks import Attend, finished, fold
+from cpjax.blocks.varying import varying
+from cpjax.exchange.blocks import Attend, Shard, finished, fold, packed, repeated, to_next, to_previous
 from cpjax.mask import Tokens
 from cpjax.partial import Partial
 
@@ -31,17 +32,28 @@ def ring_both_ways_attention(
 ) -> Partial:
     """What one device does; arguments and result as in `cpjax.exchange.ring.ring_attention`."""
     cp = lax.axis_size(axis_name)
-    to_next = [(rank, (rank + 1) % cp) for rank in range(cp)]
-    to_previous = [(rank, (rank - 1) % cp) for rank in range(cp)]
-    shards, result = [(key, value, kv_tokens)], None
-    for step in range(cp // 2 + 1):
-        arriving = []
-        if 2 * (step + 1) <= cp:
-            arriving.append(lax.ppermute(shards[0], axis_name, to_next))
-        if 2 * (step + 1) < cp:
-            arriving.append(lax.ppermute(shards[-1], axis_name, to_previous))
+    both, opposite = (cp - 1) // 2, cp % 2 == 0  # steps with two shards; whether one rank is as far either way
+    shard = (key, value, kv_tokens)
+    parcel, unpacked = packed(shard)
+
+    def attended(result: Partial | None, *shards: Shard) -> Partial:
         for shard in shards:
             result = fold(result, query, q_tokens, shard, attention, chunks, attend)
-        shards = arriving
-    assert result is not None  # cp >= 1
-    return finished(result, attention)
+        assert result is not None  # there is a shard
+        return result
+
+    def sent(present: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+        return to_next(present[0], axis_name), to_previous(present[1], axis_name)
+
+    def step(state: tuple[tuple[list[Array], list[Array]], Partial]) -> tuple:
+        present, result = state
+        return sent(present), attended(result, *map(unpacked, present))
+
+    present, result = (parcel,), None
+    if both:
+        arriving = sent((parcel, parcel))
+        result = varying(attended(None, shard), like=arriving)
+        present, result = repeated(step, (arriving, result), both - 1)
+    farthest = to_next(present[0], axis_name) if opposite else None
+    result = attended(result, *map(unpacked, present))
+    return finished(attended(result, unpacked(farthest)) if farthest is not None else result, attention)

@@ -9,6 +9,10 @@ KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce
 LINE = re.compile(r"= (?P<shape>\(.*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r")(?:-start)?\(")
 ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.-]+) .*?\{\n(.*?)^\}", re.M | re.S)
+CALLS = "body", "calls", "to_apply", "true_computation", "false_computation", "branch_computations"
+CALLED = re.compile(rf"(?:{'|'.join(CALLS)})=(%[\w.-]+|\{{[^}}]*\}})")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "s32": 4, "u32": 4, "s8": 1, "s64": 8, "u8": 1}
 
 
@@ -26,10 +30,21 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled) -> list[Collective]:
-    """Of a compiled program, or of its text."""
+    """Of a compiled program, or of its text; what lies in a loop stands there as often as the loop runs."""
     text = compiled if isinstance(compiled, str) else compiled.as_text()
+    computations = {name: body.splitlines() for name, body in COMPUTATION.findall(text)}
+    (entry,) = re.findall(r"^ENTRY %([\w.-]+)", text, re.M)
+    return _of(entry, computations)
+
+
+def _of(name: str, computations: dict[str, list[str]]) -> list[Collective]:
     found = []
-    for line in text.splitlines():
+    for line in computations[name]:
+        called = [x for group in CALLED.findall(line) for x in re.findall(r"[\w.-]+", group)]
+        inner = [x for other in called if other in computations for x in _of(other, computations)]
+        if inner and " while(" in line:
+            inner *= int(TRIPS.search(line)[1])
+        found += inner
         match = LINE.search(line)
         if match is None:
             continue

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import attention, device_program, mesh
+from programs import attention, block_program, device_program, mesh
 from strategies import RULES, SCALE, examples, largest, problem, problems, seen
 
+from cpjax.blocks import tiles, tiles_backward
 from cpjax.blocks.tiles import attend
 from cpjax.exchange.device import EXCHANGES
 from cpjax.exchange.ring import ring_attention
@@ -89,6 +90,39 @@ def test_so_has_every_exchange(exchange, p, seed):
 def test_across_key_tiles(keys):
     p = problem(0, "normal", tokens(1, 4, start=keys - 4), tokens(1, keys), RULES[0])
     check("ring", 2, p, 0)
+
+
+@functools.cache
+def in_small_tiles(rule):
+    """The derivative of a block in tiles of 2 queries and 3 keys."""
+
+    def run(q, k, v, q_tokens, kv_tokens, *rest):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (tiles, tiles_backward):
+                patch.setattr(module, "QUERY_TILE", 2)
+                patch.setattr(module, "KEY_TILE", 3)
+            return tiles_backward.attend_backward(q, k, v, q_tokens, kv_tokens, attention(rule), *rest)
+
+    return jax.jit(run)
+
+
+@examples(0.3)
+@given(problems(5, 7, rules=(RULES[2], RULES[4])), st.integers(0, 2**32 - 1))
+def test_of_one_block_in_small_tiles(p, seed):
+    """Tiles of queries inside tiles of keys, whole ones and a rest, some hidden and some seen whole."""
+    rng = np.random.default_rng(seed)
+    visible = seen(p.q_tokens, p.kv_tokens, p.rule)
+    sees = visible.any(axis=2)[..., None]
+    dout = np.where(sees[..., None], rng.normal(size=(*p.query.shape[:3], p.value.shape[3])), 0.0)
+    dlse = np.where(sees, rng.normal(size=p.query.shape[:3]), 0.0)
+    with jax.enable_x64(True):
+        out, lse = (np.asarray(x) for x in block_program(p.rule, "float64")(*p.arrays))
+        found = in_small_tiles(p.rule)(*p.arrays, lse, (dout * out).sum(axis=-1) - dlse, dout)
+        sink = np.full(p.query.shape[2], -1e4)
+        right = plain_derivatives(p.rule)(*p[:3], sink, visible, (dout, dlse))
+    size = 1 + largest(p.query) * largest(p.key) * p.query.shape[3]
+    for a, b in zip(found, right, strict=False):
+        assert (np.abs(np.asarray(a) - np.asarray(b)) <= 1e-12 * size**2 * (1 + largest(p.value))).all()
 
 
 def test_nothing_comes_from_rows_that_see_nothing():

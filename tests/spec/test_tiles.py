@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import assert_dense, attention, block_program, equal_bits
-from strategies import RULES, examples, problem, problems
+from strategies import RULES, examples, problem, problems, seen
 
 from cpjax.blocks import tiles
-from cpjax.blocks.tiles import attend
-from cpjax.mask import tokens
+from cpjax.blocks.tiles import attend, seen_of
+from cpjax.mask import Tokens, tokens
 
 SHAPES = [((5, 7), (4, 2)), ((1, 1), (1, 1)), ((3, 11), (3, 1)), ((2, 4), (2, 2)), ((4, 0), (4, 2)), ((0, 4), (4, 2))]
 NO_SINK = np.full(4, -np.inf)
@@ -52,6 +52,27 @@ def test_is_dense_with_any_query_tile(p, tile):
         patch.setattr(tiles, "KEY_TILE", 2)
         p = p._replace(sink=NO_SINK)
         assert_dense(jax.jit(lambda *arrays: attend(*arrays, attention(p.rule)))(*p.arrays), p)
+
+
+@given(problems(5, 7, batch=2))
+def test_what_is_seen_of_a_tile_is_never_said_wrongly(p):
+    """0 and 2 are promises; 1 is none."""
+    every = seen(p.q_tokens, p.kv_tokens, p.rule)
+    for rows in (slice(0, 2), slice(2, 5), slice(3, 4)):
+        for keys in (slice(0, 3), slice(3, 7), slice(6, 7)):
+            q, kv = (Tokens(*(x[:, cut] for x in t)) for t, cut in ((p.q_tokens, rows), (p.kv_tokens, keys)))
+            said, truth = int(seen_of(p.rule.mask, q, kv)), every[:, rows, keys]
+            assert said == 1 or truth.all() == truth.any() == (said == 2)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_seen_of_a_tile_is_told_where_it_is_plain(rule):
+    """Else no tile would ever be left out, and none computed without its mask."""
+    old, new = tokens(1, 4), tokens(1, 4, start=8)
+    other = Tokens(old.position, old.segment + 1)
+    assert seen_of(rule.mask, old, other) == 0
+    assert seen_of(rule.mask, old, new) == (0 if rule.is_causal or rule.window else 2)
+    assert seen_of(rule.mask, new, old) == (0 if rule.window else 2)
 
 
 @given(problems(5, 7), st.integers(0, 6), st.integers(0, 2**32 - 1))
