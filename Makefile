@@ -52,8 +52,11 @@ lint: $(READY)  ## style, types
 notebooks: $(READY)  ## execute every notebook
 	$(BIN)/jupyter-execute notebooks/*.ipynb
 
-bench: $(READY)  ## speed beside PyTorch's fused kernel and dense JAX, in one run
+bench: $(READY)  ## speed beside PyTorch's fused kernel, the matrix products alone, and dense JAX
 	$(BIN)/cpjax bench
+	$(BIN)/cpjax bench --tokens 4096 --dtype float32 --backward
+	$(BIN)/cpjax bench --tokens 4096 --heads 8 --head-dim 192 --value-dim 128
+	$(BIN)/cpjax bench --tokens 32768 --heads 2 --dtype float32 --contenders cpjax,torch_sdpa,gemm --repeats 3
 
 trial: $(READY)  ## the judge on trial: 100,000 correct results, then every fault (an hour and more)
 	$(BIN)/python -m cpjax.trial false-alarms --count 100000 --workers 2

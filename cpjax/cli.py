@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from cpjax.commands.bench import app as bench
 from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
 from cpjax.commands.deepseek import app as deepseek
 from cpjax.commands.verdicts import JUDGED, Report, free, report_to, show
@@ -61,6 +62,7 @@ def _mindie() -> typer.Typer:
     return mindie
 
 
+app.add_typer(bench)
 app.add_typer(deepseek)
 app.add_typer(_mindie(), name="mindie", short_help="check and explain a MindIE config.json")
 
@@ -298,33 +300,6 @@ def backends(as_json: Json = False) -> None:
     else:
         for row in rows:
             print(f"{row['name']:<12} {row['package']} {row['version']}  {row['value']}")
-
-
-BENCH_HELP = """Time the forward pass beside PyTorch's fused kernel and dense JAX: interleaved, medians.
-
-Example: cpjax bench --tokens 8192 --heads 4 --head-dim 64 --json
-"""
-
-
-@app.command(help=BENCH_HELP, short_help="time the forward pass beside PyTorch and JAX", epilog=DONE)
-def bench(
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="length of the sequence")] = 8192,
-    heads: Annotated[int, typer.Option(min=1, metavar="N", help="query heads, and as many key/value heads")] = 4,
-    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="numbers a head")] = 64,
-    cp: Annotated[
-        int, typer.Option(min=1, max=64, metavar="N", help="devices, simulated on a CPU: one for each core")
-    ] = 2,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="runs of each contender that count")] = 5,
-    as_json: Json = False,
-) -> None:
-    """See BENCH_HELP."""
-    from cpjax import bench as bench_module
-    from cpjax.parallel import simulate_devices
-
-    with errors():
-        simulate_devices(cp)
-        rows = bench_module.bench(tokens, heads, head_dim, cp, repeats)
-        print(json.dumps([row._asdict() for row in rows], indent=2) if as_json else bench_module.table(rows))
 
 
 PROFILE_NAMES = (

@@ -74,12 +74,12 @@ SPECIFICATION = (
 )
 # Used inside the package only; their laws are tests of their own.
 INNER = {
-    "exchange.blocks": {"fold", "finished", "delivered", "pieces"},
+    "exchange.blocks": {"fold", "finished", "delivered", "pieces", "to_next", "to_previous"},
     "checks": {
         *("check_axes", "check_mesh", "check_not_manual", "check_order", "check_packed", "check_precision"),
         *("check_scale", "check_sink", "checked_lengths", "current_mesh", "manual_axes", "ranks"),
     },
-    "blocks.tiles": {"rounded_scale", "scores", "accumulate", "finish"},
+    "blocks.tiles": {"rounded_scale", "scores", "accumulate", "finish", "where_seen"},
     "blocks.tiles_backward": {"attend_backward"},
     "exchange.ring_backward": {"ring_backward"},
     "exchange.all_to_all": {"to_few_heads", "to_few_tokens"},
