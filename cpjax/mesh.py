@@ -1,11 +1,14 @@
 """In which order devices make a ring, so that each hands its shard to a neighbour on the torus.
 
-    chips of a 4×4 torus, as numbered           the ring: one hop each, and one hop home
+    chips of a 4×4 torus, as numbered        the ring: each step is one hop, the last one too
 
-     0   1   2   3                               0 ─ 1 ─ 2 ─ 3
-     4   5   6   7       3 → 4 is not one hop    4   5 ─ 6   7
-     8   9  10  11                               8   9  10  11
-    12  13  14  15                              12 ─13  14 ─15        (4 to 0, 4 to 8, … are links, too)
+     0   1   2   3                            0 ─ 1 ─ 2 ─ 3
+                                              │           │
+     4   5   6   7                            4   5 ─ 6   7
+                      from 3 to 4 it is       │   │   │   │
+     8   9  10  11    more than one hop       8   9  10  11
+                                              │   │   │   │
+    12  13  14  15                           12 ─13  14 ─15
 
 A shard that has to cross several links shares them with other shards, and a compiler may give up sending it while it
 computes (docs/scale.md).
@@ -59,6 +62,6 @@ def _cycle(sides: list[list[int]]) -> list[tuple[int, ...]] | None:
     return [(*place[1 : out + 1], place[0], *place[out + 1 :]) for place in walk]
 
 
-def _place(device: Any) -> tuple[int, int, int, int] | None:
+def _place(device: Any) -> tuple[int, ...] | None:
     coords = getattr(device, "coords", None)
     return None if coords is None or len(coords) != 3 else (*coords, getattr(device, "core_on_chip", 0))

@@ -44,7 +44,7 @@ LAYERS = [
     ["cpjax.deepseek.generate", "cpjax.deepseek.module"],
     ["cpjax.deepseek.simulate"],
     [
-        *("cpjax.module", "cpjax.bench", "cpjax.testing"),
+        *("cpjax.module", "cpjax.bench", "cpjax.inspect", "cpjax.testing"),
         *("cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"),
     ],
     ["cpjax.crosscheck.report", "cpjax.crosscheck.backends", "cpjax.trial"],
