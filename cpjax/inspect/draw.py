@@ -77,7 +77,7 @@ def figure_of(seen: Inspection) -> Any:
     axes.set(ylim=(len(shown) + 0.7, -0.7), xlim=(0, whole))
     axes.set_xlabel("estimated cycles", size=8)
     axes.tick_params(axis="x", labelsize=7)
-    axes.xaxis.get_offset_text().set_size(7)
+    axes.xaxis.offsetText.set_fontsize(7)
     legend = {
         "a product of matrices (attention)": ATTENTION,
         "other work": OTHER,

@@ -34,8 +34,8 @@ def findings(seen: Inspection) -> list[str]:
         hidden = sum(x.runs for x in transfers if x.encloses_attention)
         how = "all asynchronous" if not late else f"{late} synchronous"
         said.append(
-            f"{sender}: {counted(count, 'transfer')}, {how}; during {hidden} of them attention is computed; a chip sends "
-            f"{sent:,} bytes in all."
+            f"{sender}: {counted(count, 'transfer')}, {how}; during {hidden} of them attention is computed; "
+            f"a chip sends {sent:,} bytes in all."
         )
     memory = seen.memory
     said.append(

@@ -23,6 +23,7 @@ COLLECTIVES = (
 )
 
 
+PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 HELPERS = ("blocks",)
 """Files of `cpjax.exchange` that send for others."""
 
@@ -221,5 +222,5 @@ def _work(line: Instruction) -> str:
 
 
 def _pairs(line: Instruction) -> tuple[tuple[int, int], ...]:
-    pairs = line.attributes.partition("source_target_pairs={")[2].partition("}}")[0].replace("{", "").split("},")
-    return tuple((int(a), int(b)) for a, b in (pair.split(",") for pair in pairs if pair))
+    listed = PAIRS.search(line.attributes)
+    return tuple((int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", listed[1] if listed else ""))

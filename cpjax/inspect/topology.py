@@ -86,6 +86,8 @@ def prepare() -> None:
         raise InputError("the TPU compiler is not installed; install the extra: pip install 'cpjax[tpu]'")
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     quiet |= {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+    # libtpu's lock is for a TPU, which one process may have; here several may compile.
+    quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if "jax" not in sys.modules:
         quiet["JAX_PLATFORMS"] = "cpu"
     for word, value in quiet.items():
