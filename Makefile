@@ -19,9 +19,9 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps ring-attention-pytorch==0.5.20 einops==0.8.2
 	touch $@
 
-# The TPU compiler, 137 MB, of `cpjax inspect`. In a folder of its own: where libtpu is among the packages, every process
-# with JAX looks for a TPU and prints what it misses.
-LIBTPU := 0.0.52
+# The TPU compiler of `cpjax inspect`: the release that JAX 0.10.2 pins, 213 MB. In a folder of its own: where libtpu is
+# among the packages, every process with JAX looks for a TPU and prints what it misses.
+LIBTPU := 0.0.42.1
 TPU := .venv/tpu/libtpu-$(LIBTPU).dist-info
 
 $(TPU): | $(READY)

@@ -39,10 +39,10 @@ CASES = (
     Case("forward", "v5e:8x8", 1024 * K),
     Case("forward", "v5e:16x16", 1024 * K),
     Case("forward", "v5p:4x4x4", 128 * K, draw=True),
+    Case("backward", "v5e:4x4", 128 * K),
+    Case("latent", "v5e:4x4", 128 * K),
     Case("forward", "v6e:8x8", 128 * K),
     Case("forward", "tpu7x:2x2x1", 128 * K),
-    Case("latent", "v5e:4x4", 128 * K),
-    Case("backward", "v5e:4x4", 128 * K),
 )
 
 HEAD = (

@@ -41,9 +41,14 @@ def draw(seen: Inspection, path: Path) -> None:
     from cpjax.crosscheck.files.atomic import atomic_write
 
     check_picture(path)
+    from matplotlib import rc_context
+
+    kind = path.suffix[1:].lower()
+    # Letters stay letters, and the same picture is the same file.
+    same = {"metadata": {"Date": None}} if kind == "svg" else {}
     try:
-        with atomic_write(path) as unfinished:
-            figure_of(seen).savefig(unfinished, format=path.suffix[1:].lower(), dpi=120)
+        with atomic_write(path) as unfinished, rc_context({"svg.fonttype": "none", "svg.hashsalt": "cpjax"}):
+            figure_of(seen).savefig(unfinished, format=kind, dpi=120, **same)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 

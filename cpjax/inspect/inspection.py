@@ -103,11 +103,16 @@ def inspect(
     try:
         compiled = ready.compile()
     except jax.errors.JaxRuntimeError as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"the TPU compiler gives up ({said:.300}); take fewer tokens, or more chips") from None
+        raise InputError(f"the TPU compiler gives up ({_first(error)}); take fewer tokens, or more chips") from None
     seconds = time.perf_counter() - start
     say(f"{program}: compiling", 1, 2)
-    text = compiled.as_text() or ""
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"JAX cannot read what this libtpu has compiled ({_first(error)}); "
+            "install the one that it is released with: pip install 'cpjax[tpu]'"
+        ) from None
     schedule = read(parse(text))
     say(f"{program}: compiling", 2, 2)
     return Inspection(program, topology, shape, schedule, _memory(compiled.memory_analysis()), seconds, len(text))
@@ -117,6 +122,10 @@ def _memory(said: Any) -> Memory:
     parts = (said.argument_size_in_bytes, said.output_size_in_bytes, said.temp_size_in_bytes)
     peak = getattr(said, "peak_memory_in_bytes", 0) or sum(parts)
     return Memory(*parts, peak, said.generated_code_size_in_bytes)
+
+
+def _first(error: Exception) -> str:
+    return f"{' '.join(str(error).split()):.200}"
 
 
 def _named(work: Any) -> dict[str, Any]:

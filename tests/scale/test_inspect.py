@@ -71,6 +71,8 @@ def test_the_picture_shows_the_step(tmp_path):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["computed", "exchange, 0.00 MiB"]
     assert axes.get_xlim() == (0, 39)
     draw(seen, tmp_path / "step.svg")
+    draw(seen, tmp_path / "again.svg")
+    assert (tmp_path / "step.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
     with pytest.raises(InputError, match="is there already"):
         draw(seen, tmp_path / "step.svg")
 
