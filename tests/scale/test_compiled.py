@@ -97,12 +97,15 @@ def test_tokens_are_moved_into_shards_by_no_more_than_their_bytes(forward):
     assert 0 < sent(moving) <= 4 * shard + 4 * HEADS * 4096 // CP
 
 
-def test_backwards_shards_travel_again_and_their_derivatives_come_home(backward):
-    """Or not again: of a ring that is unrolled, XLA sees that the same shards would travel twice, and keeps them."""
+def test_derivatives_travel_and_shards_at_most_once_more(backward):
+    """Of a ring that is unrolled, XLA sees that the same shards would travel twice, and keeps them instead."""
     arrays = 2 * 4 * HEADS * DIM * 1024 // CP
     shard = arrays + places(1024)
-    assert sent(backward["transfers"]) - CP * arrays in (2 * (CP - 1) * shard, (CP - 1) * shard)
-    assert {x["sender"].partition(", ")[2] for x in backward["transfers"]} == {"", "backwards"}
+    there = [x for x in backward["transfers"] if x["sender"] == "exchange"]
+    back = [x for x in backward["transfers"] if x["sender"] == "exchange, backwards"]
+    assert len(there) + len(back) == len(backward["transfers"])
+    assert sent(there) == (CP - 1) * shard
+    assert (CP - 1) * arrays <= sent(back) <= (CP - 1) * shard + CP * arrays
 
 
 def test_of_a_latent_only_the_latent_travels(latent):
