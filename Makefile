@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help check test deep crosscheck lint notebooks bench mutation trial dist clean
+.PHONY: help check test deep crosscheck lint notebooks bench inspect mutation trial dist clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -18,6 +18,15 @@ $(READY): pyproject.toml
 	# A peer whose results are judged in the tests; it too asks for another torch.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps ring-attention-pytorch==0.5.20 einops==0.8.2
 	touch $@
+
+# The TPU compiler of `cpjax inspect`: the release that JAX 0.10.2 pins, 213 MB. In a folder of its own: where libtpu is
+# among the packages, every process with JAX looks for a TPU and prints what it misses.
+LIBTPU := 0.0.42.1
+TPU := .venv/tpu/libtpu-$(LIBTPU).dist-info
+
+$(TPU): | $(READY)
+	rm -rf .venv/tpu
+	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv/tpu --no-deps libtpu==$(LIBTPU)
 
 crosscheck: $(READY)  ## attention of the vendor's example configuration, three ways, and the verdict
 	$(BIN)/cpjax crosscheck
@@ -34,7 +43,7 @@ check: lint  ## lint, and the quick tests; of one room: make check ROOM=judge (a
 
 # One BLAS thread a process: two of them on two cores would only wait for each other.
 test: export OPENBLAS_NUM_THREADS = 1
-test: $(READY)  ## all tests
+test: $(READY) $(TPU)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 deep: $(READY)  ## the property tests with many more examples
@@ -57,6 +66,10 @@ bench: $(READY)  ## speed beside PyTorch's fused kernel, the matrix products alo
 	$(BIN)/cpjax bench --tokens 4096 --dtype float32 --backward
 	$(BIN)/cpjax bench --tokens 4096 --heads 8 --head-dim 192 --value-dim 128
 	$(BIN)/cpjax bench --tokens 32768 --heads 2 --dtype float32 --contenders cpjax,torch_sdpa,gemm --repeats 3
+
+inspect: export PYTHONPATH = .venv/tpu
+inspect: $(TPU)  ## what the TPU compiler makes of rings on 4 to 256 chips: the figures of docs/scale.md
+	$(BIN)/python tools/scale.py build/inspect
 
 trial: $(READY)  ## the judge on trial: 100,000 correct results, then every fault (an hour and more)
 	$(BIN)/python -m cpjax.trial false-alarms --count 100000 --workers 2

@@ -14,9 +14,11 @@ Read in this order; a file imports only what stands above it (tests/project/test
     dense, inputs                           the definition in float64; the inputs of attention, checked
     rounding, partial, attention            casts in JAX; (out, lse) and its merge; what is computed, in one value
     blocks/                                 one block as FlashAttention-2 computes it, and its gradient
+    mesh                                    devices as a ring on their torus
     exchange/                               how keys meet queries: ring, all-gather, pass-query, all-to-all, …
     parallel, decode, latent, module        global arrays in and out; a KV cache cut by tokens; MLA; a Flax layer
     crosscheck/                             the instrument: cases, the judge, the diagnosis; needs no JAX
+    inspect/                                what the TPU compiler makes of it: transfers, overlap, memory per chip
     testing                                 the judge as an assertion, for the tests of other projects
     mindie/                                 a MindIE deployment: checked, explained, and its case
     trial/                                  the judge on trial

@@ -40,6 +40,7 @@ from cpjax.exchange.moving import moved, places
 from cpjax.inputs import check_inputs
 from cpjax.mapping import mapped
 from cpjax.mask import Mask, Tokens, tokens
+from cpjax.mesh import ring_order
 from cpjax.partial import Partial
 from cpjax.partition.moves import moves
 from cpjax.partition.names import sequence_of
@@ -167,7 +168,7 @@ def simulate_devices(count: int) -> None:
 
 
 def cp_mesh(cp: int) -> Mesh:
-    """A mesh with the one axis "cp" over the first `cp` devices.
+    """A mesh with the one axis "cp" over the first `cp` devices, in the order of `cpjax.mesh.ring_order`.
 
     >>> cp_mesh(2).shape["cp"]
     2
@@ -183,7 +184,7 @@ def cp_mesh(cp: int) -> Mesh:
             f"cp is {cp} but JAX sees {len(devices)} device(s); on a CPU call "
             f"jax.config.update('jax_num_cpu_devices', {cp}) before JAX is first used"
         )
-    return jax.make_mesh((cp,), ("cp",), devices=devices[:cp], axis_types=(AxisType.Auto,))
+    return Mesh(np.array(ring_order(devices[:cp])), ("cp",), axis_types=(AxisType.Auto,))
 
 
 class _How(NamedTuple):

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 # A package's `__init__.py` that only speaks for its rooms (`cpjax.crosscheck`) is a room too: Python runs it first,
 # but that is not an import that anybody wrote.
 LAYERS = [
-    ["cpjax", "cpjax.errors", "cpjax.deepseek", "cpjax.rounding", "cpjax.wording", "cpjax.crosscheck.exact"],
+    [
+        *("cpjax", "cpjax.errors", "cpjax.deepseek", "cpjax.mesh", "cpjax.rounding", "cpjax.wording"),
+        "cpjax.crosscheck.exact",
+    ],
     [
         *("cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared"),
         *("cpjax.deepseek.config", "cpjax.deepseek.quantized"),
@@ -41,7 +44,7 @@ LAYERS = [
     ["cpjax.deepseek.generate", "cpjax.deepseek.module"],
     ["cpjax.deepseek.simulate"],
     [
-        *("cpjax.module", "cpjax.bench", "cpjax.testing"),
+        *("cpjax.module", "cpjax.bench", "cpjax.inspect", "cpjax.testing"),
         *("cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"),
     ],
     ["cpjax.crosscheck.report", "cpjax.crosscheck.backends", "cpjax.trial"],
@@ -70,7 +73,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms} | 
 # What the specification is made of; every public function of these has an example.
 SPECIFICATION = (
     *("errors", "mask", "precision", "attention", "partial", "dense", "checks", "latent", "parallel", "decode"),
-    *("module", "blocks", "partition", "exchange"),
+    *("module", "mesh", "blocks", "partition", "exchange"),
 )
 # Used inside the package only; their laws are tests of their own.
 INNER = {
