@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help check test deep crosscheck lint notebooks bench inspect mutation trial dist clean
+.PHONY: help check test deep crosscheck lint notebooks bench inspect plan mutation trial dist clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -70,6 +70,14 @@ bench: $(READY)  ## speed beside PyTorch's fused kernel, the matrix products alo
 inspect: export PYTHONPATH = .venv/tpu
 inspect: $(TPU)  ## what the TPU compiler makes of rings on 4 to 256 chips: the figures of docs/scale.md
 	$(BIN)/python tools/scale.py build/inspect
+
+plan: $(READY)  ## the pictures, tables and errors of docs/plan.md; nothing is measured
+	rm -f docs/plan-deepseek.svg docs/plan-llama.svg
+	$(BIN)/cpjax plan examples/deepseek-r1-cp2.json --tokens 131072 --draw docs/plan-deepseek.svg
+	$(BIN)/cpjax plan --model Llama-3.1-405B --device h100 --tp 8 --tokens 131072 --draw docs/plan-llama.svg
+	$(BIN)/python tools/plan_page.py
+	$(BIN)/cpjax plan --published
+	$(BIN)/cpjax plan --fit
 
 trial: $(READY)  ## the judge on trial: 100,000 correct results, then every fault (an hour and more)
 	$(BIN)/python -m cpjax.trial false-alarms --count 100000 --workers 2

@@ -21,6 +21,7 @@ Read in this order; a file imports only what stands above it (tests/project/test
     inspect/                                what the TPU compiler makes of it: transfers, overlap, memory per chip
     testing                                 the judge as an assertion, for the tests of other projects
     mindie/                                 a MindIE deployment: checked, explained, and its case
+    plan/                                   what context parallelism would gain: a cost model
     trial/                                  the judge on trial
     cli                                     the command
 

@@ -13,12 +13,13 @@ from cpjax.commands.bench import app as bench
 from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
 from cpjax.commands.deepseek import app as deepseek
 from cpjax.commands.inspect import app as inspect
+from cpjax.commands.plan import app as plan
 from cpjax.commands.verdicts import JUDGED, Report, free, report_to, show
 from cpjax.errors import InputError
 
 SHOWN = (
     *("judge-dump", "judge", "cases", "examples", "crosscheck", "checkpoint", "generate", "backends"),
-    *("bench", "inspect", "mindie"),
+    *("bench", "inspect", "plan", "mindie"),
 )
 """The commands in the order of the help: what most people come for stands first."""
 
@@ -66,6 +67,7 @@ def _mindie() -> typer.Typer:
 app.add_typer(bench)
 app.add_typer(deepseek)
 app.add_typer(inspect)
+app.add_typer(plan)
 app.add_typer(_mindie(), name="mindie", short_help="check and explain a MindIE config.json")
 
 CROSSCHECK_HELP = """Compute attention of a MindIE deployment three ways, and judge the outcome.

@@ -34,7 +34,7 @@ LAYERS = [
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.mapping", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
-    ["cpjax.checks", "cpjax.latent", "cpjax.crosscheck.diagnosis", "cpjax.deepseek.rope"],
+    ["cpjax.checks", "cpjax.latent", "cpjax.plan", "cpjax.crosscheck.diagnosis", "cpjax.deepseek.rope"],
     ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge", "cpjax.deepseek.attention"],
     ["cpjax.deepseek.moe"],
     ["cpjax.deepseek.model"],
