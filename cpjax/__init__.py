@@ -48,7 +48,7 @@ _WHERE = {
     "cpjax.decode": ("context_parallel_decode",),
     "cpjax.latent": ("latent_attention_on_device",),
     "cpjax.module": ("ContextParallelAttention", "attention_fn"),
-    "cpjax.crosscheck": ("judge",),
+    "cpjax.crosscheck": ("judge", "judge_gradients"),
 }
 """Module → public names in it. The stub beside this file says the same to type checkers."""
 

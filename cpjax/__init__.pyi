@@ -3,6 +3,7 @@
 from cpjax.attention import Attention as Attention
 from cpjax.attention import Computation as Computation
 from cpjax.crosscheck import judge as judge
+from cpjax.crosscheck import judge_gradients as judge_gradients
 from cpjax.decode import context_parallel_decode as context_parallel_decode
 from cpjax.dense import dense_attention as dense_attention
 from cpjax.errors import InputError as InputError

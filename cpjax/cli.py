@@ -120,6 +120,10 @@ cpjax judge-dump --query q.pt --key k_cache.pt --value v_cache.pt \\
 \b
 cpjax judge-dump --query q --key k --value v --out o --scale 0.125 \\
     --causal --partition zigzag          (folders of ranks)
+
+\b
+cpjax judge-dump --query q.pt --key k.pt --value v.pt --out o.pt --lse l.pt \\
+    --dout do.pt --dq dq.pt --dk dk.pt --dv dv.pt --scale 0.125 --causal
 """
 
 
@@ -328,6 +332,12 @@ def judge_dump(
     value: Annotated[Path | None, typer.Option(metavar="FILE", help="the values")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="the result that is judged")] = None,
     lse: Annotated[Path | None, typer.Option(metavar="FILE", help="the logarithm of the softmax sum")] = None,
+    dout: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the gradient of out, to judge a backward pass too")
+    ] = None,
+    dq: Annotated[Path | None, typer.Option(metavar="FILE", help="the gradient of the queries")] = None,
+    dk: Annotated[Path | None, typer.Option(metavar="FILE", help="the gradient of the keys")] = None,
+    dv: Annotated[Path | None, typer.Option(metavar="FILE", help="the gradient of the values")] = None,
     lse_base: Annotated[str | None, typer.Option(metavar="e|2", help="base of the logarithm")] = None,
     lse_layout: Annotated[
         str | None,
@@ -409,6 +419,7 @@ def judge_dump(
     """See DUMP_HELP."""
     from dataclasses import replace
 
+    from cpjax.crosscheck.dumps.gradients import check_given, judge_dumped_gradients
     from cpjax.crosscheck.dumps.judge_dump import judge_dump as judge_question
     from cpjax.crosscheck.dumps.names import named
     from cpjax.crosscheck.dumps.question import Question
@@ -433,7 +444,10 @@ def judge_dump(
             value_scale=kv_scale if value_scale is None else value_scale, partition=partition, cp=cp,
             precision=precision, order=order, lse_base=lse_base, lse_layout=lse_layout,
         )  # fmt: skip
+        gradients = {"dout": dout, "dq": dq, "dk": dk, "dv": dv}
+        is_backward = check_given(gradients)
         said = judge_question(question)
+        backward = judge_dumped_gradients(said, gradients) if is_backward else None
         for remark in said.remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         name = question.out.name
@@ -446,7 +460,7 @@ def judge_dump(
             shown = None if "form" in said.verdict.failed_tests else shown
             judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
         report_to(report, [judged], "cpjax judge-dump")
-        show([judged], as_json, asked=True, provenance=True)
+        show([judged], as_json, asked=True, provenance=True, backward=backward)
 
 
 def main() -> None:

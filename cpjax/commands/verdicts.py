@@ -3,9 +3,12 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from cpjax.crosscheck.gradients.verdict import GradientVerdict
 
 JUDGED = (
     "Exit status: 0 everything agrees, 1 something is WRONG, not judgeable, or there is no result, 2 bad input (one "
@@ -42,20 +45,25 @@ def show(
     *,
     asked: bool = False,
     provenance: bool = False,
+    backward: "GradientVerdict | None" = None,
 ) -> None:
-    """Print everything and exit 1 unless everything that is supported passed, and agrees with each other."""
+    """Print everything and exit 1 unless everything that is supported passed, and agrees with each other.
+
+    `backward` is the verdict on the gradients of the one result, if it has any.
+    """
     from rich.console import Console
 
     from cpjax.crosscheck.run.compare import between_sentence
     from cpjax.crosscheck.run.summary import all_passed, questions, sentence, table_of
 
     pairs = compared or []
-    passed = all_passed(judged) and all(one.agreement.agrees for one in pairs)
+    passed = all_passed(judged) and all(one.agreement.agrees for one in pairs) and (backward is None or backward.passed)
     summary = f"{sentence(judged)} {between_sentence(pairs)}".rstrip()
     if as_json:
         report = {"passed": passed, "summary": summary, "results": [one.as_json() for one in judged]}
         report["between"] = [one.as_json() for one in pairs]
         report["explained"] = [one.as_json() for one in budgets or []]
+        report |= {} if backward is None else {"gradients": backward.as_json()}
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
         console = Console(width=None if sys.stdout.isatty() else 140)
@@ -67,6 +75,8 @@ def show(
                 console.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
             for cause in one.verdict.diagnosis if one.verdict is not None else []:
                 console.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
+        for line in backward.text.splitlines() if backward is not None else []:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in questions(judged) if asked else []:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for one in judged if provenance else []:

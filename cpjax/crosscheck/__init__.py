@@ -7,6 +7,7 @@ Rooms, each imports only what stands above it; nothing but `backends` needs JAX 
     error_model/    what rounding may do to each element: the terms of σ, and the bound
     judging/        from a result to a verdict: the problem, evidence, statistics, the decision
     diagnosis/      after a failed verdict: what went wrong, and where
+    gradients/      the same of a backward pass: dq, dk and dv (docs/gradients.md)
     judge           the public function: judging, then diagnosis
     conformance/    the cases that a kernel author runs, and what they say in words
     dumps/          tensors that any tool has dumped
@@ -15,5 +16,7 @@ Rooms, each imports only what stands above it; nothing but `backends` needs JAX 
     backends/       who computes a case (docs/backends.md)
 """
 
+from cpjax.crosscheck.gradients.judge import judge_gradients as judge_gradients
+from cpjax.crosscheck.gradients.verdict import GradientVerdict as GradientVerdict
 from cpjax.crosscheck.judge import judge as judge
 from cpjax.crosscheck.judging.verdict import Verdict as Verdict

@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.errors import InputError
-from cpjax.trial import activations, detection, foreign, foreign_kernels, tables
+from cpjax.trial import activations, detection, foreign, foreign_kernels, gradients, tables
 from cpjax.trial.emulators import PROFILES
 from cpjax.trial.false_alarms import SETS, Outcome, is_alarm, outcomes, rate_bound, table
 
@@ -161,6 +161,42 @@ def detect(
         print("\nand what others say, lse included\n")
         print(tables.rules(found, name, length))
     print(f"\nFaults caught at any size\n\n{tables.summary(found)}\n\n{seconds:,.0f} s.")
+
+
+@app.command("gradients", epilog="Example: python -m cpjax.trial gradients --count 1500 --keys 1024")
+def of_gradients(
+    count: Annotated[int, typer.Option(min=1, help="Correct gradients of the emulators.")] = 1500,
+    of_kernels: Annotated[int, typer.Option(min=1, help="Gradients of PyTorch's and JAX's kernels.")] = 180,
+    keys: Annotated[int, typer.Option(min=64, help="Keys of the faulty ones.")] = 1024,
+    seed: Seed = 0,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Judge correct and faulty gradients. Exit status: 0 no correct ones called wrong, 1 some, 2 bad input."""
+    _must_not_exist(out)
+    started = time.monotonic()
+    seen = list(_progress(gradients.outcomes(seed, count, workers), count, "emulators"))
+    seen += _progress(gradients.foreign(seed, of_kernels), of_kernels, "kernels")
+    some = [one for profile in gradients.JUDGED_IN for one in gradients.faults(profile, keys, seed)]
+    alarms = [one for one in seen if one.judgeable and not one.passed]
+    rows = gradients.table(seen)
+    report = {
+        "seed": seed,
+        "keys": keys,
+        "seconds": round(time.monotonic() - started, 1),
+        "rows": [row._asdict() for row in rows],
+        "faults": [one._asdict() for one in some],
+        "alarms": [one._asdict() for one in alarms],
+    }
+    _write(out, report)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        print(f"{tables.gradients(rows)}\n\nFaults at {keys:,} keys\n\n{tables.gradient_faults(some)}")
+        for one in alarms[:20]:
+            print(f"  number {one.number}, {one.who}, {one.kind}, {one.profile}: {', '.join(one.failed_tests)}")
+    sys.exit(1 if alarms else 0)
 
 
 def _without_nan(one: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cpjax.trial import foreign as foreign_trial
+from cpjax.trial import gradients as gradients_trial
 from cpjax.trial.detection import Caught, Setting
 from cpjax.trial.false_alarms import Row
 from cpjax.trial.rivals import RULES
@@ -112,3 +113,25 @@ def settings_of(found: Sequence[Caught]) -> list[tuple[str, int]]:
     """Profiles and lengths that occur."""
     kinds: set[Setting] = {one.setting for one in found}
     return sorted({(setting.profile, setting.keys) for setting in kinds})
+
+
+def gradients(rows: Sequence[gradients_trial.Row]) -> str:
+    """One line for each who computes and profile; z of dq, dk and dv."""
+    head = ("who", "judged as", "results", "called wrong", "not judged", "median z", "largest z", "bound")
+
+    def line(row: gradients_trial.Row) -> list[str]:
+        z = (" ".join(f"{x:.2f}" for x in some) for some in (row.median_z, row.z))
+        return [row.who, row.profile, *(f"{x:,}" for x in row[2:5]), *z, f"{row.of_bound:.2f}"]
+
+    return markdown(head, map(line, rows))
+
+
+def gradient_faults(found: Sequence[gradients_trial.Caught]) -> str:
+    """One line for each fault and profile."""
+    head = ("fault", "profile", "the judge", "named", "2 × low precision", "torch.testing")
+
+    def line(one: gradients_trial.Caught) -> list[str]:
+        caught = [("caught" if x else "passes") for x in (one.judge, one.twice_low_precision, one.torch_testing)]
+        return [one.fault, one.profile, caught[0], "yes" if one.named else "", *caught[1:]]
+
+    return markdown(head, map(line, found))

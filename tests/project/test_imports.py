@@ -35,7 +35,10 @@ LAYERS = [
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     ["cpjax.exchange", "cpjax.mapping", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
     ["cpjax.checks", "cpjax.latent", "cpjax.plan", "cpjax.crosscheck.diagnosis", "cpjax.deepseek.rope"],
-    ["cpjax.parallel", "cpjax.decode", "cpjax.crosscheck.judge", "cpjax.deepseek.attention"],
+    [
+        *("cpjax.parallel", "cpjax.decode", "cpjax.deepseek.attention"),
+        *("cpjax.crosscheck.judge", "cpjax.crosscheck.gradients"),
+    ],
     ["cpjax.deepseek.moe"],
     ["cpjax.deepseek.model"],
     ["cpjax.deepseek.mtp", "cpjax.deepseek.cache"],
@@ -100,7 +103,7 @@ SHARED = {
 WITHOUT_JAX = (
     "partition",
     "testing",
-    *(f"crosscheck.{room}" for room in ("exact", "files", "error_model", "judging", "diagnosis", "judge")),
+    *(f"crosscheck.{room}" for room in ("exact", "files", "error_model", "judging", "diagnosis", "judge", "gradients")),
     *(f"crosscheck.{room}" for room in ("conformance", "dumps", "run", "report")),
 )
 

@@ -114,6 +114,7 @@ def judge_dump(question: Question) -> Said:
         "files": files,
         "taken": remarks,
         "layout": chosen.dump.layout,
+        "joined": chosen.dump.partition is not None,
         "versions": {name: version(name) for name in ("cpjax", "numpy")} | {"python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -1,0 +1,56 @@
+"""Gradients dumped beside a forward pass: judged as the problem that the forward pass was read as."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cpjax.crosscheck.dumps.judge_dump import Said
+from cpjax.crosscheck.dumps.layouts import natural
+from cpjax.crosscheck.dumps.readers import FLOATS, read
+from cpjax.crosscheck.gradients.judge import judge_gradients_of
+from cpjax.crosscheck.gradients.verdict import GradientVerdict
+from cpjax.errors import InputError
+
+NAMES = ("dout", "dq", "dk", "dv")
+
+
+def check_given(files: dict[str, Path | None]) -> bool:
+    """Whether there are gradients: all four or none.
+
+    >>> check_given({"dout": None, "dq": None, "dk": None, "dv": None})
+    False
+
+    Raises:
+      InputError: some are missing.
+    """
+    missing = [f"--{name}" for name in NAMES if files[name] is None]
+    if missing and len(missing) < len(NAMES):
+        raise InputError(f"{', '.join(missing)} missing: gradients are judged by dout, dq, dk and dv together")
+    return not missing
+
+
+def judge_dumped_gradients(said: Said, files: dict[str, Path | None]) -> GradientVerdict:
+    """The verdict on dq, dk and dv of `.npy`, `.pt` and other files, in the layout that was found for the forward pass.
+
+    out and lse are those of the forward pass's dump. The files and their SHA-256 are added to `said.about`.
+
+    Raises:
+      InputError: folders of ranks, which must be joined first; files that cannot be read or do not fit.
+    """
+    arrays: list[np.ndarray] = []
+    for name in NAMES:
+        path = files[name]
+        assert path is not None
+        found = read(path, name, FLOATS)
+        if found.by_rank or said.about.get("joined"):
+            raise InputError(f"--{name} {path}: gradients of folders of ranks are not joined; give whole tensors")
+        axes = 3 if said.about["layout"] == "tnd" else 4
+        if found.parts[0].ndim != axes:
+            raise InputError(
+                f"--{name} {path}: has shape {list(found.parts[0].shape)}; in the layout {said.about['layout']} of the "
+                f"other files it must have {axes} axes"
+            )
+        arrays.append(natural(found.parts[0], said.about["layout"]))
+        said.about["files"] |= found.files
+    dout, dq, dk, dv = arrays
+    return judge_gradients_of(said.problem, said.out, said.lse, dout, dq, dk, dv)

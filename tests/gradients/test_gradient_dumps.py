@@ -1,0 +1,68 @@
+"""`cpjax judge-dump --dout … --dq … --dk … --dv …`: exit status, words and JSON."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cpjax.cli import app
+from cpjax.trial.emulators import PROFILES, attend
+from cpjax.trial.gradient_emulators import Backward, differentiate
+from cpjax.trial.problem import Problem
+
+TENSORS = ("query", "key", "value", "out", "lse", "dout", "dq", "dk", "dv")
+
+
+@pytest.fixture
+def dump(tmp_path) -> Path:
+    """A folder of correct tensors in FP16, heads before tokens."""
+    rng = np.random.default_rng(0)
+    arrays = (rng.standard_normal((1, 64, n, 32)) for n in (4, 2, 2))
+    problem = Problem(*arrays, 0.2, is_causal=True).cast("float16")
+    out, lse = attend(problem, PROFILES["flash_fp16"])
+    dout = rng.standard_normal(out.shape).astype(np.float16)
+    found = differentiate(problem, PROFILES["flash_fp16"], Backward(), attend(problem, PROFILES["flash_fp16"]), dout)
+    tensors = (problem.query, problem.key, problem.value, out, lse, dout, *found)
+    for name, x in zip(TENSORS, tensors, strict=True):
+        np.save(tmp_path / f"{name}.npy", x.swapaxes(1, 2))
+    return tmp_path
+
+
+def judged(dump: Path, *more: str, without: tuple[str, ...] = ()):
+    files = [x for name in TENSORS if name not in without for x in (f"--{name}", str(dump / f"{name}.npy"))]
+    words = ("judge-dump", *files, "--scale", "0.2", "--causal", "--layout-of", "bnsd", *more)
+    return CliRunner().invoke(app, list(words))
+
+
+def test_correct_gradients_exit_0_and_say_so(dump):
+    run = judged(dump, "--lse-layout", "bns")
+    assert run.exit_code == 0, run.output
+    assert "gradients pass (flash_fp16)" in run.output
+    assert "dq: as rounding explains" in run.output
+
+
+def test_wrong_gradients_exit_1_with_their_cause_in_json_too(dump):
+    dk = np.load(dump / "dk.npy")
+    np.save(dump / "dk.npy", (dk.astype(float) * 0.2).astype(np.float16))
+    run = judged(dump, "--lse-layout", "bns", "--json")
+    assert run.exit_code == 1
+    report = json.loads(run.stdout)
+    assert report["passed"] is False
+    assert report["gradients"]["passed"] is False
+    assert report["results"][0]["outcome"] == "pass", "the forward pass is right"
+    assert any(name.endswith("dk.npy") for name in report["results"][0]["about"]["files"])
+
+
+def test_half_a_backward_pass_is_refused(dump):
+    run = judged(dump, without=("dk", "dv"))
+    assert run.exit_code == 2
+    assert "--dk, --dv missing" in run.output
+
+
+def test_another_layout_is_refused(dump):
+    np.save(dump / "dq.npy", np.load(dump / "dq.npy")[0])
+    run = judged(dump, "--lse-layout", "bns")
+    assert run.exit_code == 2
+    assert "dq.npy: has shape [4, 64, 32]; in the layout bnsd of the other files it must have 4 axes" in run.output

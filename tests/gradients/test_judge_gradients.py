@@ -1,0 +1,234 @@
+"""Correct gradients pass with z near 1, faulty ones fail and are named right, zeros and NaN never pass."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cpjax.crosscheck.gradients.asked import asked_of
+from cpjax.crosscheck.gradients.exact import exact_gradients
+from cpjax.crosscheck.gradients.expected import expected
+from cpjax.crosscheck.gradients.judge import judge_gradients
+from cpjax.crosscheck.judging.problem import checked_problem
+from cpjax.errors import InputError
+from cpjax.trial import gradients as trial
+from cpjax.trial.emulators import PROFILES, attend, dtype_of
+from cpjax.trial.gradient_emulators import Backward, Gradients, differentiate, stored, sums
+from cpjax.trial.gradient_faults import FAULTS
+from cpjax.trial.problem import Problem, Result
+
+
+def posed(profile: str, keys: int = 96, seed: int = 1, **more) -> tuple[Problem, Result, np.ndarray]:
+    """A problem of 4 heads on 2, causal, cp 2, with a forward pass and dout."""
+    rng = np.random.default_rng(seed)
+    shapes = [(1, keys, n, 32) for n in (4, 2, 2)]
+    problem = Problem(*map(rng.standard_normal, shapes), 0.2, **({"is_causal": True, "cp": 2} | more))
+    problem = problem.cast(dtype_of(profile))
+    given = attend(problem, PROFILES[profile])
+    return problem, given, rng.standard_normal(given.out.shape).astype(given.out.dtype)
+
+
+def judged(profile: str, problem: Problem, given: Result, dout: np.ndarray, found: Gradients, **more):
+    tensors = (problem.query, problem.key, problem.value, *given, dout)
+    return judge_gradients(*tensors, *found, precision=profile, **trial.asked(problem), **more)
+
+
+def right(profile: str, problem: Problem, given: Result, dout: np.ndarray) -> Gradients:
+    return differentiate(problem, PROFILES[profile], Backward(32, 16), given, dout)
+
+
+@pytest.mark.parametrize("profile", trial.JUDGED_IN)
+def test_correct_gradients_have_the_errors_that_the_model_says(profile):
+    verdict = judged(profile, *(some := posed(profile)), right(profile, *some))
+    low, high = (0.25, 1.0) if profile == "float32" else (0.85, 1.1)  # float32 sums are done in blocks, which is better
+    assert verdict.passed
+    assert all(low < one.z < high and 0 < one.of_bound < 1 for one in verdict.tensors), verdict.text
+
+
+def test_correct_gradients_of_hostile_data_pass():
+    seen = [trial.outcome(0, number) for number in range(0, 66, 2)]
+    assert [one for one in seen if not one.passed and one.judgeable] == []
+    assert sum(one.judgeable for one in seen) > 0.9 * len(seen)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_fails_and_is_named_or_nothing_is(name):
+    profile = "flash_bf16"
+    fault, says = FAULTS[name]
+    some = posed(profile)
+    verdict = judged(profile, *some, fault(some[0], PROFILES[profile], Backward(32, 16), *some[1:]))
+    assert not verdict.passed
+    assert len(verdict.causes) == (says != ""), verdict.text
+    assert all(says in cause for cause in verdict.causes)
+
+
+def test_what_no_suspect_explains_has_no_cause():
+    """2 % too large, and a missing δ together with scale once too often: nothing is guessed."""
+    some, profile = posed("flash_fp16"), "flash_fp16"
+    parts = sums(some[0], PROFILES[profile], Backward(), *some[1:])
+    larger = stored(some[0], PROFILES[profile], parts._replace(dk=parts.dk * np.float32(1.02)))
+    without = FAULTS["δ missing"][0](some[0], PROFILES[profile], Backward(), *some[1:])
+    both = without._replace(dq=(without.dq * 0.2).astype(without.dq.dtype))
+    for wrong in (larger, both):
+        verdict = judged(profile, *some, wrong)
+        assert (verdict.passed, verdict.causes) == (False, ())
+
+
+def test_zeros_and_what_is_not_finite_never_pass():
+    some, profile = posed("flash_fp16"), "flash_fp16"
+    good = right(profile, *some)
+    for name in Gradients._fields:
+        for value in (0.0, np.nan, np.inf):
+            wrong = np.full_like(getattr(good, name), value)
+            failed = judged(profile, *some, good._replace(**{name: wrong})).failed_tests
+            assert f"{name} {'form' if value != 0 else 'zeros'}" in failed
+        one = getattr(good, name).copy()
+        one[0, 40, 1, 3] = np.nan
+        assert f"{name} form" in judged(profile, *some, good._replace(**{name: one})).failed_tests
+
+
+def test_gradients_that_vanish_in_rounding_are_not_judgeable():
+    """Keys and dout so small that all of dq is 0 in FP16: what a correct kernel gives is zeros, and still no pass."""
+    problem, _, dout = posed("flash_fp16")
+    problem = replace(problem, key=(problem.key.astype(float) * 1e-5).astype(np.float16))
+    given, dout = attend(problem, PROFILES["flash_fp16"]), (dout.astype(float) * 2e-4).astype(np.float16)
+    found = right("flash_fp16", problem, given, dout)
+    assert not found.dq.any()
+    verdict = judged("flash_fp16", problem, given, dout, found)
+    assert (verdict.passed, verdict.judgeable) == (False, False)
+    assert verdict.failed_tests == ("dq unjudged",)
+    assert verdict.text.startswith("gradients: not judgeable")
+
+
+def test_where_the_gradient_is_zero_zeros_pass():
+    some = posed("flash_fp16")
+    dout = np.zeros_like(some[2])
+    assert judged("flash_fp16", *some[:2], dout, right("flash_fp16", *some[:2], dout)).passed
+
+
+def test_of_what_nobody_sees_gradients_are_zero():
+    """Pads hold anything; a key that no query sees must have dk = dv = 0."""
+    profile = "flash_fp16"
+    segments = np.repeat([[0, 1, -1]], [50, 40, 6], axis=1)
+    some = posed(profile, segments=segments, cp=1)
+    found = Gradients(*(x.copy() for x in right(profile, *some)))
+    for x in found:
+        x[:, 90:] = np.nan
+    assert judged(profile, *some, found).passed
+    late = posed(profile, kv_positions=np.arange(96)[None] + 10, q_positions=np.arange(96)[None], cp=1)
+    found = right(profile, *late)
+    assert not found.dk[:, -10:].any()
+    assert judged(profile, *late, found).passed
+    found.dk[0, -1, 0, 0] = 6e-8
+    assert "dk bound" in judged(profile, *late, found).failed_tests
+
+
+def test_one_number_beyond_its_bound_fails():
+    some = posed("float32")
+    found = right("float32", *some)
+    problem = checked_problem(some[0].query, some[0].key, some[0].value, precision="float32", **trial.asked(some[0]))
+    model = expected(asked_of(problem, *some[1], some[2])).dv
+    for beyond, passes in ((0.9, True), (1.3, False)):
+        dv = found.dv.copy()
+        dv[0, 50, 1, 7] = (model.exact + beyond * model.half_width)[0, 50, 1, 7]
+        failed = judged("float32", *some, found._replace(dv=dv)).failed_tests
+        assert ("dv bound" not in failed) == passes
+
+
+TERMS = {
+    ("flash_fp16", "probabilities"): "dv",
+    ("flash_bf16", "ds"): "dq",
+    ("flash_bf16", "the last rounding"): "dk",
+    ("float32", "scores"): "dv",
+    ("float32", "dout·v"): "dq",
+    ("float32", "delta"): "dq",
+    ("float32", "lse"): "dq",
+    ("float32", "sums"): "dk",
+    ("float32", "scale"): "dq",
+}
+
+
+@pytest.mark.parametrize(("profile", "name"), TERMS)
+def test_every_term_is_felt(profile, name):
+    """Without it σ is smaller by one part in a thousand or more, somewhere."""
+    some = posed(profile)
+    problem = checked_problem(some[0].query, some[0].key, some[0].value, precision=profile, **trial.asked(some[0]))
+    asked = asked_of(problem, *some[1], some[2])
+    tensor = TERMS[profile, name]
+    whole, less = (getattr(expected(asked, without=without), tensor).sigma for without in ((), (name,)))
+    assert (less <= whole).all()
+    assert (less < 0.999 * whole).any()
+
+
+def test_an_out_that_is_not_given_widens_what_delta_may_be():
+    """The kernel had a rounded out that nobody has: its errors are in σ, and gradients of it pass."""
+    profile, (problem, given, dout) = "flash_bf16", posed("flash_bf16", cp=1)
+    found = right(profile, problem, given, dout)
+    words = (problem.query, problem.key, problem.value)
+    verdict = judge_gradients(*words, None, None, dout, *found, precision=profile, **trial.asked(problem))
+    assert verdict.passed
+    assert verdict.assumed == ("out", "lse")
+    assert all(0.7 < one.z < 1.15 for one in verdict.tensors), verdict.text
+    # Held against the exact gradient with the σ of a given out, they would be wrong.
+    exact = asked_of(checked_problem(*words, precision=profile, **trial.asked(problem)), None, None, dout)
+    verdict = judge_gradients(*words, exact.out, exact.lse, dout, *found, precision=profile, **trial.asked(problem))
+    assert {"dq bound", "dq worst row"} <= set(verdict.failed_tests)
+
+
+def test_sums_in_a_half_format_need_the_term_that_says_so():
+    """PyTorch's flash kernel on a CPU keeps dk and dv in BF16 and rounds them after each 64 queries."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    problem, _, _ = posed("flash_bf16", keys=256, cp=1, is_causal=False)
+    dout = np.random.default_rng(2).standard_normal((1, 256, 4, 32)).astype(problem.query.dtype)
+    out, found = trial.KERNELS["torch flash"].compute(problem, dout)
+    words = (problem.query, problem.key, problem.value, out, None, dout, *found)
+    options = {"precision": "flash_bf16", **trial.asked(problem)}
+    once, tiles = (judge_gradients(*words, **options, rounded_every=every) for every in (None, 64))
+    assert {"dk spread", "dv spread"} <= set(once.failed_tests)
+    assert not any(test.startswith("dq") for test in once.failed_tests)
+    assert tiles.passed
+    assert all(0.85 < one.z < 1.15 for one in tiles.tensors), tiles.text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dq": np.zeros((1, 2))}, "dq has shape (1, 2); it must be (1, 96, 4, 32)"),
+        ({"dk": np.zeros((1, 96, 2, 32), int)}, "dk has dtype int64; it must be one of"),
+        ({"dv": np.full((1, 96, 2, 32), 0.1)}, "dv (float64) holds 6,144 numbers that are no float16"),
+    ],
+)
+def test_no_gradients_at_all_are_refused(change, says):
+    some = posed("flash_fp16")
+    with pytest.raises(InputError) as error:
+        judged("flash_fp16", *some, right("flash_fp16", *some)._replace(**change))
+    assert str(error.value).startswith(says)
+
+
+def test_the_verdict_speaks_and_is_no_boolean():
+    some = posed("flash_fp16")
+    verdict = judged("flash_fp16", *some, FAULTS["zeros"][0](some[0], PROFILES["flash_fp16"], Backward(), *some[1:]))
+    assert verdict.text.splitlines()[0] == "gradients are WRONG (flash_fp16)"
+    assert "dq: fails bound, spread, worst row, zeros (z " in verdict.text
+    plain = json.loads(json.dumps(verdict.as_json(), allow_nan=False))
+    assert plain["tensors"][0]["name"] == "dq"
+    assert not plain["passed"]
+    with pytest.raises(TypeError, match=r"ask \.passed"):
+        bool(verdict)
+
+
+def test_exact_gradients_of_everything_but_a_part_are_the_rest():
+    """Which the diagnosis rests on: gradients are sums over pairs."""
+    from cpjax.crosscheck.gradients.exact import Variant
+
+    some = posed("float32")
+    problem = checked_problem(some[0].query, some[0].key, some[0].value, precision="float32", **trial.asked(some[0]))
+    asked = asked_of(problem, *some[1], some[2])
+    half = np.arange(96) < 40
+    rest = [
+        exact_gradients(asked, Variant(lost_queries=one, lost_keys=np.ones(96, bool), lost_heads=(0, 1, 2, 3)))
+        for one in (half, ~half)
+    ]
+    for a, b, whole in zip(*rest, exact_gradients(asked), strict=True):
+        np.testing.assert_allclose(a + b, whole, atol=1e-12)
