@@ -204,7 +204,7 @@ def crosscheck(
                 launch(name, given or folder / "cases", folder / "results" / name, cases)
             with progress() as advance:
                 judged = list(judge_folder(cases, folder / "results", advance, draw=report is not None))
-            compared = list(compare_folder(cases, folder / "results", judged))
+                compared = list(compare_folder(cases, folder / "results", judged, advance))
         report_to(report, judged, "cpjax crosscheck")
         show(judged, as_json, compared)
 

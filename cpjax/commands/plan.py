@@ -25,7 +25,8 @@ Examples:
 
 \b
 cpjax plan examples/deepseek-r1-cp2.json --tokens 8192,131072
-cpjax plan --model Llama-3.1-405B --device h100 --tp 8 --tokens 131072 --draw plan.svg
+cpjax plan --model Llama-3.1-405B --device h100 --tp 8 \\
+    --tokens 131072 --draw plan.svg
 """
 
 

@@ -18,7 +18,7 @@ class ModelShape(Fact):
     (MLA: 512 + 64). `weight_bits` is how weights lie in memory, `product_bits` which peak rate their products have.
 
     >>> models()["DeepSeek-R1"].active / 1e9, models()["DeepSeek-R1"].total / 1e9
-    (36.564893696, 670.085414912)
+    (35.697917952, 671.02539776)
     """
 
     source: str

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,8 @@ from cpjax.mask import Tokens, visible
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and their total."""
+
+Measured = TypeVar("Measured")
 
 
 FP16_NUMBERS = 2**16
@@ -115,7 +118,7 @@ def collect(
     lattice = Lattice(np.zeros(FP16_NUMBERS, bool), np.zeros(FP16_NUMBERS, bool))
     tables, done, total = [], 0, int(chosen.sum())
     shared: list[Shared] = []
-    for found in _each_tile(partial(_measure, problem, out, lse), problem, chosen):
+    for found in each_tile(partial(_measure, problem, out, lse), problem, chosen):
         where = (found.tile.batch, found.tile.kv_head, found.keys)
         for sums, part in zip(keys, found.key_scores, strict=True):
             sums[where] += part
@@ -133,12 +136,15 @@ def collect(
     )
 
 
-def _each_tile(
-    measure: Callable[[np.ndarray, np.ndarray, Tile], _TileEvidence],
+def each_tile(
+    measure: Callable[[np.ndarray, np.ndarray, Tile], Measured],
     problem: Problem,
     chosen: Bool[np.ndarray, "B T N"],
-) -> Iterator[_TileEvidence]:
-    """Measure all tiles; large problems on all processors, since NumPy works outside Python's lock."""
+) -> Iterator[Measured]:
+    """`measure(key, value, tile)` of all tiles, in order; key and value `[S, H]`, `[S, V]` of its head in float64.
+
+    Large problems are measured on all processors, since NumPy works outside Python's lock.
+    """
     is_large = chosen.sum() * problem.key.shape[1] >= SEVERAL * ELEMENTS
     with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
         each = map if pool is None else pool.map

@@ -17,17 +17,16 @@ sensitive than they are, by up to √2, and says nothing of a fault that both re
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.error_model.row_covariance import distinct
-from cpjax.crosscheck.exact.attention import Rows
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.judging.evidence import model_of
+from cpjax.crosscheck.judging.evidence import Progress, each_tile, model_of
 from cpjax.crosscheck.judging.problem import Problem
-from cpjax.crosscheck.judging.sampling import Tile, chosen_rows, tiles
+from cpjax.crosscheck.judging.sampling import Tile, chosen_rows
 from cpjax.crosscheck.judging.statistic import LIMIT, RowErrors, effective_dof, spread_z_score, worst_row_z_score
 from cpjax.wording import counted
 
@@ -59,12 +58,20 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def agreement(
-    problem: Problem, other: Problem, one: Output, two: Output, seed: int = 0, *, own_keys: bool = False
+    problem: Problem,
+    other: Problem,
+    one: Output,
+    two: Output,
+    seed: int = 0,
+    *,
+    own_keys: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Agreement:
     """Compare two results of the same inputs; the questions differ in precision and order only.
 
     Args:
       own_keys: each problem has keys and values that its backend has made itself, of the same latent.
+      progress: called with the number of rows done and their total.
 
     Raises:
       ValueError: the questions are about different inputs.
@@ -75,7 +82,12 @@ def agreement(
     if not same or (problem.key.shape, problem.value.shape) != (other.key.shape, other.value.shape):
         raise ValueError("the two questions must be about the same query, key and value, but these differ")
     has_lse = one[1] is not None and two[1] is not None
-    found = [_differences(problem, other, one, two, tile) for tile in tiles(problem, chosen_rows(problem, seed))]
+    chosen = chosen_rows(problem, seed)
+    found, done, total = [], 0, int(chosen.sum())
+    for part in each_tile(partial(_differences, problem, other, one, two), problem, chosen):
+        found.append(part)
+        done += len(part[0].ratio)
+        progress(done, total)
     out, lse = _joined([part[0] for part in found]), _joined([part[1] for part in found])
     reasons = [*_reasons("out", out), *(_reasons("lse", lse) if has_lse else [])]
     rows = int(sum(part[2] for part in found))
@@ -104,11 +116,12 @@ class _Differences:
 
 
 def _differences(
-    problem: Problem, other: Problem, one: Output, two: Output, tile: Tile
+    problem: Problem, other: Problem, one: Output, two: Output, key: np.ndarray, value: np.ndarray, tile: Tile
 ) -> tuple[_Differences, _Differences, int]:
     """Those of `out` and `lse` in a tile, and the number of rows that are compared."""
     b, at = tile.batch, tile.position
-    (rows, model), (rows2, model2) = (_model(one, tile) for one in (problem, other))
+    its_key, its_value = (x[b, :, tile.kv_head].astype(np.float64) for x in (other.key, other.value))
+    (rows, model), (rows2, model2) = model_of(problem, key, value, tile), model_of(other, its_key, its_value, tile)
     mine, theirs = model.expected(), model2.expected()
     judged = mine.is_judgeable & theirs.is_judgeable
     sigma, half_width = np.hypot(mine.sigma, theirs.sigma), mine.half_width + theirs.half_width
@@ -133,11 +146,6 @@ def _differences(
     lse_sigma = np.hypot(mine.lse_sigma, theirs.lse_sigma)[:, None]
     lse_half_width = (mine.lse_bound + theirs.lse_bound)[:, None]
     return of_out, _row_errors(error, lse_sigma, lse_half_width, judged, tile.same), int(judged.sum())
-
-
-def _model(problem: Problem, tile: Tile) -> tuple[Rows, ErrorModel]:
-    key, value = (x[tile.batch, :, tile.kv_head].astype(np.float64) for x in (problem.key, problem.value))
-    return model_of(problem, key, value, tile)
 
 
 def _lse_error(given: Float[np.ndarray, " R"], exact: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:

@@ -1,7 +1,8 @@
 """Results of several backends held against each other, once each has passed against dense."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.crosscheck.judging.pairwise import Agreement, agreement
-from cpjax.crosscheck.run.session import Judged, problem_of
+from cpjax.crosscheck.run.session import Judged, Progress, problem_of
 from cpjax.wording import counted
 
 
@@ -27,16 +28,21 @@ class Compared:
         return {"case": self.case, "backends": list(self.backends)} | numbers
 
 
-def compare_folder(cases: list[Case], results: Path, judged: list[Judged]) -> Iterator[Compared]:
+def compare_folder(
+    cases: list[Case], results: Path, judged: list[Judged], progress: Progress = lambda what, done, total: None
+) -> Iterator[Compared]:
     """Each pair of results of a case that passed; the others are wrong already."""
     for case in cases:
         passed = [one.backend for one in judged if one.case == case.name and one.passed]
         read = {name: read_result(results / name / f"{case.name}.safetensors", case) for name in passed}
         for one, two in combinations(passed, 2):
-            yield Compared(case.name, (one, two), compare(case, read[one], read[two]))
+            report = partial(progress, f"{one} beside {two}")
+            yield Compared(case.name, (one, two), compare(case, read[one], read[two], report))
 
 
-def compare(case: Case, one: Result, two: Result) -> Agreement:
+def compare(
+    case: Case, one: Result, two: Result, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Agreement:
     """Are two results of a case consistent with each other?
 
     Raises:
@@ -44,7 +50,7 @@ def compare(case: Case, one: Result, two: Result) -> Agreement:
     """
     problem, other = problem_of(case, one), problem_of(case, two)
     own_keys = case.latent is not None
-    return agreement(problem, other, (one.out, one.lse), (two.out, two.lse), own_keys=own_keys)
+    return agreement(problem, other, (one.out, one.lse), (two.out, two.lse), own_keys=own_keys, progress=progress)
 
 
 def between_sentence(compared: list[Compared]) -> str:
