@@ -186,9 +186,10 @@ def test_the_message_on_the_page_is_what_pytest_shows(tmp_path):
 
 def pytest_in(folder, code):
     """pytest in a folder that has this test file and nothing of ours, as at a terminal: under CI it folds no line."""
+    ours = "CI", "BUILD_NUMBER", "PYTEST_ADDOPTS"
     (folder / "test_kernel.py").write_text(code)
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
-    terminal = {name: value for name, value in os.environ.items() if name not in ("CI", "BUILD_NUMBER")}
+    terminal = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(line, cwd=ROOT, env=terminal, capture_output=True, text=True, check=False)
 
 
