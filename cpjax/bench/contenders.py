@@ -63,7 +63,7 @@ def torch_sdpa(setting: Setting) -> Run:
 
 
 def gemm(setting: Setting) -> Run:
-    """The matrix products alone, by PyTorch, one thread a core: what no attention on this machine can go below.
+    """The matrix products alone, by PyTorch, one thread a core: a mark, not a limit; a fused kernel can be faster.
 
     Forward q kᵀ and p v; both ways these, and q kᵀ again, dout vᵀ, ds k, dsᵀ q, pᵀ dout. Causal: of the keys that the
     last of 512 queries sees.
