@@ -115,7 +115,7 @@ def asked_of(problem: Problem, out: Any, lse: Any, dout: Any, rounded_every: int
     dout = _input("dout", dout, shape, real)
     out = None if out is None else _input("out", out, shape, real)
     if lse is not None:
-        lse = _array("lse", lse, shape[:3])
+        lse = checked_array("lse", lse, shape[:3]).astype(np.float64)
     plain = Asked(problem, dout, np.zeros(shape), np.zeros(shape[:3]), has_out=out is not None)
     sees = (plain.keys_seen > 0)[..., None]
     if lse is not None:
@@ -130,17 +130,22 @@ def asked_of(problem: Problem, out: Any, lse: Any, dout: Any, rounded_every: int
     return Asked(problem, dout, exact, found, False, variance, bound, rounded_every)
 
 
-def _array(name: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:
+def checked_array(name: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of this shape in a dtype that the judge knows, as it is.
+
+    Raises:
+      InputError: another shape or dtype.
+    """
     array = as_array(x, name)
     if array.dtype.name not in FORMATS:
         raise InputError(f"{name} has dtype {array.dtype}; it must be one of {', '.join(FORMATS)}")
     if array.shape != shape:
         raise InputError(f"{name} has shape {array.shape}; it must be {shape}")
-    return array.astype(np.float64)
+    return array
 
 
 def _input(name: str, x: Any, shape: tuple[int, ...], real: Bool[np.ndarray, "B T"]) -> np.ndarray:
-    array = np.where(real[..., None, None], _array(name, x, shape), 0.0)
+    array = np.where(real[..., None, None], checked_array(name, x, shape).astype(np.float64), 0.0)
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds a NaN or an infinity in a token that is no pad; the gradient is then none")
     return array
@@ -156,10 +161,7 @@ def _forward(
     """lse if it is None, out, and of the out that a kernel rounds its variance and the most that it is off."""
     shape = (*p.query.shape[:3], p.value.shape[3])
     if lse is None:
-        lse = np.full(shape[:3], -np.inf)
-        if p.sink is not None:
-            lse = lse + 0.0
-            lse[:] = p.sink
+        lse = np.full(shape[:3], -np.inf if p.sink is None else p.sink, np.float64)
         for b, rows, keys in places(p):
             seen = seen_in(p, b, rows, keys)
             if not seen.any():

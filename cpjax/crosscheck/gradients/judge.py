@@ -4,9 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cpjax.arrays import as_array
-from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.gradients.asked import Asked, asked_of
+from cpjax.crosscheck.gradients.asked import Asked, asked_of, checked_array
 from cpjax.crosscheck.gradients.diagnose import causes_of
 from cpjax.crosscheck.gradients.exact import NAMES, Gradients
 from cpjax.crosscheck.gradients.expected import expected
@@ -111,11 +109,7 @@ def counted_rows(asked: Asked) -> Gradients:
 
 
 def _gradient(asked: Asked, name: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:
-    array, fmt = as_array(x, name), asked.fmt
-    if array.dtype.name not in FORMATS:
-        raise InputError(f"{name} has dtype {array.dtype}; it must be one of {', '.join(FORMATS)}")
-    if array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}; it must be {shape}")
+    array, fmt = checked_array(name, x, shape), asked.fmt
     wide = array.astype(np.float64)
     with np.errstate(invalid="ignore"):
         off = np.isfinite(wide) & (fmt.round(wide) != wide)
