@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
+from cpjax.commands.common import DONE, Json, console, errors, progress, whole_numbers
 
 app = typer.Typer()
 
@@ -59,6 +59,4 @@ def bench(
     if as_json:
         print(json.dumps([row.as_json() for row in rows], indent=2))
         return
-    from rich.console import Console
-
-    Console().print(table(rows))
+    console().print(table(rows))

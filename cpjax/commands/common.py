@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,13 @@ def whole_numbers(text: str | None, option: str = "--lengths") -> tuple[int, ...
         return None if text is None else tuple(int(n) for n in text.split(","))
     except ValueError:
         raise InputError(f"{option} {text!r:.80} must be whole numbers with commas, as 512,300") from None
+
+
+def console() -> Any:
+    """A rich Console; into a file or a pipe 140 columns wide, so that tables are not folded."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 @contextmanager

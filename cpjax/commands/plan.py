@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cpjax.commands.common import DONE, Json, errors, whole_numbers
+from cpjax.commands.common import DONE, Json, console, errors, whole_numbers
 from cpjax.errors import InputError
 
 app = typer.Typer()
@@ -145,13 +145,13 @@ def _plan(
         said = plan_json(result) | {"remarks": remarks, "your_times": compared(result, own.times)}
         print(json.dumps(said, indent=2, allow_nan=False))
         return
-    console = _console()
+    shown = console()
     for at in range(len(lengths)):
-        console.print(length_table(result, at))
+        shown.print(length_table(result, at))
     if own.times:
-        console.print(times_table(result, own.times))
+        shown.print(times_table(result, own.times))
     for line in sentences(result):
-        console.print(line, highlight=False, markup=False)
+        shown.print(line, highlight=False, markup=False)
 
 
 def _published(as_json: bool) -> None:
@@ -164,10 +164,10 @@ def _published(as_json: bool) -> None:
     if as_json:
         print(json.dumps(published_json(found, constants), indent=2, allow_nan=False))
         return
-    console = _console()
-    console.print(published_table(found))
+    shown = console()
+    shown.print(published_table(found))
     for line in why(found):
-        console.print(line, highlight=False, markup=False)
+        shown.print(line, highlight=False, markup=False)
 
 
 def _fit(as_json: bool) -> None:
@@ -184,9 +184,3 @@ def _fit(as_json: bool) -> None:
         print(f"{of}: fitted {said['fitted'][of]:.9f}, shipped {said['shipped'][of]:.9f}")
         print(f"  {row['point']}, {row['tokens']:,} tokens: ", end="")
         print(f"published {row['published_seconds']:.6g} s, predicted {row['predicted_seconds']:.6g} s")
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpjax.commands.common import console
+
 if TYPE_CHECKING:
     from cpjax.crosscheck.gradients.verdict import GradientVerdict
 
@@ -51,8 +53,6 @@ def show(
 
     `backward` is the verdict on the gradients of the one result, if it has any.
     """
-    from rich.console import Console
-
     from cpjax.crosscheck.run.compare import between_sentence
     from cpjax.crosscheck.run.summary import all_passed, questions, sentence, table_of
 
@@ -66,29 +66,29 @@ def show(
         report |= {} if backward is None else {"gradients": backward.as_json()}
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(table_of(judged))
+        shown = console()
+        shown.print(table_of(judged))
         for one in judged:
             for reason in one.reasons if one.outcome in ("fail", "error") else []:
-                console.print(f"{one.case}, {one.backend}: {reason}", highlight=False, markup=False)
+                shown.print(f"{one.case}, {one.backend}: {reason}", highlight=False, markup=False)
             for remark in one.remarks:
-                console.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
+                shown.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
             for cause in one.verdict.diagnosis if one.verdict is not None else []:
-                console.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
+                shown.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
         for line in backward.text.splitlines() if backward is not None else []:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            shown.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in questions(judged) if asked else []:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            shown.print(line, highlight=False, markup=False, soft_wrap=True)
         for one in judged if provenance else []:
             for name, digest in one.about["files"].items():
-                console.print(f"file: {name}, SHA-256 {digest}", highlight=False, markup=False, soft_wrap=True)
+                shown.print(f"file: {name}, SHA-256 {digest}", highlight=False, markup=False, soft_wrap=True)
             versions = ", ".join(f"{name} {x}" for name, x in one.about["versions"].items())
-            console.print(f"judged: {one.about['date']}, {versions}", highlight=False, markup=False)
+            shown.print(f"judged: {one.about['date']}, {versions}", highlight=False, markup=False)
         for backend, reason in dict.fromkeys((x.backend, x.unsupported) for x in judged if x.outcome == "unsupported"):
             which = [x.case for x in judged if (x.backend, x.unsupported) == (backend, reason)]
             names = ", ".join(which[:3]) + (f" and {len(which) - 3} more" if len(which) > 3 else "")
-            console.print(f"unsupported by {backend}: {reason} ({names})", highlight=False, markup=False)
+            shown.print(f"unsupported by {backend}: {reason} ({names})", highlight=False, markup=False)
         for one in budgets or []:
-            console.print(one.table())
-        console.print(summary, highlight=False, markup=False)
+            shown.print(one.table())
+        shown.print(summary, highlight=False, markup=False)
     raise typer.Exit(0 if passed else 1)
