@@ -12,13 +12,15 @@ from typer.core import TyperGroup
 from cpjax.commands.bench import app as bench
 from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
 from cpjax.commands.deepseek import app as deepseek
+from cpjax.commands.fingerprint import app as fingerprint
+from cpjax.commands.fingerprint import checked_head_dims
 from cpjax.commands.inspect import app as inspect
 from cpjax.commands.plan import app as plan
 from cpjax.commands.verdicts import JUDGED, Report, free, report_to, show
 from cpjax.errors import InputError
 
 SHOWN = (
-    *("judge-dump", "judge", "cases", "examples", "crosscheck", "checkpoint", "generate", "backends"),
+    *("judge-dump", "judge", "cases", "fingerprint", "examples", "crosscheck", "checkpoint", "generate", "backends"),
     *("bench", "inspect", "plan", "mindie"),
 )
 """The commands in the order of the help: what most people come for stands first."""
@@ -66,6 +68,7 @@ def _mindie() -> typer.Typer:
 
 app.add_typer(bench)
 app.add_typer(deepseek)
+app.add_typer(fingerprint)
 app.add_typer(inspect)
 app.add_typer(plan)
 app.add_typer(_mindie(), name="mindie", short_help="check and explain a MindIE config.json")
@@ -245,6 +248,8 @@ CASES_HELP = """Write a set of cases into a new folder, with checksums, for any 
 conformance: small cases of every kind, the same bytes everywhere; those come first whose outputs tell what is wrong.
 Compute them (docs/formats.md), then: cpjax judge DIR RESULTS
 
+fingerprint: the probes of cpjax fingerprint, for a kernel that is called elsewhere. Then: cpjax fingerprint DIR RESULTS
+
 Example: cpjax cases --preset conformance cases
 """
 
@@ -252,23 +257,36 @@ Example: cpjax cases --preset conformance cases
 @app.command(help=CASES_HELP, short_help="write the conformance set: cases for a new kernel", epilog=DONE)
 def cases(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")],
-    preset: Annotated[str, typer.Option(metavar="conformance", help="which set")] = "conformance",
+    preset: Annotated[str, typer.Option(metavar="conformance|fingerprint", help="which set")] = "conformance",
+    head_dims: Annotated[
+        str, typer.Option(metavar="QK,V", help="of the fingerprint's probes, for a kernel that takes no others")
+    ] = "64,64",
     as_json: Json = False,
 ) -> None:
     """See CASES_HELP."""
     from cpjax.crosscheck.conformance.cases import VERSION, write_conformance
+    from cpjax.fingerprint.folder import VERSION as PROBES
+    from cpjax.fingerprint.folder import write_probes
 
     with errors():
-        if preset != "conformance":
-            raise InputError(f"--preset {preset!r} is unknown; known is conformance")
-        written = write_conformance(folder)
-    rows = [{"case": case.name, "digest": case.digest, "says": case.about["says"]} for case in written]
+        dims = checked_head_dims(head_dims)
+        sets = {
+            "conformance": (write_conformance, VERSION, "cpjax judge"),
+            "fingerprint": (lambda new: write_probes(new, dims), PROBES, "cpjax fingerprint"),
+        }
+        if preset not in sets:
+            raise InputError(f"--preset {preset!r} is unknown; known are {' and '.join(sets)}")
+        if preset != "fingerprint" and head_dims != "64,64":
+            raise InputError("--head-dims is of --preset fingerprint")
+        write, version, command = sets[preset]
+        written = write(folder)
+    rows = [{"case": case.name, "digest": case.digest, "says": case.about.get("says", "")} for case in written]
     if as_json:
-        print(json.dumps({"preset": preset, "version": VERSION, "cases": rows}, indent=2))
+        print(json.dumps({"preset": preset, "version": version, "cases": rows}, indent=2))
     else:
         for row in rows:
-            print(f"{row['case']}: {row['says']}")
-        print(f"{len(rows)} cases, version {VERSION}, in {folder}. Next: cpjax judge {folder} RESULTS")
+            print(": ".join(filter(None, (row["case"], row["says"]))))
+        print(f"{len(rows)} cases, version {version}, in {folder}. Next: {command} {folder} RESULTS")
 
 
 EXAMPLES_HELP = """Write the example configs and the documentation into a new folder.
@@ -404,7 +422,11 @@ def judge_dump(
         int | None, typer.Option(min=1, metavar="N", help="ranks; one if not said, or as many as folders hold")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="PROFILE", help=f"one of {PROFILE_NAMES} (docs/precision.md)")
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help=f"one of {PROFILE_NAMES} (docs/precision.md); or FILE.json, written by cpjax fingerprint --profile",
+        ),
     ] = None,
     order: Annotated[
         str | None,

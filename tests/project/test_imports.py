@@ -51,6 +51,7 @@ LAYERS = [
         *("cpjax.crosscheck", "cpjax.crosscheck.run", "cpjax.crosscheck.dumps"),
     ],
     ["cpjax.crosscheck.report", "cpjax.crosscheck.backends", "cpjax.trial"],
+    ["cpjax.fingerprint"],
     ["cpjax.commands"],
     ["cpjax.cli"],
     ["cpjax.__main__"],

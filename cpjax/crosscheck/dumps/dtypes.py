@@ -22,7 +22,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    query: np.dtype, key: np.dtype, value: np.dtype, out: np.ndarray, named: str | None
+    query: np.dtype, key: np.dtype, value: np.dtype, out: np.ndarray, named: Precision | None
 ) -> tuple[list[Candidate], str | None]:
     """The precisions to try, and a sentence where the dtypes differ.
 
@@ -33,11 +33,10 @@ def candidates(
     names = [x.name for x in (query, key, value)]
     store = out.dtype.name
     if named is not None:
-        profile = PROFILES[named]
-        if not _holds(out, profile.out) and store in FORMATS and FORMATS[store].digits > FORMATS[profile.out].digits:
-            wider = replace(profile, name=f"{named} with {store} out", out=store, carry=store)
-            return [Candidate(wider)], f"precision: out is {store}, so {named} is taken with out stored in {store}"
-        return [Candidate(profile)], None
+        if not _holds(out, named.out) and store in FORMATS and FORMATS[store].digits > FORMATS[named.out].digits:
+            wider = replace(named, name=f"{named.name} with {store} out", out=store, carry=store)
+            return [Candidate(wider)], f"precision: out is {store}, so {named.name} is taken with out stored in {store}"
+        return [Candidate(named)], None
     narrow = PROFILE_OF.get(names[0])
     if len(set(names)) == 1 and narrow is not None and (store == names[0] or _holds(out, names[0])):
         more = ["ring_mla_fp16"] if names[0] == store == "float16" else []

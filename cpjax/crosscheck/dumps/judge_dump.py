@@ -19,6 +19,7 @@ from cpjax.crosscheck.dumps.places import places
 from cpjax.crosscheck.dumps.question import Question
 from cpjax.crosscheck.dumps.readers import WHOLE, Read, read
 from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.files.profile import profile_named
 from cpjax.crosscheck.judge import judge_problem
 from cpjax.crosscheck.judging.problem import Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict
@@ -264,7 +265,8 @@ def _best(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> T
 def _each(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> Iterator[Tried]:
     """The dump in every likely precision and order."""
     query_dtype, key_dtype, value_dtype = dump.dtypes
-    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, question.precision)
+    named = None if question.precision is None else profile_named(question.precision)
+    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, named)
     remarks = [] if remark is None else [remark]
     orders = [question.order] if question.order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"])
     lse = None

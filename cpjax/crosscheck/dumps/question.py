@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpjax.crosscheck.files.profile import profile_named
 from cpjax.crosscheck.judging.problem import number
 from cpjax.errors import InputError
 from cpjax.partition.names import PARTITIONS, partition_of
 from cpjax.partition.partition import ORDERS
-from cpjax.precision import PROFILES
 
 LAYOUTS = ("bsnd", "bnsd", "tnd")
 """Batch, tokens, heads, head dim; batch, heads, tokens, head dim; tokens, heads, head dim."""
@@ -63,7 +63,6 @@ class Question:
         """Refuse what makes no question."""
         words = (
             ("order", self.order, ORDERS),
-            ("precision", self.precision, tuple(PROFILES)),
             ("layout-of", self.layout, LAYOUTS),
             ("align", self.align, ALIGNS),
             ("lse-base", self.lse_base, BASES),
@@ -72,6 +71,8 @@ class Question:
         for option, word, known in words:
             if word is not None and word not in known:
                 raise InputError(f"--{option} {word!r:.60} is unknown; known are {', '.join(known)}")
+        if self.precision is not None:
+            profile_named(self.precision)
         if self.partition is not None:
             try:
                 partition_of(self.partition, self.cp or 1)

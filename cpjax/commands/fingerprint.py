@@ -1,0 +1,114 @@
+"""`cpjax fingerprint`: what a kernel computes, read off."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cpjax.commands.common import DONE, Json, console, errors, progress, whole_numbers
+from cpjax.errors import InputError
+
+if TYPE_CHECKING:
+    from cpjax.fingerprint import Card
+
+app = typer.Typer(add_completion=False)
+
+HELP = """Read off what a kernel computes: rounding, tiles, order of additions, exp, masks; and its precision profile.
+
+KERNEL is torch:flash, torch:efficient, torch:cudnn, torch:math, jax:xla, jax:cudnn, emulator:PROFILE, a backend that
+cpjax backends lists, or FILE.py:NAME, a function NAME(query, key, value, scale, is_causal) of tensors [B, T, N, H].
+
+A kernel that is called elsewhere: cpjax cases --preset fingerprint DIR writes the probes, any program computes them
+(docs/formats.md), then KERNEL is DIR and RESULTS the folder with its results.
+
+Each line has its evidence with --evidence. A line that the probes cannot decide says so.
+
+Examples:
+
+\b
+cpjax fingerprint torch:flash --dtype float16
+cpjax fingerprint my_kernel.py:attention --dtype bfloat16 --device cuda
+cpjax fingerprint DIR RESULTS --profile mine.json
+"""
+
+
+@app.command("fingerprint", help=HELP, short_help="read off what a kernel computes", epilog=DONE)
+def fingerprint(
+    kernel: Annotated[str, typer.Argument(metavar="KERNEL", help="a kernel's name, or the folder of the probes")],
+    results: Annotated[Path | None, typer.Argument(metavar="[RESULTS]", help="results of the folder KERNEL")] = None,
+    dtype: Annotated[str, typer.Option(metavar="float16|bfloat16|float32", help="of query, key and value")] = "float16",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="where PyTorch computes: cpu, cuda, npu")] = "cpu",
+    head_dims: Annotated[
+        str, typer.Option(metavar="QK,V", help="for a kernel that takes no other head dims; each 64 or more")
+    ] = "64,64",
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write the precision profile for judge-dump --precision; a new file"),
+    ] = None,
+    evidence: Annotated[bool, typer.Option("--evidence", help="print what each line was read from")] = False,
+    as_json: Json = False,
+) -> None:
+    """See HELP."""
+    from cpjax.crosscheck.backends import installed
+    from cpjax.crosscheck.files.profile import write_profile
+    from cpjax.fingerprint.backend import card_of_backend
+    from cpjax.fingerprint.card import card_of
+    from cpjax.fingerprint.folder import read_folder
+    from cpjax.fingerprint.kernels import kernel_of
+    from cpjax.fingerprint.probe import with_head_dims
+
+    with errors():
+        if profile is not None and profile.exists():
+            raise InputError(f"{profile} is there already; nothing is overwritten, name another file")
+        if results is not None:
+            card = read_folder(Path(kernel), results)
+        else:
+            dims = checked_head_dims(head_dims)
+            asked = None if kernel in installed() else with_head_dims(kernel_of(kernel, dtype, device), dims)
+            with progress() as advance:
+                if asked is None:
+                    card = card_of_backend(kernel, dtype, dims, advance)
+                else:
+                    card = card_of(asked, dtype, kernel, advance)
+        if profile is not None:
+            if card.profile is None:
+                raise InputError("no profile follows from this card, so none is written; see its lines (--evidence)")
+            write_profile(profile, card.profile)
+    if as_json:
+        print(json.dumps(card.as_json(), indent=2, ensure_ascii=False))
+    else:
+        _show(card, evidence)
+
+
+def checked_head_dims(text: str) -> tuple[int, int]:
+    """--head-dims as two numbers."""
+    dims = whole_numbers(text, "--head-dims") or ()
+    if len(dims) != 2 or min(dims) < 64 or max(dims) > 1024:
+        raise InputError(f"--head-dims {text!r:.40} must be two numbers from 64 to 1024, as 192,128")
+    return dims[0], dims[1]
+
+
+def _show(card: "Card", evidence: bool) -> None:
+    from rich.table import Table
+
+    from cpjax.fingerprint.card import described
+
+    table = Table(title=f"{card.kernel}, {card.dtype}", show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for line in card.lines:
+        table.add_row(line.name, line.value)
+        if evidence and line.evidence:
+            table.add_row("", f"[dim]{line.evidence}[/dim]")
+    out = console()
+    out.print(table)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in card.failures.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        out.print(f"not answered: {', '.join(names)} ({reason})", markup=False)
+    if card.profile is None:
+        out.print("profile: none follows; one of its lines cannot be told, or no profile has these roundings")
+    else:
+        out.print(f"profile: {card.profile.name} ({described(card.profile)})", markup=False)

@@ -1,0 +1,127 @@
+"""The card: what each room reads, and the profile in which the kernel should be judged."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.fingerprint import masks, order, results, same, scores, tiles, weights
+from cpjax.fingerprint.probe import Answer, Answers, Kernel, Line, Probe
+from cpjax.precision import PROFILES, Precision
+
+ROOMS = (scores, weights, results, order, tiles, masks, same)
+FORMATS_ASKED = ("float16", "bfloat16", "float32")
+"""Dtypes of the inputs in which a kernel can be asked."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a kernel computes, in one dtype of its inputs."""
+
+    kernel: str
+    dtype: str
+    lines: tuple[Line, ...]
+    failures: dict[str, str]
+    """Probe → why the kernel gave no answer."""
+
+    def line(self, name: str) -> Line:
+        """The line of that name.
+
+        Raises:
+          KeyError: there is none.
+        """
+        return {line.name: line for line in self.lines}[name]
+
+    @property
+    def profile(self) -> Precision | None:
+        """The precision profile in which the kernel should be judged; None if a line that says so cannot be told."""
+        return profile_of(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "kernel": self.kernel,
+            "dtype": self.dtype,
+            "profile": None if self.profile is None else vars(self.profile),
+            "lines": [line._asdict() for line in self.lines],
+            "failures": self.failures,
+        }
+
+
+def all_probes(dtype: str) -> dict[str, Probe]:
+    """Every probe, by name."""
+    fmt = FORMATS[dtype]
+    return {name: asked for room in ROOMS for name, asked in room.probes(fmt).items()}
+
+
+def card_of(kernel: Kernel, dtype: str, name: str = "", advance: Callable[..., None] = lambda *_: None) -> Card:
+    """Ask the kernel everything, and read its answers.
+
+    Args:
+      kernel: takes a `Probe` and gives an `Answer`; what it raises is written down, and its lines cannot be told.
+      dtype: of query, key and value: float16, bfloat16 or float32.
+      name: of the kernel, for the card.
+      advance: called with what is done, how much, of how much.
+
+    >>> from cpjax.fingerprint.kernels import emulator
+    >>> card_of(emulator("flash_fp16"), "float16").line("p as the factor of v").code
+    'float16'
+    """
+    probes = all_probes(dtype)
+    answers: dict[str, Answer] = {}
+    failures: dict[str, str] = {}
+    for done, (probe_name, asked) in enumerate(probes.items()):
+        try:
+            answers[probe_name] = kernel(asked)
+        except Exception as error:
+            failures[probe_name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        advance("probes", done + 1, len(probes))
+    return read_card(name, dtype, probes, answers, failures)
+
+
+def read_card(name: str, dtype: str, asked: dict[str, Probe], answers: Answers, failures: dict[str, str]) -> Card:
+    """The card of answers that are there already; `asked` is `all_probes(dtype)`."""
+    lines = [line for room in ROOMS for line in room.read(FORMATS[dtype], asked, answers)]
+    return Card(name, dtype, tuple(lines), failures)
+
+
+NEEDED = ("scale", "scores", "p as the factor of v", "p in the row sum")
+"""The lines that a profile follows from."""
+
+
+def profile_of(card: Card) -> Precision | None:
+    """The profile whose roundings are those of the card, of `PROFILES` if one is; None if a line it needs is not told.
+
+    What several devices carry from merge to merge is not asked here: `carry` is the format of out.
+    """
+    codes = [card.line(name).code for name in NEEDED]
+    if not all(codes):
+        return None
+    scale, score, factor, total = codes
+    p = factor.removeprefix("normalised ")
+    half = (card.dtype,) if card.dtype != "float32" else ()
+    # What a profile can say: formats of the inputs or float32, to nearest; the scale rounded where scores are.
+    if not {score, p} <= {"float32", *half} or scale not in ("score", "rounded", "query"):
+        return None
+    if scale == "rounded" and score == "float32":
+        return None
+    apart = "float32" if scale == "score" and score != "float32" else ""
+    found = Precision(
+        name="fingerprint",
+        compute="float32",
+        score=score,
+        probability=p,
+        out=card.dtype,
+        scale=apart,
+        distance=apart,
+        query=card.dtype if scale == "query" else "",
+        total=card.dtype if total == "rounded" else "",
+        is_normalised=factor != p,
+    )
+    same = [known for known in PROFILES.values() if replace(known, name="fingerprint") == found]
+    return same[0] if same else found
+
+
+def described(precision: Precision) -> str:
+    """The roundings of a profile in a line."""
+    return ", ".join(f"{name} {fmt}" for name, fmt in vars(precision).items() if fmt and name != "name")

@@ -1,0 +1,112 @@
+"""The probes as a folder of FP16 cases, for a kernel that is called elsewhere; its results, read as answers."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cpjax.crosscheck.files.atomic import atomic_write, is_free
+from cpjax.crosscheck.files.case import Case, read_case, write_case
+from cpjax.crosscheck.files.checksums import verify, write_sums
+from cpjax.crosscheck.files.note import read_note
+from cpjax.crosscheck.files.result import read_result
+from cpjax.errors import InputError
+from cpjax.fingerprint.card import Card, all_probes, read_card
+from cpjax.fingerprint.probe import HEAD_DIM, Answer, Probe, padded
+from cpjax.mask import Tokens
+
+DTYPE = "float16"
+VERSION = 1
+"""Raised when any number of any probe changes."""
+PROFILE = {"spec": "flash_fp16", "sdpa": "flash_fp16", "npu": "ring_mla_fp16"}
+
+
+def case_of(name: str, asked: Probe) -> Case:
+    """A probe as a case of one device; token i of the queries and of the keys is at position i."""
+    batch, rows = asked.query.shape[:2]
+    query, key, value = (x.astype(np.float16) for x in asked[:3])
+    return Case(
+        name=f"fingerprint-{name}",
+        query=query,
+        key=key,
+        value=value,
+        q_tokens=_tokens(batch, rows),
+        kv_tokens=_tokens(batch, key.shape[1]),
+        scale=asked.scale,
+        is_causal=asked.is_causal,
+        cp=1,
+        precision=dict(PROFILE),
+        about={"kind": "fingerprint", "version": VERSION},
+    )
+
+
+def _tokens(batch: int, length: int) -> Tokens:
+    position = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)).copy()
+    return Tokens(position, np.zeros_like(position))
+
+
+def write_probes(folder: Path, head_dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)) -> list[Case]:
+    """Write all probes and their checksums into a new folder: all of them, or nothing.
+
+    Args:
+      head_dims: of query and key, and of value, for kernels that take no others; the rest of a head is 0.
+
+    Raises:
+      InputError: the folder is there and not empty, or cannot be written.
+    """
+    if not is_free(folder):
+        raise InputError(f"{folder} is there already; nothing is overwritten, name another folder")
+    try:
+        with atomic_write(folder) as unfinished:
+            probes = {name: padded(asked, head_dims) for name, asked in all_probes(DTYPE).items()}
+            cases = [write_case(unfinished, case_of(name, asked)) for name, asked in probes.items()]
+            write_sums(unfinished, f"cpjax fingerprint probes, version {VERSION}")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror})") from None
+    return cases
+
+
+def read_folder(cases: Path, results: Path) -> Card:
+    """The card of a kernel that computed the probes of `cases` and wrote `results` (docs/formats.md).
+
+    Raises:
+      InputError: the folder holds other cases than the probes of this version, or a result is not one of its case.
+    """
+    if not cases.is_dir():
+        raise InputError(f"{cases} is no folder; cpjax cases --preset fingerprint DIR writes one")
+    verify(cases)
+    answers: dict[str, Answer] = {}
+    failures: dict[str, str] = {}
+    backends = set()
+    probes = all_probes(DTYPE)
+    for name, asked in probes.items():
+        case = _checked(cases / f"fingerprint-{name}.safetensors", name, asked)
+        path = results / f"{case.name}.safetensors"
+        try:
+            if path.exists():
+                result = read_result(path, case)
+                lse = None if result.lse is None else result.lse.astype(np.float64)
+                answers[name] = Answer(result.out.astype(np.float64)[..., : asked.value.shape[3]], lse)
+                backends.add(result.backend)
+            elif path.with_suffix(".json").exists():
+                backend, note = read_note(path.with_suffix(".json"), case)
+                failures[name] = f"{note.outcome}: {note.reason}"
+                backends.add(backend)
+            else:
+                failures[name] = "no result in the folder"
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    if not answers:
+        raise InputError(f"{results} holds no result of a probe; its files are to be named as those of {cases}")
+    if len(backends) > 1:
+        raise InputError(f"{results} holds results of several backends: {', '.join(sorted(backends))}; ask about one")
+    return read_card(backends.pop(), DTYPE, probes, answers, failures)
+
+
+def _checked(path: Path, name: str, asked: Probe) -> Case:
+    """The case of the file, which must be this very probe: lines are read with the numbers of this version."""
+    case = read_case(path)
+    wanted = case_of(name, padded(asked, (max(case.query.shape[3], HEAD_DIM), max(case.value.shape[3], HEAD_DIM))))
+    same = all(np.array_equal(getattr(case, x), getattr(wanted, x), equal_nan=True) for x in ("query", "key", "value"))
+    if not same or (case.scale, case.is_causal) != (wanted.scale, wanted.is_causal):
+        raise InputError(f"{path} is no probe of this version; write the folder again")
+    return case
