@@ -74,7 +74,9 @@ def _number(asked: Probe, answer: Answer | None) -> Line:
         return missing(name)
     if not leaked.any():
         lost = "" if np.isfinite(out).all() else "; below that, out is not finite"
-        return Line(name, f"−∞, or a number below {most:.3g}", evidence + lost, "-inf")
+        return Line(
+            name, f"−∞, or a number below {most:.3g}; if it is added, one below −4,096", evidence + lost, "-inf"
+        )
     edge = score[leaked].max()
     above = score[~leaked & (score > edge)]
     words = f"a number between {edge:.4g} and {above.min() if above.size else 0:.4g}, or one that is added"

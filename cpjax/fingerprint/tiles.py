@@ -69,8 +69,8 @@ def apart(fmt: Format, keys: int, places: np.ndarray, answer: Answer) -> np.ndar
     out = answer.out[0].reshape(ROWS, -1)[:, : len(odd)]
     if fmt.digits > 11:
         return np.where(out == 0, 0, 1)
-    late = float(fmt.round(np.exp(np.array(-large - less))))
-    differ = (float(fmt.round(np.exp(np.array(-less)))) * np.exp(-large) - late) * LARGE
+    late = float(fmt.round(np.exp(np.array([-large - less])))[0])
+    differ = (float(fmt.round(np.exp(np.array([-less])))[0]) * np.exp(-large) - late) * LARGE
     total = 1 + np.exp(-large) * keys / 2 * (1 + np.exp(-less))
     share = np.abs(out * total / differ)
     return np.where(share < 0.2, 0, np.where((share > 0.8) & (share < 1.2), 1, -1))

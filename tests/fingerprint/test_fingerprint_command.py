@@ -1,0 +1,208 @@
+"""`cpjax fingerprint`: kernels by name, a function in a file, a folder of probes; the profile that judge-dump takes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cpjax.cli import app
+from cpjax.crosscheck.files.case import read_case
+from cpjax.crosscheck.files.result import Result, write_result
+from cpjax.fingerprint.card import all_probes, card_of, read_card
+from cpjax.fingerprint.folder import case_of, read_folder, write_probes
+from cpjax.fingerprint.kernels import emulator
+from cpjax.fingerprint.probe import padded
+
+RUNNER = CliRunner()
+
+KERNEL = '''
+import torch
+
+
+def attention(query, key, value, scale, is_causal):
+    """Double sums, FP16 probabilities that are divided before they are rounded."""
+    q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    score = q @ k.transpose(2, 3) * scale
+    if is_causal:
+        score = score.masked_fill(~torch.ones(score.shape[2:], dtype=torch.bool).tril(), -torch.inf)
+    p = torch.softmax(score, dim=-1).to(query.dtype)
+    return (p.float() @ v).to(query.dtype).transpose(1, 2)
+
+
+def wrong_shape(query, key, value, scale, is_causal):
+    return query[:, :1]
+'''
+
+
+def run(*words: str) -> tuple[int, str]:
+    """Exit status, and what is printed: with --json stdout alone, for the progress bar is on stderr."""
+    result = RUNNER.invoke(app, ["fingerprint", *words])
+    return result.exit_code, result.stdout if "--json" in words and result.exit_code == 0 else result.output
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory) -> tuple[Path, Path]:
+    """The folder of the probes, and the results of an emulator, as any program would write them."""
+    folder = tmp_path_factory.mktemp("fingerprint")
+    write_probes(folder / "cases", (96, 80))
+    kernel = emulator("rounded_sum_fp16", tile=128)
+    for name in all_probes("float16"):
+        if name == "digits":
+            continue
+        case = read_case(folder / "cases" / f"fingerprint-{name}.safetensors")
+        answer = kernel(padded(all_probes("float16")[name], (96, 80)))
+        lse = None if answer.lse is None else answer.lse.astype(np.float32)
+        result = Result("mine", "rounded_sum_fp16", "ascending", answer.out.astype(np.float16), lse, {})
+        write_result(folder / "results", case, result)
+    return folder / "cases", folder / "results"
+
+
+def test_a_folder_of_probes_gives_the_card_of_the_kernel_itself(probes):
+    from_folder, direct = read_folder(*probes), card_of(emulator("rounded_sum_fp16", tile=128), "float16")
+    assert from_folder.kernel == "mine"
+    assert from_folder.failures == {"digits": "no result in the folder"}
+    same = [line for line in direct.lines if line.name != "digits of p·v, 64 keys"]
+    # The order of a product may depend on the head dim; all else does not.
+    names = [line.name for line in same if not line.name.startswith("order")]
+    assert [from_folder.line(name).code for name in names] == [direct.line(name).code for name in names]
+    assert from_folder.profile is not None
+    assert from_folder.profile.name == "rounded_sum_fp16"
+
+
+def test_the_command_on_a_folder_and_its_profile(probes, tmp_path):
+    status, said = run(str(probes[0]), str(probes[1]), "--json", "--profile", str(tmp_path / "mine.json"))
+    assert status == 0
+    assert json.loads(said)["profile"]["total"] == "float16"
+    status, said = run(str(probes[0]), str(probes[1]), "--profile", str(tmp_path / "mine.json"))
+    assert status == 2
+    assert "nothing is overwritten" in said
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 64, 2, 64)).astype(np.float16) for _ in range(3))
+    from cpjax.trial import emulators
+    from cpjax.trial.problem import Problem
+
+    out, _ = emulators.attend(Problem(query, key, value, 0.125), emulators.PROFILES["rounded_sum_fp16"])
+    names = []
+    for name, x in {"query": query, "key": key, "value": value, "out": out}.items():
+        np.save(tmp_path / f"{name}.npy", x)
+        names += [f"--{name}", str(tmp_path / f"{name}.npy")]
+    words = [
+        "judge-dump",
+        *names,
+        "--scale",
+        "0.125",
+        "--no-causal",
+        "--precision",
+        str(tmp_path / "mine.json"),
+        "--json",
+    ]
+    result = RUNNER.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "rounded_sum_fp16" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"format": "cpjax.profile", "version": "1", "name": "x"}', "compute"),
+        ('{"format": "other"}', "format"),
+        ("", "Invalid JSON"),
+    ],
+)
+def test_a_damaged_profile_is_one_line(tmp_path, content, said):
+    (tmp_path / "p.json").write_text(content)
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 1, 8), np.float16))
+    x = str(tmp_path / "x.npy")
+    words = ["--query", x, "--key", x, "--value", x, "--out", x, "--scale", "1", "--no-causal"]
+    result = RUNNER.invoke(app, ["judge-dump", *words, "--precision", str(tmp_path / "p.json")])
+    assert result.exit_code == 2
+    assert said in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_function_in_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(KERNEL)
+    status, said = run(f"{tmp_path}/mine.py:attention", "--dtype", "bfloat16", "--json")
+    assert status == 0
+    card = json.loads(said)
+    assert card["profile"]["name"] == "softmax_bf16"
+    assert {line["name"]: line["value"] for line in card["lines"]}["lse"] == "none is handed over"
+    status, said = run(f"{tmp_path}/mine.py:wrong_shape", "--json")
+    assert status == 0
+    assert json.loads(said)["profile"] is None
+    assert "it must be [B, T, N, V]" in said
+
+
+def test_pytorchs_kernel_is_read():
+    status, said = run("torch:flash", "--dtype", "bfloat16", "--evidence")
+    assert status == 0
+    assert "profile: flash_bf16" in said
+    assert "512 keys" in said
+    assert "2,016 sums of 64 terms" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("torch:falsh",), "torch:flash"),
+        (("torch:flash", "--dtype", "float8"), "--dtype 'float8' must be one of"),
+        (("torch:flash", "--device", "teapot"), "--device 'teapot'"),
+        (("emulator:flash_fp16", "--dtype", "bfloat16"), "say --dtype float16"),
+        (("emulator:flash",), "known are"),
+        (("spec", "--dtype", "float32"), "takes FP16"),
+        (("missing.py:attention",), "missing.py is no file"),
+        (("torch:flash", "--head-dims", "64"), "--head-dims '64' must be two numbers"),
+        (("nowhere", "results"), "nowhere is no folder"),
+    ],
+)
+def test_bad_input_is_one_line(words, said):
+    result = RUNNER.invoke(app, ["fingerprint", *words])
+    assert result.exit_code == 2
+    assert said in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_folder_of_other_cases_is_refused(probes, tmp_path):
+    from cpjax.crosscheck.files.case import write_case
+
+    folder = tmp_path / "cases"
+    asked = all_probes("float16")
+    for name, one in asked.items():
+        write_case(folder, case_of(name, one._replace(scale=one.scale * 2) if name == "tiles" else one))
+    status, said = run(str(folder), str(probes[1]))
+    assert status == 2
+    assert "no probe of this version" in said or "another case" in said
+
+
+def test_results_of_nobody(probes, tmp_path):
+    status, said = run(str(probes[0]), str(tmp_path))
+    assert status == 2
+    assert "no result of a probe" in said
+
+
+def test_a_backend_is_asked_all_at_once():
+    """The ring of the specification, by the two functions that every backend has."""
+    status, said = run("spec", "--json")
+    assert status == 0
+    card = json.loads(said)
+    assert card["profile"]["name"] == "flash_fp16"
+    lines = {line["name"]: line["code"] for line in card["lines"]}
+    assert lines["key tile"] == "512"
+    assert lines["lse"] == "natural"
+
+
+def test_cases_refuses_head_dims_of_another_set(tmp_path):
+    result = RUNNER.invoke(app, ["cases", str(tmp_path / "x"), "--head-dims", "192,128"])
+    assert result.exit_code == 2
+    assert "--preset fingerprint" in result.output
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_empty_card_has_no_profile():
+    card = read_card("nobody", "float16", all_probes("float16"), {}, {})
+    assert card.profile is None
+    assert all("cannot be told" in line.value for line in card.lines)
