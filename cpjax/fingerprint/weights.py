@@ -192,20 +192,20 @@ def _tiny(fmt: Format, asked: Probe, answer: Answer | None) -> Line:
 
 
 def _exponential(fmt: Format, seen: float, asked: Probe, answer: Answer | None) -> Line:
-    """Read off lse, where the sum is float32; off out, if that has the digits; off the rounding of p."""
+    """Read off out, if that has the digits; off lse, where the sum is float32; off the rounding of p."""
     name = "error of exp"
     score = scores_of(asked)
     p = np.exp(score)
-    if answer is not None and answer.lse is not None and np.isfinite(answer.lse).all():
+    if answer is not None and finite(answer) and fmt.digits > 11:
+        out = answer.out[0, :, 0]
+        error = (out[:, REST[0]] / out[:, 0]) / p[:, REST[0]] - 1
+        rows, source = np.ones(len(error), bool), "out"
+    elif answer is not None and answer.lse is not None and np.isfinite(answer.lse).all():
         lse = answer.lse[0, :, 0]
         unit = 1.0 if abs(lse[-1] - np.log(p[-1].sum())) < 0.1 else np.log(2.0)
         error = (np.exp(lse * unit) - len(ANCHORS)) / (len(REST) * p[:, REST[0]]) - 1
         # lse has 24 digits: where the others' sum is small beside the anchors', that says little about it.
         rows, source = 2.0**-22 * p.sum(axis=1) / (len(REST) * p[:, REST[0]]) < 2.0**-20, "lse"
-    elif answer is not None and finite(answer) and fmt.digits > 11:
-        out = answer.out[0, :, 0]
-        error = (out[:, REST[0]] / out[:, 0]) / p[:, REST[0]] - 1
-        rows, source = np.ones(len(error), bool), "out"
     elif np.isfinite(seen):
         said = "at most" if seen == ERRORS[0] else "up to"
         return Line(
