@@ -63,7 +63,7 @@ def lse_in_log2(call: Call, problem: Problem) -> Given:
 def row_stale(call: Call, problem: Problem) -> Given:
     """One row of one head, out and lse, is that of an earlier call with other keys and values."""
     out, lse = (None if x is None else x.copy() for x in call(problem))
-    old = call(replace(problem, key=problem.key[:, ::-1], value=problem.value[:, ::-1]))
+    old = call(replace(problem, key=-problem.key, value=problem.value[:, ::-1]))
     row = problem.query.shape[1] // 2
     assert out is not None
     out[0, row, 0] = old[0][0, row, 0]

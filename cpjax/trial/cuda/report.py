@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpjax.trial.cuda.judging import Answer
-from cpjax.trial.cuda.planted import FAULTS
+from cpjax.trial.cuda.planted import FAULTS, is_named
 from cpjax.trial.cuda.tasks import STAGES, Task
 from cpjax.trial.false_alarms import rate_bound
 from cpjax.trial.tables import markdown
@@ -42,9 +42,11 @@ class Findings:
     seconds: float = 0.0
     ended: str = "still running"
 
-    def refuse(self, task: Task, message: str) -> None:
-        """The kernel did not compute this one."""
-        self.refused.setdefault((task.stage, task.kernel, task.dtype, message), []).append(task.number)
+    def refuse(self, task: Task, message: str) -> bool:
+        """The kernel did not compute this one. Returns whether that is the first of its kind."""
+        numbers = self.refused.setdefault((task.stage, task.kernel, task.dtype, message), [])
+        numbers.append(task.number)
+        return len(numbers) == 1
 
     @property
     def correct(self) -> list[Answer]:
@@ -130,9 +132,17 @@ def _faults(found: Findings) -> list[Answer]:
 
 def _fault(one: Answer) -> list[str]:
     caught = "failed itself" if one.error else "passes" if one.passed else "caught" if one.judgeable else "not judged"
-    said = next((x for x in reversed(one.sentences)), one.error)[:100].replace("|", "/")
+    said = next((x for x in one.sentences if is_named(one.task.fault, [x])), (one.error, *one.sentences)[-1])
     causal = "yes" if one.task.is_causal else "no"
-    return [one.task.fault, one.task.kernel, one.task.dtype, causal, caught, "yes" if one.named else "", said]
+    return [
+        one.task.fault,
+        one.task.kernel,
+        one.task.dtype,
+        causal,
+        caught,
+        "yes" if one.named else "",
+        said[:100].replace("|", "/"),
+    ]
 
 
 def _alarm(one: Answer) -> str:

@@ -57,7 +57,7 @@ def run(
     absent = kernels.missing(device)
     names = [name for name in kernels.KERNELS if name not in absent]
     found = report.Findings(seed, seconds, {}, absent)
-    with tempfile.TemporaryDirectory() as spool, _judges(workers, found, Path(spool)) as (give, waiting, end):
+    with tempfile.TemporaryDirectory() as spool, _judges(workers, found, Path(spool), say) as (give, waiting, end):
         stop = threading.Event()
 
         def tell() -> None:
@@ -69,10 +69,12 @@ def run(
             while not stop.wait(EVERY):
                 if time.monotonic() - started > seconds + GRACE:
                     found.ended = "ended: something hung"
-                    tell()
-                    end()
-                    sys.stdout.flush()
-                    os._exit(3)
+                    try:
+                        tell()
+                        end()
+                        sys.stdout.flush()
+                    finally:
+                        os._exit(3)
                 tell()
 
         # JAX would take most of the card's memory for itself.
@@ -83,7 +85,15 @@ def run(
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             found.ended = _compute(
-                tasks(names) if given is None else given, found, give, waiting, started, seconds, device, workers
+                tasks(names, with_long=device == "cuda") if given is None else given,
+                found,
+                give,
+                waiting,
+                started,
+                seconds,
+                device,
+                workers,
+                say,
             )
             while waiting() and time.monotonic() - started < seconds:
                 time.sleep(0.05)
@@ -109,15 +119,21 @@ def _compute(
     seconds: float,
     device: str,
     workers: int,
+    say: Callable[[str], None],
 ) -> str:
     """Compute until the end of the tasks or of the time; returns which it was."""
     most_waiting = 6 * max(workers, 1)
+    not_compiled: dict[tuple[str, str, bool], str] = {}
     for task in some:
         # Short ones wait for the judges; long ones and those of one shape are a queue that keeps them busy.
         while task.stage in ("drawn", "gradients") and waiting() >= most_waiting and _left(started, seconds) > 0:
             time.sleep(0.005)
         if _left(started, seconds) <= 0:
             return "ended by the clock"
+        case = (task.kernel, task.dtype, task.is_causal)
+        if task.stage == "compiled" and case in not_compiled:
+            found.refuse(task, not_compiled[case])
+            continue
         if task.stage == "compiled" and _left(started, seconds) < seconds * (COMPUTED - COMPILED):
             found.refuse(task, "not tried: no time left to compile")
             continue
@@ -125,7 +141,10 @@ def _compute(
             job = computed(found.seed, task, device)
         # Whatever a kernel raises, the others are tried.
         except Exception as error:
-            found.refuse(task, card.first_line(error))
+            message = card.first_line(error)
+            if found.refuse(task, message):
+                say(f"refused: {task.stage} {task.number}, {task.kernel}, {task.dtype}: {message}")
+            not_compiled[case] = message
             if broken := _broken(device):
                 return f"ended: CUDA answers no more after {task.kernel}, {task.stage} {task.number}: {broken}"
             continue
@@ -154,7 +173,7 @@ def _broken(device: str) -> str:
 
 @contextmanager
 def _judges(
-    workers: int, found: report.Findings, arrays: Path
+    workers: int, found: report.Findings, arrays: Path, say: Callable[[str], None]
 ) -> Iterator[tuple[Give, Callable[[], int], Callable[[], None]]]:
     """Hand over a job; how many are not answered; end it all."""
     if workers == 0:
@@ -168,9 +187,11 @@ def _judges(
     def answered(one: Answer) -> None:
         found.answers.append(one)
         given[1] += 1
+        if one.error and sum(bool(x.error) for x in found.answers) <= 3:
+            say(f"the judge failed: {one.task}: {one.error}")
 
     def failed(error: BaseException) -> None:
-        print(f"a judging process failed: {card.first_line(error)}", file=sys.stderr)
+        say(f"a judging process failed: {card.first_line(error)}")
         given[1] += 1
 
     def give(job: Job) -> None:

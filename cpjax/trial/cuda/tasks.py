@@ -25,6 +25,9 @@ ALL_ROWS = (("SDPA flash", "bfloat16"), ("SDPA cuDNN", "float16"), ("Triton", "b
 BENCH = Sizes(1024, 2, 1, 64, 64)
 """Of planted faults."""
 
+PLANNED, ONE_OF = "SDPA cuDNN", 3
+"""cuDNN makes a plan for each new shape, which takes longer than judging: it is asked in one of so many rounds."""
+
 EACH = 16
 """Results of each kernel that is compiled for each shape, dtype and mask."""
 
@@ -83,27 +86,27 @@ def compiled(names: list[str]) -> Iterator[Task]:
 
 
 def drawn_ones(names: list[str]) -> Iterator[Task]:
-    """Without end: kernels and dtypes take turns, then kinds of data."""
+    """Without end, if any kernel is there: kernels and dtypes take turns, then kinds of data."""
     cases = [(name, dtype) for name, kernel in KERNELS.items() if not kernel.is_compiled for dtype in kernel.dtypes]
-    for number in count():
+    for number in count() if {name for name, _ in cases} & set(names) else ():
         name, dtype = cases[number % len(cases)]
-        if name in names:
+        if name in names and (name != PLANNED or number // len(cases) % ONE_OF == 0):
             yield Task("drawn", number, name, dtype, list(TUNING)[number // len(cases) % len(TUNING)])
 
 
 def gradients(names: list[str]) -> Iterator[Task]:
     """Without end: kernels and dtypes take turns, causal or not."""
     cases = [(name, dtype) for name, kernel in KERNELS.items() if kernel.has_backward for dtype in kernel.dtypes]
-    for number in count():
+    for number in count() if {name for name, _ in cases} & set(names) else ():
         name, dtype = cases[number % len(cases)]
-        if name in names:
+        if name in names and (name != PLANNED or number // len(cases) % ONE_OF == 0):
             data = "sharp" if number // len(cases) % 4 == 3 else "normal"
             yield Task("gradients", number, name, dtype, data, is_causal=number // len(cases) % 2 == 0)
 
 
-def tasks(names: list[str]) -> Iterator[Task]:
+def tasks(names: list[str], *, with_long: bool = True) -> Iterator[Task]:
     """All: what takes long first, then without end four drawn ones and a backward pass by turns."""
-    yield from chain(long(names), planted(names), compiled(names))
+    yield from chain(long(names) if with_long else (), planted(names), compiled(names))
     forward, backward = drawn_ones(names), gradients(names)
     while True:
         some = [*islice(forward, 4), *islice(backward, 1)]
@@ -133,6 +136,12 @@ def problem_of(seed: int, task: Task) -> tuple[Problem, np.ndarray | None]:
 
 @lru_cache(maxsize=1)
 def _long(seed: int, data: str, dtype: str) -> Problem:
+    return _wide(seed, data).cast(dtype)
+
+
+@lru_cache(maxsize=1)
+def _wide(seed: int, data: str) -> Problem:
+    """A long problem in float64: the kernels and dtypes have it one after the other."""
     place = list(SETTINGS).index(data)
     rng = np.random.default_rng([STREAM, seed, STAGES.index("long"), place])
-    return fixed(rng, SETTINGS[data].data, dtype, SETTINGS[data].sizes, True)
+    return fixed(rng, SETTINGS[data].data, "float64", SETTINGS[data].sizes, True)

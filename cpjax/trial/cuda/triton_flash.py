@@ -83,8 +83,9 @@ def attention(query: Any, key: Any, value: Any, positions: Any, scale: float) ->
     out = torch.empty((batch, heads, length, value_dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
     width, value_width = (max(64, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
-    wide = query.dtype == torch.float32 or max(width, value_width) > 128
-    rows, tile = (32, 32) if wide else (64, 64)
+    rows, tile = (64, 64) if max(width, value_width) <= 128 else (32, 32)
+    if query.dtype == torch.float32:  # of which products are unrolled: compiling is slow
+        rows, tile = 32, 16
     _forward[(triton.cdiv(length, rows), batch * heads)](
         query, key, value, out, lse, positions,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
