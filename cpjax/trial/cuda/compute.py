@@ -85,14 +85,14 @@ def _call(kernel: Kernel, problem: Problem, query: Any, key: Any, value: Any, de
 
         positions = torch.from_numpy(_positions(problem)).to(device)
         return triton_flash.attention(query, key, value, positions, problem.scale)
-    assert kernel.call is not None
+    call: Any = kernel.call
     length, keys = problem.query.shape[1], problem.key.shape[1]
     has_mask = problem.window is not None or problem.segments is not None or problem.q_positions is not None
     is_square = problem.is_causal and not has_mask and length == keys
     seen = None
     if not is_square and (problem.is_causal or has_mask):
         seen = torch.from_numpy(np.array(seen_by(problem))).to(device)[:, None]
-    return kernel.call(query, key, value, seen, is_square, problem.scale)
+    return call(query, key, value, seen, is_square, problem.scale)
 
 
 def _positions(problem: Problem) -> np.ndarray:
@@ -107,10 +107,10 @@ def _positions(problem: Problem) -> np.ndarray:
 def _backward(seed: int, task: Task, kernel: Kernel, problem: Problem, dout: np.ndarray, device: str) -> Job:
     import torch
 
-    leaves = [x.requires_grad_() for x in _tensors(problem, device)]
+    query, key, value = (x.requires_grad_() for x in _tensors(problem, device))
     # The flash kernel sums heads that share keys itself, as autograd does for those that are repeated.
-    out, lse = _call(kernel, problem, *leaves, device)
-    grads = torch.autograd.grad(out, leaves, _tensor(dout, device))
+    out, lse = _call(kernel, problem, query, key, value, device)
+    grads = torch.autograd.grad(out, (query, key, value), _tensor(dout, device))
     found = tuple(_array(x.transpose(1, 2)) for x in grads)
     given = (_array(out.transpose(1, 2)), None if lse is None else _array(lse.float().transpose(1, 2)))
     # dk and dv of each head are tensors in the dtype of the inputs before those of a group are added up.

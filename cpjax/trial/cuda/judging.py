@@ -3,7 +3,7 @@
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -115,7 +115,7 @@ def keep(job: Job, path: Path) -> None:
     places = {"q_positions": p.q_positions, "kv_positions": p.kv_positions, "segments": p.segments}
     size = sum(x.nbytes for some in (result, inputs) for x in some.values() if x is not None)
     some = {**result, **places, **(inputs if size < MOST_BYTES else {})}
-    bits = {
+    arrays: dict[str, Any] = {
         (f"{name}:bfloat16" if x.dtype.name == "bfloat16" else name): (
             x.view(np.uint16) if x.dtype.name == "bfloat16" else x
         )
@@ -123,7 +123,8 @@ def keep(job: Job, path: Path) -> None:
         if x is not None
     }
     words = {"scale": p.scale, "is_causal": p.is_causal, "window": -1 if p.window is None else p.window}
+    arrays |= {name: np.array(x) for name, x in words.items()}
     unfinished = path.with_suffix(".part")
     with unfinished.open("wb") as file:
-        np.savez_compressed(file, **bits, **{name: np.array(x) for name, x in words.items()})
+        np.savez_compressed(file, **arrays)
     os.replace(unfinished, path)

@@ -175,7 +175,7 @@ def as_json(found: Findings) -> dict[str, Any]:
         ],
         "handed_over": dict(found.handed_over.copy()),
         "judged": dict(Counter(one.task.stage for one in list(found.answers))),
-        "rows": rows(found.correct),
+        "rows": [{name: _value(x) for name, x in row.items()} for row in rows(found.correct)],
         "alarms": [_plain(one) for one in found.alarms[:MOST_ALARMS]],
         "faults": [_plain(one) for one in _faults(found)],
         "long": [_plain(one) for one in found.correct if one.task.stage == "long"],
@@ -183,16 +183,16 @@ def as_json(found: Findings) -> dict[str, Any]:
 
 
 def _plain(one: Answer) -> dict[str, Any]:
-    """JSON has no NaN: what was not measured is null."""
-
-    def value(x: Any) -> Any:
-        if isinstance(x, float | np.floating):
-            return float(x) if np.isfinite(x) else None
-        return [value(y) for y in x] if isinstance(x, tuple | list) else x
-
     task, rest = one.task._asdict(), one._asdict()
     del rest["task"]
-    return {**task, **{name: value(x) for name, x in rest.items()}}
+    return {**task, **{name: _value(x) for name, x in rest.items()}}
+
+
+def _value(x: Any) -> Any:
+    """JSON has no NaN and no infinity: what was not measured is null."""
+    if isinstance(x, float | np.floating):
+        return float(x) if np.isfinite(x) else None
+    return [_value(y) for y in x] if isinstance(x, tuple | list) else x
 
 
 def write(found: Findings, folder: Path, arrays: Path) -> None:

@@ -5,6 +5,9 @@ the inputs as the factor of v, the row sum takes the unrounded p; out is rounded
 keys 0 … p.
 """
 
+# Triton comes with PyTorch for CUDA only.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from typing import Any
 
 import triton
