@@ -4,6 +4,7 @@
     emulators    correct results, rounded where the profile says, written without looking at the judge's error model
     kinds        data, friendly and hostile; activations: data of a trained model
     foreign      correct results of kernels that are not ours
+    cuda/        kernels of a GPU, where there is one: forward, backward, long, and with planted faults
     other_logits problems with softcap, sink, ALiBi slopes, bias
     faults       wrong results, one named function each
     rivals       the acceptance rules of others, on the same results

@@ -16,6 +16,9 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.errors import InputError
 from cpjax.trial import activations, detection, foreign, foreign_kernels, gradients, tables
+from cpjax.trial.cuda import card
+from cpjax.trial.cuda import run as cuda_run
+from cpjax.trial.cuda.report import table as cuda_table
 from cpjax.trial.emulators import PROFILES
 from cpjax.trial.false_alarms import SETS, Outcome, is_alarm, outcomes, rate_bound, table
 
@@ -197,6 +200,31 @@ def of_gradients(
         for one in alarms[:20]:
             print(f"  number {one.number}, {one.who}, {one.kind}, {one.profile}: {', '.join(one.failed_tests)}")
     sys.exit(1 if alarms else 0)
+
+
+@app.command("cuda", epilog="Example: python -m cpjax.trial cuda --folder found --seconds 240 --workers 16")
+def of_a_gpu(
+    folder: Annotated[Path, typer.Option(help="report.json, table.md and arrays go here; it must be there.")],
+    seconds: Annotated[float, typer.Option(min=5, help="When to end, judging included.")] = 240,
+    workers: Annotated[int, typer.Option(min=0, help="Judging processes; 0 judges between two kernel calls.")] = 2,
+    device: Annotated[str, typer.Option(help="cuda; or cpu, for those kernels that run there too.")] = "cuda",
+    seed: Seed = 0,
+) -> None:
+    """Judge correct and faulty results of a GPU's kernels. Exit status: 0 none called wrong, 1 some, 2 bad input.
+
+    Kernels compute in this process, the judge answers in others. Without a CUDA device it says so, and exits with 0.
+    Ctrl-C, or a termination signal, ends it early with a report about the results that were judged.
+    """
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"--device is {device!r}; it must be cuda or cpu")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; make it, or name another with --folder")
+    if device == "cuda" and (reason := card.missing()):
+        print(f"left out, no CUDA device: {reason}")
+        return
+    found = cuda_run.run(folder, seconds=seconds, workers=workers, device=device, seed=seed)
+    print(f"\n{cuda_table(found)}")
+    sys.exit(1 if found.alarms else 0)
 
 
 def _without_nan(one: dict[str, Any]) -> dict[str, Any]:
