@@ -1,7 +1,13 @@
 """The site, for Sphinx: `make docs`. Its source folder is the root of the repository, so that the pages' links hold.
 
-What is ours stands beside this file, one idea a file: pages and contents (what stands where), docstrings (plain text to
-reStructuredText), sources (pages for the files that pages link to), mathml (formulas without JavaScript).
+What is ours stands beside this file, one idea a file:
+
+    pages        what stands where
+    contents     the front page gets the table of contents
+    commands     the helps of the commands
+    docstrings   plain text to reStructuredText
+    sources      a page for each file that pages link to
+    mathml       formulas without JavaScript
 """
 
 import sys
@@ -24,6 +30,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "commands",
     "contents",
     "docstrings",
     "mathml",

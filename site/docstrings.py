@@ -19,6 +19,7 @@ COLUMNS = re.compile(r"\S {3,}\S")
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this. Napoleon's step has priority 500."""
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.connect("autodoc-process-docstring", _restore, priority=600)
     return {"parallel_read_safe": True}
 
 
@@ -26,6 +27,18 @@ def _process(app: Any, what: str, name: str, obj: object, options: object, lines
     # Both packages have an InputError.
     package = name.partition(".")[0]
     lines[:] = converted([re.sub(r"^( +)InputError:", rf"\1~{package}.errors.InputError:", line) for line in lines])
+    if what in ("attribute", "data", "property"):
+        # Of these napoleon takes the words before a colon for a type; here they are a sentence. It is shown nothing.
+        _kept[:] = lines
+        lines.clear()
+
+
+_kept: list[str] = []
+
+
+def _restore(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    lines.extend(_kept)
+    _kept.clear()
 
 
 def converted(lines: list[str]) -> list[str]:

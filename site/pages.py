@@ -37,6 +37,7 @@ SECTIONS = {
         "site/reference/deepseek",
         "site/reference/npu_backend",
         "site/reference/packages",
+        "site/reference/commands",
         "docs/specification",
         "docs/precision",
         "docs/formats",
