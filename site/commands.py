@@ -34,8 +34,8 @@ class _Commands(SphinxDirective):
 
 def _helps(name: str, command: Any, above: Any = None) -> Iterator[tuple[str, str]]:
     """The command and those below it, each with its name and its help."""
-    context = command.context_class(command, info_name=name.rpartition(" ")[2], parent=above, max_content_width=COLUMNS)
-    context.terminal_width = COLUMNS
+    settings = {**command.context_settings, "max_content_width": COLUMNS, "terminal_width": COLUMNS}
+    context = command.context_class(command, info_name=name.rpartition(" ")[2], parent=above, **settings)
     yield name, command.get_help(context)
     for below in getattr(command, "commands", {}) and command.list_commands(context):
         yield from _helps(f"{name} {below}", command.get_command(context, below), context)

@@ -1,6 +1,7 @@
 """Docstrings here are plain text, made to be read in an editor. This turns them into reStructuredText.
 
     backticks                         code, and a link where it is a name that the reference knows
+    docs/formats.md                   a link to the page
     an indented block, a table        shown as it stands
     * | _ anywhere else               themselves
 
@@ -13,6 +14,7 @@ from typing import Any
 
 SECTION = re.compile(r"(Args|Arguments|Attributes|Returns|Yields|Raises|Example|Examples|Note):$")
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*(\(\))?")
+PAGE = re.compile(r"\b(docs/[\w-]+)\.md\b")
 COLUMNS = re.compile(r"\S {3,}\S")
 
 
@@ -82,9 +84,13 @@ def _indent(line: str) -> int:
 
 
 def _inline(text: str) -> str:
-    """Code in backticks, everything else literally."""
+    """Code in backticks, links to pages, everything else literally."""
     parts = re.split(r"(`+[^`]+`+)", text)
-    return "".join(_code(part) if part.startswith("`") else re.sub(r"([\\*|_])", r"\\\1", part) for part in parts)
+    return "".join(_code(part) if part.startswith("`") else _words(part) for part in parts)
+
+
+def _words(part: str) -> str:
+    return PAGE.sub(r":doc:`\g<0> </\1>`", re.sub(r"([\\*|_])", r"\\\1", part))
 
 
 def _code(part: str) -> str:

@@ -141,6 +141,7 @@ def test_an_entry_is_of_something(name):
     [
         ("one |x| and a*b", r"one \|x\| and a\*b"),
         ("see `cpjax.mask`", r"see \ :py:obj:`cpjax.mask`\ "),
+        ("(docs/trial.md)", "(:doc:`docs/trial.md </docs/trial>`)"),
         ("`[B, T]` floats", r"\ ``[B, T]``\  floats"),
     ],
 )
