@@ -22,6 +22,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this. Our step comes before Sphinx's own, which would copy the files as downloads."""
     _shown.clear()
     app.connect("doctree-read", _link, priority=100)
+    app.connect("html-collect-pages", _forget_modules_without_source, priority=100)
     app.connect("html-collect-pages", _pages)
     return {"parallel_read_safe": False}
 
@@ -36,6 +37,14 @@ def _link(app: Sphinx, doctree: nodes.document) -> None:
         _shown.add(path)
         uri = app.builder.get_relative_uri(page, f"source/{path}")
         node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
+
+
+def _forget_modules_without_source(app: Sphinx) -> list[Any]:
+    """Sphinx's viewcode lists `builtins`, the module of some constants' types, in its index, and has no page for it."""
+    modules = getattr(app.env, "_viewcode_modules", {})
+    for name in [name for name, entry in modules.items() if not entry]:
+        del modules[name]
+    return []
 
 
 def _pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
