@@ -7,11 +7,12 @@ import html
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.builders.html import StandaloneHTMLBuilder
 
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml"}
 
@@ -48,8 +49,9 @@ def _forget_modules_without_source(app: Sphinx) -> list[Any]:
 
 
 def _pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
+    highlighter = cast("StandaloneHTMLBuilder", app.builder).highlighter
     for path in sorted(_shown):
         text = Path(app.srcdir, path).read_text()
         language = LANGUAGES.get(Path(path).suffix, "text")
-        listing = app.builder.highlighter.highlight_block(text, language)
+        listing = highlighter.highlight_block(text, language)
         yield f"source/{path}", {"title": path, "body": f"<h1>{html.escape(path)}</h1>{listing}"}, "page.html"

@@ -90,7 +90,7 @@ def defined_in(module: str, name: str) -> str:
     """The module that defines a name which `module` may only hand on; constants do not know it themselves."""
     for node in ast.parse(inspect.getsource(importlib.import_module(module))).body:
         if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
-            return node.module if node.module != module else f"{module}.{name}"
+            return node.module or module
     return module
 
 
