@@ -1,7 +1,7 @@
 """Docstrings here are plain text, made to be read in an editor. This turns them into reStructuredText.
 
     backticks                         code, and a link where it is a name that the reference knows
-    docs/formats.md                   a link to the page
+    docs/formats.md                   a link to the page, if the site has it
     an indented block, a table        shown as it stands
     * | _ anywhere else               themselves
 
@@ -11,6 +11,8 @@ tests/project/test_site.py tries this without it.
 
 import re
 from typing import Any
+
+import pages
 
 SECTION = re.compile(r"(Args|Arguments|Attributes|Returns|Yields|Raises|Example|Examples|Note):$")
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*(\(\))?")
@@ -90,7 +92,11 @@ def _inline(text: str) -> str:
 
 
 def _words(part: str) -> str:
-    return PAGE.sub(r":doc:`\g<0> </\1>`", re.sub(r"([\\*|_])", r"\\\1", part))
+    return PAGE.sub(_page, re.sub(r"([\\*|_])", r"\\\1", part))
+
+
+def _page(named: re.Match[str]) -> str:
+    return f":doc:`{named[0]} </{named[1]}>`" if named[1] in pages.EVERY else named[0]
 
 
 def _code(part: str) -> str:

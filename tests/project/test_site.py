@@ -101,6 +101,11 @@ def test_public_names_are_found():
     assert exported == {name for module, name in PUBLIC if module == "cpjax.crosscheck"}
 
 
+def test_every_package_is_named():
+    packages = {f"cpjax.{path.parent.name}" for path in (ROOT / "cpjax").glob("*/__init__.py")}
+    assert {"cpjax", "npu_backend", *packages} <= {name for kind, name, _ in ENTRIES if kind == "module"}
+
+
 @pytest.mark.parametrize(("module", "name"), sorted(PUBLIC), ids=lambda word: word)
 def test_a_public_name_has_an_entry_and_a_docstring(module, name):
     found = getattr(importlib.import_module(module), name)
@@ -142,6 +147,7 @@ def test_an_entry_is_of_something(name):
         ("one |x| and a*b", r"one \|x\| and a\*b"),
         ("see `cpjax.mask`", r"see \ :py:obj:`cpjax.mask`\ "),
         ("(docs/trial.md)", "(:doc:`docs/trial.md </docs/trial>`)"),
+        ("docs/of-another-project.md", "docs/of-another-project.md"),
         ("`[B, T]` floats", r"\ ``[B, T]``\  floats"),
     ],
 )
