@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help check test deep crosscheck lint notebooks bench inspect plan mutation trial dist clean
+.PHONY: help check test deep crosscheck lint notebooks lab docs bench inspect plan mutation trial dist clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -27,6 +27,14 @@ TPU := .venv/tpu/libtpu-$(LIBTPU).dist-info
 $(TPU): | $(READY)
 	rm -rf .venv/tpu
 	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv/tpu --no-deps libtpu==$(LIBTPU)
+
+# What only `make docs` and `make lab` need, each with a stamp of its own.
+DOCS := .venv/docs
+LAB := .venv/lab
+
+$(DOCS) $(LAB): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(@F)]'
+	touch $@
 
 crosscheck: $(READY)  ## attention of the vendor's example configuration, three ways, and the verdict
 	$(BIN)/cpjax crosscheck
@@ -60,6 +68,16 @@ lint: $(READY)  ## style, types
 
 notebooks: $(READY)  ## execute every notebook
 	$(BIN)/jupyter-execute notebooks/*.ipynb
+
+lab: $(LAB)  ## the notebooks in a browser
+	$(BIN)/jupyter lab notebooks
+
+# From scratch: Sphinx repeats no warning of a page that it does not read again. A warning is an error; a dead link is one.
+docs: export JAX_PLATFORMS = cpu
+docs: $(DOCS)  ## the site: the book, the pages and the reference as HTML, into build/site
+	rm -rf build/site
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -c site -d build/doctrees . build/site
+	@echo "build/site/index.html"
 
 bench: $(READY)  ## speed beside PyTorch's fused kernel, the matrix products alone, and dense JAX
 	$(BIN)/cpjax bench

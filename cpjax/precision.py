@@ -95,6 +95,7 @@ PROFILES: dict[str, Precision] = {
         ),
     )
 }
+"""Name → profile; docs/precision.md has the table."""
 
 
 def profile(name: str) -> Precision:

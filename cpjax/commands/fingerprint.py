@@ -38,7 +38,7 @@ def fingerprint(
     kernel: Annotated[str, typer.Argument(metavar="KERNEL", help="a kernel's name, or the folder of the probes")],
     results: Annotated[Path | None, typer.Argument(metavar="[RESULTS]", help="results of the folder KERNEL")] = None,
     dtype: Annotated[str, typer.Option(metavar="float16|bfloat16|float32", help="of query, key and value")] = "float16",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="where PyTorch computes: cpu, cuda, npu")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="where PyTorch computes: cpu, cuda, npu")] = "cpu",
     head_dims: Annotated[
         str, typer.Option(metavar="QK,V", help="for a kernel that takes no other head dims; each 64 or more")
     ] = "64,64",

@@ -35,6 +35,7 @@ EXCHANGES = {
     "all_to_all": all_to_all_attention,
     "all_to_all_ring": all_to_all_ring_attention,
 }
+"""How keys meet queries: name → function of one device. docs/specification.md, §4, has the orders of merging."""
 
 ORDERS = {exchange: "unknown" for exchange in EXCHANGES} | {"ring": "ring", "gather": "gather", "all_to_all": "gather"}
 """In which order an exchange merges chunks, a word of `cpjax.partition.ORDERS`."""

@@ -24,6 +24,7 @@ Order = Literal["ascending", "ring", "gather", "unknown", "together"]
 "together": all keys at once, as one device computes them; there is nothing to merge."""
 
 ORDERS: tuple[str, ...] = get_args(Order)
+"""The words of `Order`."""
 
 MOST_CP = 2**10
 """A larger number of ranks is taken for a mistake. No test pins it: none is meant to come near it."""
