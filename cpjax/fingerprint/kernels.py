@@ -57,6 +57,8 @@ def emulator(profile: str, **changes: Any) -> Kernel:
     from cpjax.trial import emulators
     from cpjax.trial.problem import Problem
 
+    if emulators.dtype_of(profile) not in DTYPES:
+        raise InputError(f"emulator {profile} computes in {emulators.dtype_of(profile)}; known are {', '.join(DTYPES)}")
     arithmetic = replace(emulators.PROFILES[profile], **changes)
     dtype = DTYPES[emulators.dtype_of(profile)]
 

@@ -69,18 +69,18 @@ def _number(asked: Probe, answer: Answer | None) -> Line:
     score = (asked.query[0, :, 0].astype(np.float64) @ asked.key[0, :1, 0].astype(np.float64).T)[:-1, 0]
     leaked = (out != 0) & np.isfinite(out)
     most = score[np.isfinite(out)].min() if np.isfinite(out).any() else 0.0
-    evidence = f"visible scores of −256 to {most:.3g}"
+    evidence = f"visible scores of −256 to {most:,.0f}"
     if not np.isfinite(out).any():
         return missing(name)
     if not leaked.any():
         lost = "" if np.isfinite(out).all() else "; below that, out is not finite"
         return Line(
-            name, f"−∞, or a number below {most:.3g}; if it is added, one below −4,096", evidence + lost, "-inf"
+            name, f"−∞, or a number below {most:,.0f}; if it is added, one below −4,096", evidence + lost, "-inf"
         )
     edge = score[leaked].max()
     above = score[~leaked & (score > edge)]
-    words = f"a number between {edge:.4g} and {above.min() if above.size else 0:.4g}, or one that is added"
-    return Line(name, words, evidence + f"; a hidden key is seen from {edge:.4g} on", f"{edge:.4g}")
+    words = f"a number between {edge:,.0f} and {above.min() if above.size else 0:,.0f}, or one that is added"
+    return Line(name, words, evidence + f"; a hidden key is seen from {edge:,.0f} on", f"{edge:.4g}")
 
 
 def _nan(where: str, answer: Answer | None) -> Line:

@@ -5,11 +5,12 @@ head of its own, where all rows and columns ask the same, and there is one tree 
 """
 
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.exact.formats import Format
+from cpjax.crosscheck.exact.formats import FORMATS, Format
 from cpjax.fingerprint.probe import (
     HEAD_DIM,
     ROWS,
@@ -42,9 +43,27 @@ def pairs(terms: int) -> np.ndarray:
     return np.argwhere(np.triu(np.ones((terms, terms), bool), 1))
 
 
-def sizes(fmt: Format) -> tuple[float, float]:
-    """M and the unit as values: M + 62 units = M in float32, and one unit of 64 keys can be seen in out."""
-    return (2.0**15, 2.0**-15) if fmt.name == "float16" else (2.0**60, 1.0)
+class Sizes(NamedTuple):
+    """Of the terms of a sum over keys."""
+
+    large: float
+    """M, the value of two keys of score 0."""
+    value: float
+    """Of the other keys."""
+    score: float
+
+    @property
+    def weight(self) -> float:
+        """p of the other keys: a number of the format."""
+        return float(FORMATS["float16"].round(np.exp([self.score]))[0]) if self.score else 1.0
+
+
+def sizes(fmt: Format) -> Sizes:
+    """M is 2^36 units and more, so that it swallows 62 of them, also where sums are cut off; and units are seen in out.
+
+    FP16 has no such numbers: there the units are products of a small value and a small p.
+    """
+    return Sizes(2.0**15, 2.0**-11, -6.9375) if fmt.name == "float16" else Sizes(2.0**60, 1.0, 0.0)
 
 
 def probes(fmt: Format) -> dict[str, Probe]:
@@ -60,18 +79,17 @@ def probes(fmt: Format) -> dict[str, Probe]:
 
 def _of_values(fmt: Format, keys: int, terms: int) -> Probe:
     """A head a pair: values are M, −M and units in every (keys/terms)th key; the others have no weight."""
-    large, unit = sizes(fmt)
+    size = sizes(fmt)
     used = np.arange(terms) * (keys // terms) + keys // terms // 2
     pair = pairs(terms)
-    value = np.zeros((len(pair), keys))
-    value[:, used] = unit
     row = np.arange(len(pair))
-    value[row, used[pair[:, 0]]], value[row, used[pair[:, 1]]] = large, -large
-    score = np.full((1, 1, keys), NONE)
-    score[..., used] = 0
-    one = scored(np.broadcast_to(score, (1, ROWS, keys)), np.zeros((1, keys, HEAD_DIM)), fmt)
-    query, key = (np.repeat(x[0], len(pair), axis=1) for x in (one.query, one.key))
-    return _batched(query, key, np.repeat(value.T[..., None], HEAD_DIM, axis=2))
+    one, other = used[pair[:, 0]], used[pair[:, 1]]
+    value, score = np.zeros((len(pair), keys)), np.full((len(pair), keys), NONE)
+    value[:, used], score[:, used] = size.value, size.score
+    value[row, one], value[row, other] = size.large, -size.large
+    score[row, one] = score[row, other] = 0
+    made = scored(np.repeat(score[:, None], ROWS, axis=1), np.zeros((len(pair), keys, HEAD_DIM)), fmt)
+    return _batched(made.query[0], made.key[0], np.repeat(value.T[..., None], HEAD_DIM, axis=2))
 
 
 def _of_products(fmt: Format) -> Probe:
@@ -175,7 +193,8 @@ def trees_of(fmt: Format, probe_name: str, answer: Answer | None) -> Counter[Tre
             score = np.log(out[..., 1:] / out[..., :1]) + BASE
             lost = terms - score / UNIT
         else:
-            lost = terms - out * terms / sizes(fmt)[1]
+            size = sizes(fmt)
+            lost = terms - out * (2 + (terms - 2) * size.weight) / (size.weight * size.value)
     return _trees(lost.reshape(len(pair), -1).T, terms)
 
 

@@ -28,18 +28,18 @@ FINE = np.arange(ROWS) * 2
 LARGE = 2.0**10
 
 
-def gaps(fmt: Format) -> tuple[float, float]:
+def gaps(fmt: Format) -> list[tuple[float, float]]:
     """A and C, chosen so that the two roundings differ by much.
 
-    Where p is float32 and so is its sum, exp(−100) has few digits left, or none; that is what differs there.
+    Where p is float32 and so is its sum, exp(−100) has few digits left, which differ, and exp(−87 − C) may become 0.
     """
     if fmt.digits > 11:
-        return 100.0, 0.6875
+        return [(100.0, 0.6875), (87.0, 0.6875)]
     some = -digits_of(np.linspace(0.25, 1, 2000), 8)
     large = 6.0
     early = fmt.round(np.exp(some)) * np.exp(-large)
     late = fmt.round(np.exp(some - large))
-    return large, float(-some[np.argmax(np.abs(early - late) / late)])
+    return [(large, float(-some[np.argmax(np.abs(early - late) / late)]))]
 
 
 def probes(fmt: Format) -> dict[str, Probe]:
@@ -48,31 +48,33 @@ def probes(fmt: Format) -> dict[str, Probe]:
 
 
 def _asked(fmt: Format, keys: int, places: np.ndarray) -> Probe:
-    large, less = gaps(fmt)
-    score = np.full((ROWS, keys), -large)
-    score[:, 1::2] -= less
-    score[np.arange(ROWS), places] = 0
     odd = np.arange(1, keys - 1, 2)
     heads = -(-len(odd) // HEAD_DIM)
+    scores = []
+    for large, less in gaps(fmt):
+        score = np.full((ROWS, keys), -large)
+        score[:, 1::2] -= less
+        score[np.arange(ROWS), places] = 0
+        scores += [score] * heads
     value = np.zeros((heads * HEAD_DIM, keys))
     size = LARGE if fmt.digits <= 11 else 2.0**126
     value[np.arange(len(odd)), odd] = size
     value[: len(odd), -1] = -size
     value = value.reshape(heads, HEAD_DIM, keys).swapaxes(1, 2)
-    return scored(np.repeat(score[None], heads, axis=0), value, fmt)
+    return scored(np.stack(scores), np.tile(value, (len(gaps(fmt)), 1, 1)), fmt)
 
 
 def apart(fmt: Format, keys: int, places: np.ndarray, answer: Answer) -> np.ndarray:
     """Whether an odd key was rounded in another way than the last key, `[T, keys/2 − 1]`: 1 yes, 0 no, −1 neither."""
-    large, less = gaps(fmt)
     odd = np.arange(1, keys - 1, 2)
-    out = answer.out[0].reshape(ROWS, -1)[:, : len(odd)]
+    out = answer.out[0].reshape(ROWS, len(gaps(fmt)), -1)[..., : len(odd)]
     if fmt.digits > 11:
-        return np.where(out == 0, 0, 1)
+        return np.where((out == 0).all(axis=1), 0, 1)
+    ((large, less),) = gaps(fmt)
     late = float(fmt.round(np.exp(np.array([-large - less])))[0])
     differ = (float(fmt.round(np.exp(np.array([-less])))[0]) * np.exp(-large) - late) * LARGE
     total = 1 + np.exp(-large) * keys / 2 * (1 + np.exp(-less))
-    share = np.abs(out * total / differ)
+    share = np.abs(out[:, 0] * total / differ)
     return np.where(share < 0.2, 0, np.where((share > 0.8) & (share < 1.2), 1, -1))
 
 
@@ -93,7 +95,7 @@ def read(fmt: Format, asked: dict[str, Probe], answers: Answers) -> list[Line]:
         return [Line(name, f"{UNTOLD}: {why}", odd) for name in ("key tile", "splits of the keys")]
     small = answers.get("small-tiles")
     fine = _runs(apart(fmt, 64, FINE, small), FINE)[0] if small is not None and np.isfinite(small.out).all() else set()
-    return [_tile(starts, fine), _splits(ends)]
+    return [_tile_of_parts(starts, ends) if ends else _tile(starts, fine), _splits(ends)]
 
 
 def _runs(found: np.ndarray, places: np.ndarray) -> tuple[set[int], set[int], str]:
@@ -135,6 +137,21 @@ def _tile(starts: set[int], fine: set[int]) -> Line:
         if all(edge % first == 0 for edge in starts):
             return Line(name, f"{first} keys", evidence, str(first))
         return Line(name, f"{UNTOLD}: tiles of unequal size, multiples of {step}", evidence)
+    return Line(name, f"{UNTOLD}: tiles of unequal size", evidence)
+
+
+def _tile_of_parts(starts: set[int], ends: set[int]) -> Line:
+    """Of keys in several parts. Their size may depend on the number of keys, so the small probe says nothing."""
+    name, inner = "key tile", sorted(starts - ends)
+    sizes = np.diff([0, *sorted(ends), KEYS])
+    if not inner:
+        said = f"a whole part, {sizes.min()} keys or more, or its maximum is taken first"
+        return Line(name, said, f"the maximum is raised at keys {', '.join(map(str, sorted(starts)))}", "whole part")
+    behind = {edge - max([0, *(end for end in ends if end <= edge)]) for edge in inner}
+    first = min(behind)
+    evidence = f"the maximum is raised {', '.join(map(str, sorted(behind)[:6]))} keys behind the beginning of a part"
+    if all(edge % first == 0 for edge in behind):
+        return Line(name, f"{first} keys", evidence, str(first))
     return Line(name, f"{UNTOLD}: tiles of unequal size", evidence)
 
 

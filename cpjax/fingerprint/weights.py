@@ -27,6 +27,8 @@ ANCHORS = np.unique([*range(0, KEYS, 8), KEYS - 1])
 REST = np.setdiff1d(np.arange(KEYS), ANCHORS)
 PAIRS = REST[: len(REST) // 2 * 2].reshape(-1, 2)
 """Two keys whose values are 1 and −1: out is the difference of their probabilities."""
+NONE = -30_000.0
+"""A score whose exponential is 0."""
 TINY = 2.0**15
 """Value of a key whose probability is near the least FP16 numbers."""
 
@@ -56,7 +58,8 @@ def probes(fmt: Format) -> dict[str, Probe]:
     of_tiny[0, -1] = 1
 
     single = np.zeros((ROWS, KEYS))
-    single[:, REST] = -plain.round(np.linspace(0.01, 16, ROWS))[:, None]
+    single[:, REST] = -plain.round(np.append(np.linspace(0.01, 3, ROWS // 2), np.linspace(3.2, 16, ROWS // 2)))[:, None]
+    single[-1, REST] = NONE
     return {
         "differences": scored(differences[None], values[None], fmt),
         "sums": scored(sums[None], np.ones((1, KEYS, HEAD_DIM)), fmt),
@@ -186,7 +189,7 @@ def _tiny(fmt: Format, asked: Probe, answer: Answer | None) -> Line:
     shares = {}
     for names, weight in ways.items():
         expected = weight[:, REST] * TINY / total
-        room = 5 * fmt.u * expected + 1.5 * fmt.tiny + 3e-7 * expected
+        room = 5 * fmt.u * expected + 1.5 * fmt.tiny + 2.0**-18 * expected
         shares[names] = float((np.abs(out[:, columns] - expected) <= room).mean())
     return settled(name, shares, f"{ROWS * len(REST):,} probabilities from 2^-24 to 2^-15")
 
@@ -194,18 +197,19 @@ def _tiny(fmt: Format, asked: Probe, answer: Answer | None) -> Line:
 def _exponential(fmt: Format, seen: float, asked: Probe, answer: Answer | None) -> Line:
     """Read off out, if that has the digits; off lse, where the sum is float32; off the rounding of p."""
     name = "error of exp"
-    score = scores_of(asked)
+    score = scores_of(asked)[:-1, REST[0]]
     p = np.exp(score)
     if answer is not None and finite(answer) and fmt.digits > 11:
-        out = answer.out[0, :, 0]
-        error = (out[:, REST[0]] / out[:, 0]) / p[:, REST[0]] - 1
+        out = answer.out[0, :-1, 0]
+        error = out[:, REST[0]] / out[:, 0] / p - 1
         rows, source = np.ones(len(error), bool), "out"
     elif answer is not None and answer.lse is not None and np.isfinite(answer.lse).all():
         lse = answer.lse[0, :, 0]
-        unit = 1.0 if abs(lse[-1] - np.log(p[-1].sum())) < 0.1 else np.log(2.0)
-        error = (np.exp(lse * unit) - len(ANCHORS)) / (len(REST) * p[:, REST[0]]) - 1
+        # In the last row the anchors are alone: exp(0) may err, too.
+        unit = 1.0 if abs(lse[-1] - np.log(len(ANCHORS))) < 0.1 else np.log(2.0)
+        error = (np.exp(lse[:-1] * unit) - np.exp(lse[-1] * unit)) / (len(REST) * p) - 1
         # lse has 24 digits: where the others' sum is small beside the anchors', that says little about it.
-        rows, source = 2.0**-22 * p.sum(axis=1) / (len(REST) * p[:, REST[0]]) < 2.0**-20, "lse"
+        rows, source = 2.0**-22 * (len(ANCHORS) / (len(REST) * p) + 1) < 2.0**-20, "lse"
     elif np.isfinite(seen):
         said = "at most" if seen == ERRORS[0] else "up to"
         return Line(
@@ -215,6 +219,6 @@ def _exponential(fmt: Format, seen: float, asked: Probe, answer: Answer | None) 
         return Line(name, f"{UNTOLD}: out has too few digits, and there is no lse", "")
     worst = int(np.argmax(np.where(rows, np.abs(error), -1.0)))
     size = max(abs(float(error[worst])), 2.0**-24)
-    least, at = score[rows, REST[0]].min(), float(score[worst, REST[0]])
-    evidence = f"largest at exp({at:.2f}), of {int(rows.sum())} from {least:.1f} to 0, read off {source}"
+    least = score[rows].min()
+    evidence = f"largest at exp({score[worst]:.2f}), of {int(rows.sum())} from {least:.1f} to 0, read off {source}"
     return Line(name, f"at most 2^{np.log2(size):.1f} of its value", evidence, f"{size:.3g}")
