@@ -79,6 +79,19 @@ def test_choices_in_the_help_are_those_that_are_taken():
     assert set(names) == PARTITIONS.keys() - {"decode"}
 
 
+def test_no_option_is_spelled_like_its_metavar():
+    """typer 0.27 makes --DEVICE of an option `device` whose metavar is DEVICE."""
+
+    def options(command):
+        yield from (param for param in command.params if param.param_type_name == "option")
+        for inner in getattr(command, "commands", {}).values():
+            yield from options(inner)
+
+    found = list(options(get_command(app)))
+    assert len(found) > 100
+    assert not [param.opts for param in found if (param.metavar or "").lower() == param.name]
+
+
 def test_version():
     assert said("--version") == f"cpjax {version('cpjax')}\n"
 
