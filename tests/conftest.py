@@ -5,10 +5,12 @@ import os
 from multiprocessing import forkserver
 from pathlib import Path
 
+import fast_checks
 import jax
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+fast_checks.install()  # before cpjax is first imported
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX is first used
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
