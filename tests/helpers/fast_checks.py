@@ -1,11 +1,11 @@
 """Checks of types and shapes for the tests: those of jaxtyping's import hook, made so that they cost little.
 
-The hook of `--jaxtyping-packages` decorates every function of cpjax with `jaxtyping.jaxtyped`, which binds the arguments
-several times a call, and makes the checks of a function inside a function anew whenever its `def` is met: three quarters
-of the time of the judge's tests. `install` puts `checked` in its place. The same annotations are held to the same values,
-by beartype, but
+The hook of `--jaxtyping-packages` decorates every function of cpjax with `jaxtyping.jaxtyped`, which binds the
+arguments several times a call, and makes the checks of a function inside a function anew whenever its `def` is met:
+two thirds of the time of the judge's tests. `install` puts `checked` in its place. The same annotations are held to
+the same values, by beartype, but
 
-- only a function that names the shape of an array opens a scope for the sizes of its axes; beartype alone does the rest;
+- only a function that names the shape of an array opens a scope for the sizes of its axes;
 - an inner function's checks are made once and then tied to each new closure of the same code.
 """
 
