@@ -9,7 +9,6 @@ from beartype.roar import BeartypeCallHintViolation
 from fast_checks import checked
 from jaxtyping import Float
 
-from cpjax.crosscheck.diagnosis.runs import misfit
 from cpjax.dense import dense_attention
 from cpjax.mask import Mask
 
@@ -36,7 +35,6 @@ def test_the_packages_functions_are_checked():
     with pytest.raises(BeartypeCallHintViolation):
         Mask("yes")
     with pytest.raises(BeartypeCallHintViolation):
-        misfit("no", "no", "no")
 
 
 def test_a_length_is_the_same_in_all_arguments_and_in_the_result():
