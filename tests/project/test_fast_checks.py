@@ -34,7 +34,6 @@ def test_the_packages_functions_are_checked():
         dense_attention(x, x, x[0], Mask(True), scale=1.0)
     with pytest.raises(BeartypeCallHintViolation):
         Mask("yes")
-    with pytest.raises(BeartypeCallHintViolation):
 
 
 def test_a_length_is_the_same_in_all_arguments_and_in_the_result():
