@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpjax.trial.problem import Problem, visible
+from cpjax.trial.summation import product
 
 Given = tuple[np.ndarray, np.ndarray | None]
 """out `[B, T, N, V]` in the dtype of the inputs, lse `[B, T, N]` or None."""
@@ -82,6 +83,28 @@ def tiled(problem: Problem, rng: np.random.Generator, *, base_two: bool = False,
             acc = acc * shrink[:, None] + to(p) @ value[part]
             m = new
         return acc / total[:, None], (m + np.log2(total)) * F(np.log(2)) if base_two else m + np.log(total)
+
+    return per_head(problem, one)
+
+
+def matrix_units(problem: Problem, rng: np.random.Generator) -> Given:
+    """Products as a GPU's matrix units add them: blocks of 8, cut off toward zero; tiles of 64 keys."""
+    to = rounding(problem)
+
+    def one(query, key, value, seen, scale):
+        m, total = np.full(len(query), -np.inf, F), np.zeros(len(query), F)
+        acc = np.zeros((len(query), value.shape[1]), F)
+        score = product(query, np.ascontiguousarray(key.T), "cut") * scale
+        for start in range(0, len(key), 64):
+            part = slice(start, start + 64)
+            seen_score = np.where(seen[:, part], score[:, part], F(-np.inf))
+            new = np.maximum(m, seen_score.max(axis=1))
+            base = np.where(np.isneginf(new), F(0), new)
+            p, shrink = np.exp(seen_score - base[:, None]), np.exp(m - base)
+            total = total * shrink + p.sum(axis=1)
+            acc = acc * shrink[:, None] + product(to(p), value[part], "cut")
+            m = new
+        return acc / total[:, None], m + np.log(total)
 
     return per_head(problem, one)
 
@@ -227,6 +250,7 @@ KERNELS: dict[str, Kernel] = {
     "NumPy, tiles": Kernel(tiled),
     "NumPy, base two": Kernel(base_two),
     "NumPy, split KV": Kernel(split_kv),
+    "NumPy, matrix units": Kernel(matrix_units, dtypes=("float16", "bfloat16")),
     "NumPy, normalised first": Kernel(normalised_first, "softmax"),
     "NumPy, rounded sums": Kernel(rounded_sum, "rounded_sum"),
     "NumPy, scaled queries": Kernel(scaled_query, "scaled_query"),

@@ -3,11 +3,16 @@
 blas         matrix products by BLAS, sums by NumPy: blocked, with several accumulators
 sequential   one accumulator, one term after the other: the largest error that correct code makes
 pairwise     halves added to halves: the smallest
+cut          as matrix units do: `BLOCK` products at once to the sum so far, which is cut off toward zero (read off an
+             H200, docs/fingerprint.md); sums of one array are not theirs, and are `blas`
 """
 
 import numpy as np
 
-SUMMATIONS = ("blas", "sequential", "pairwise")
+SUMMATIONS = ("blas", "sequential", "pairwise", "cut")
+
+BLOCK = 8
+"""Products that a matrix unit adds at once: 8 or 16 on that GPU."""
 
 
 def product(a: np.ndarray, b: np.ndarray, how: str) -> np.ndarray:
@@ -19,12 +24,25 @@ def product(a: np.ndarray, b: np.ndarray, how: str) -> np.ndarray:
         for i in range(1, b.shape[-2]):
             result = result + a[..., :, i : i + 1] * b[..., i : i + 1, :]
         return result
+    if how == "cut":
+        return _cut_off(a, b)
     return _halves(np.moveaxis(a[..., :, :, None] * b[..., None, :, :], -2, 0))
+
+
+def _cut_off(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of float32 arrays: each block and the sum so far are added exactly, as far as float64 does, then cut off."""
+    result = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.float32)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for start in range(0, b.shape[-2], BLOCK):
+        exact = result + a[..., :, start : start + BLOCK] @ b[..., start : start + BLOCK, :]
+        result = exact.astype(np.float32)
+        result = np.where(np.abs(result) > np.abs(exact), np.nextafter(result, np.float32(0)), result)
+    return result
 
 
 def total(x: np.ndarray, how: str) -> np.ndarray:
     """The sum over the last axis, in the order `how`."""
-    if how == "blas":
+    if how in ("blas", "cut"):
         return x.sum(axis=-1)
     if how == "sequential":
         return np.add.accumulate(x, axis=-1)[..., -1]
