@@ -177,6 +177,15 @@ def common_factor() -> Regime:
 
 
 @cache
+def cut_off() -> Regime:
+    """Products of 128 positive terms, scores of about 100, by units that cut the sum off after each block of 8."""
+    some = rng(47)
+    query, key = (some.uniform(0.5, 1.5, (1, n, 1, 128)) for n in (ROWS, 64))
+    problem = Problem(query, key, some.standard_normal((1, 64, 1, 16)), 100 / 128).cast("float16")
+    return Regime(problem, "flash_fp16", arithmetic=replace(ARITHMETIC["flash_fp16"], summation="cut"))
+
+
+@cache
 def orthogonal() -> Regime:
     """Products q·k of large numbers that cancel: |q||k| is thousands of times as large as |s|."""
     some = rng(8)
