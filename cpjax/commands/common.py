@@ -1,7 +1,7 @@
 """What the commands share: exit statuses, errors and progress bars."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -42,7 +42,7 @@ def errors() -> Iterator[None]:
 
 
 @contextmanager
-def progress() -> Iterator:
+def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr; `advance(what, done, total)`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
