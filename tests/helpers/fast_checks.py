@@ -44,6 +44,8 @@ def checked(of: Any) -> Any:
 
 def checks_of(function: FunctionType) -> Callable:
     """By beartype; for a closure of a code that was met before, by the checks that were made then."""
+    if any(isinstance(hint, str) or "ForwardRef" in repr(hint) for hint in function.__annotations__.values()):
+        return function  # names that are imported for the type checker alone
     if function.__closure__ is None and "<locals>" not in function.__qualname__:
         return beartype(function)
     key = function.__code__.co_filename, function.__code__
