@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 from cpjax.trial.emulators import PROFILES, Arithmetic, dtype_of, rounded
 from cpjax.trial.problem import Problem, Result, visible
-from cpjax.trial.summation import SUMMATIONS, product
+from cpjax.trial.summation import ORDERS, product
 
 
 class Gradients(NamedTuple):
@@ -44,7 +44,7 @@ class Backward:
 def drawn(rng: np.random.Generator) -> Backward:
     """Some backward pass."""
     rows, keys = (int(rng.choice([16, 32, 64, 128, 512])) for _ in range(2))
-    summation = str(rng.choice(SUMMATIONS, p=(0.8, 0.1, 0.1)))
+    summation = str(rng.choice(ORDERS, p=(0.8, 0.1, 0.1)))
     return Backward(rows, keys, int(rng.integers(4)), summation, bool(rng.random() < 0.5))
 
 

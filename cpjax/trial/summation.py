@@ -9,7 +9,10 @@ cut          as matrix units do: `BLOCK` products at once to the sum so far, whi
 
 import numpy as np
 
-SUMMATIONS = ("blas", "sequential", "pairwise", "cut")
+ORDERS = ("blas", "sequential", "pairwise")
+"""Of sums in which each addition is rounded to nearest."""
+
+SUMMATIONS = (*ORDERS, "cut")
 
 BLOCK = 8
 """Products that a matrix unit adds at once: 8 or 16 on that GPU."""

@@ -14,9 +14,10 @@ from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.errors import InputError
 from cpjax.trial import gradients as trial
 from cpjax.trial.emulators import PROFILES, attend, dtype_of
-from cpjax.trial.gradient_emulators import Backward, Gradients, differentiate, stored, sums
+from cpjax.trial.gradient_emulators import Backward, Gradients, differentiate, drawn, stored, sums
 from cpjax.trial.gradient_faults import FAULTS
 from cpjax.trial.problem import Problem, Result
+from cpjax.trial.summation import ORDERS
 
 
 def posed(profile: str, keys: int = 96, seed: int = 1, **more) -> tuple[Problem, Result, np.ndarray]:
@@ -232,3 +233,8 @@ def test_exact_gradients_of_everything_but_a_part_are_the_rest():
     ]
     for a, b, whole in zip(*rest, exact_gradients(asked), strict=True):
         np.testing.assert_allclose(a + b, whole, atol=1e-12)
+
+
+def test_backward_passes_that_are_drawn_add_in_every_order_that_rounds_to_nearest():
+    some = [drawn(np.random.default_rng(seed)) for seed in range(100)]
+    assert {one.summation for one in some} == set(ORDERS)
