@@ -17,6 +17,7 @@ from cpjax.crosscheck.dumps.dtypes import candidates
 from cpjax.crosscheck.dumps.question import Question
 from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.partition import partition_of
+from cpjax.precision import profile
 
 SCALE = 16**-0.5
 SAID = ("--scale", str(SCALE))
@@ -256,10 +257,11 @@ def test_an_fp8_cache_with_its_scale(tmp_path):
 
 def test_a_wider_out_is_judged_in_its_own_format():
     out = np.full(3, 1 / 3, np.float32)
-    (one,), says = candidates(*[np.dtype(np.float16)] * 3, out, "flash_fp16")
+    flash = profile("flash_fp16")
+    (one,), says = candidates(*[np.dtype(np.float16)] * 3, out, flash)
     assert (one.precision.out, one.precision.probability) == ("float32", "float16")
     assert "out is float32" in says
-    (one,), says = candidates(*[np.dtype(np.float16)] * 3, out.astype(np.float16).astype(np.float32), "flash_fp16")
+    (one,), says = candidates(*[np.dtype(np.float16)] * 3, out.astype(np.float16).astype(np.float32), flash)
     assert (one.precision.out, says) == ("float16", None)
 
 
