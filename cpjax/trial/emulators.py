@@ -178,8 +178,8 @@ def chunk_results(problem: Problem, arithmetic: Arithmetic, chunks: Chunks) -> R
         if arithmetic.is_normalised:
             p = p / np.where(weight == 0, 1, weight)[..., None]
         values = _gathered(problem.value, index, compute)
-        part = product(rounded(p, arithmetic.probability), values, arithmetic.summation)
-        weighted = weighted * shrink[..., None] + part
+        kept = weighted * shrink[..., None]
+        weighted = product(rounded(p, arithmetic.probability), values, arithmetic.summation, start=kept)
     if logit is not None and not at_start:
         before, maximum = maximum.copy(), maximum
         maximum[0] = np.maximum(maximum[0], logit[0])
@@ -295,7 +295,9 @@ def variant(arithmetic: Arithmetic, rng: np.random.Generator, work: int) -> Arit
       work: multiplications in q·k; above 2^21 sums are left to BLAS, the others would take memory and minutes.
     """
     wide = arithmetic.carry == "float16" and rng.random() < 0.1
-    summation = str(rng.choice(["blas", "blas", "sequential", "pairwise"]))
+    # Half factors are what matrix units multiply; the random numbers are used up as without this choice.
+    units = "cut" if arithmetic.probability in ("float16", "bfloat16") else "blas"
+    summation = str(rng.choice(["blas", units, "sequential", "pairwise"]))
     summation = summation if work <= 2**21 else "blas"
     return replace(
         arithmetic,

@@ -102,7 +102,7 @@ def matrix_units(problem: Problem, rng: np.random.Generator) -> Given:
             base = np.where(np.isneginf(new), F(0), new)
             p, shrink = np.exp(seen_score - base[:, None]), np.exp(m - base)
             total = total * shrink + p.sum(axis=1)
-            acc = acc * shrink[:, None] + product(to(p), value[part], "cut")
+            acc = product(to(p), value[part], "cut", start=acc * shrink[:, None])
             m = new
         return acc / total[:, None], m + np.log(total)
 

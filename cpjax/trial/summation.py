@@ -18,8 +18,18 @@ BLOCK = 8
 """Products that a matrix unit adds at once: 8 or 16 on that GPU."""
 
 
-def product(a: np.ndarray, b: np.ndarray, how: str) -> np.ndarray:
-    """`a @ b` for stacks of matrices `[…, M, n] @ [..., n, P]`, summed over n in the order `how`."""
+def product(a: np.ndarray, b: np.ndarray, how: str, start: np.ndarray | None = None) -> np.ndarray:
+    """`a @ b` for stacks of matrices `[…, M, n] @ [..., n, P]`, summed over n in the order `how`.
+
+    `start` is added: as a whole to the whole sum, except that matrix units go on from it block by block.
+    """
+    if how == "cut":
+        return _cut_off(a, b, start)
+    result = _product(a, b, how)
+    return result if start is None else start + result
+
+
+def _product(a: np.ndarray, b: np.ndarray, how: str) -> np.ndarray:
     if how == "blas":
         return a @ b
     if how == "sequential":
@@ -27,17 +37,16 @@ def product(a: np.ndarray, b: np.ndarray, how: str) -> np.ndarray:
         for i in range(1, b.shape[-2]):
             result = result + a[..., :, i : i + 1] * b[..., i : i + 1, :]
         return result
-    if how == "cut":
-        return _cut_off(a, b)
     return _halves(np.moveaxis(a[..., :, :, None] * b[..., None, :, :], -2, 0))
 
 
-def _cut_off(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _cut_off(a: np.ndarray, b: np.ndarray, start: np.ndarray | None) -> np.ndarray:
     """Of float32 arrays: each block and the sum so far are added exactly, as far as float64 does, then cut off."""
-    result = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.float32)
+    shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    result = np.zeros(shape, np.float32) if start is None else start
     a, b = a.astype(np.float64), b.astype(np.float64)
-    for start in range(0, b.shape[-2], BLOCK):
-        exact = result + a[..., :, start : start + BLOCK] @ b[..., start : start + BLOCK, :]
+    for first in range(0, b.shape[-2], BLOCK):
+        exact = result + a[..., :, first : first + BLOCK] @ b[..., first : first + BLOCK, :]
         result = exact.astype(np.float32)
         result = np.where(np.abs(result) > np.abs(exact), np.nextafter(result, np.float32(0)), result)
     return result

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cpjax.crosscheck import judge
 from cpjax.trial import __main__ as command
+from cpjax.trial.emulators import PROFILES, variant
 from cpjax.trial.foreign import Outcome, outcome, posed, table
 from cpjax.trial.foreign_kernels import KERNELS, cases, seen_by
 from cpjax.trial.problem import Problem
@@ -115,3 +116,39 @@ def test_matrix_units_that_cut_sums_off_are_right(dtype, head_dim):
     off = replace(problem, scale=problem.scale * (1 + 1e-5))
     out, lse = KERNELS["NumPy, matrix units"].compute(off, rng)
     assert not judge(problem.query, problem.key, problem.value, out, lse, **question).passed
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_matrix_units_that_cut_sums_of_values_off_are_right(mean):
+    """Many keys, judged by `out` alone, for lse would drown it. Before §3.7 had it the scale test called it wrong."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, n, 1, 16)) for n in (64, 65536, 65536))
+    problem = Problem(query, key, value + mean, 0.25).cast("float16")
+    out, _ = KERNELS["NumPy, matrix units"].compute(problem, rng)
+    verdict = judge(problem.query, problem.key, problem.value, out, None, **problem.judge_arguments())
+    assert verdict.passed, (verdict.failed_tests, verdict.z, verdict.scale_z_score)
+    assert abs(verdict.scale_z_score) < 3.5
+    # Four times the most that it can be is seen.
+    off = out * out.dtype.type(1 + 2.0**-9)
+    assert not judge(problem.query, problem.key, problem.value, off, None, **problem.judge_arguments()).passed
+
+
+def test_a_scale_that_is_off_is_seen_beside_values_that_are_cut_off():
+    """By a tenth of what rounding it to FP16 may do. Seen because it is known that values are cut off toward zero."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, n, 1, 64)) for n in (256, 16384, 16384))
+    problem = Problem(query, key, value, 0.125).cast("float16")
+    for error, test in ((0.0, set()), (5e-5, {"scale"}), (-1e-4, {"scale"})):
+        given = replace(problem, scale=problem.scale * (1 + error))
+        out, _ = KERNELS["NumPy, matrix units"].compute(given, np.random.default_rng(0))
+        verdict = judge(problem.query, problem.key, problem.value, out, None, **problem.judge_arguments())
+        assert set(verdict.failed_tests) == test, (error, verdict.scale_z_score)
+
+
+def test_half_profiles_are_drawn_with_matrix_units_and_others_are_not():
+    drawn = {
+        profile: {variant(one, np.random.default_rng(seed), 1).summation for seed in range(60)}
+        for profile, one in PROFILES.items()
+    }
+    for profile, found in drawn.items():
+        assert ("cut" in found) == (not profile.startswith("float")), profile

@@ -17,6 +17,12 @@ Merging = Int[np.ndarray, "R C"]
 ORACLE = 2.0
 """The oracle is float64 itself: for the float64 profile its own errors count too, so unit roundoff is doubled (§2)."""
 
+HALVES = ("float16", "bfloat16")
+
+BLOCK = 8
+"""Products that a matrix unit adds at once to the sum so far, which it cuts off toward zero (§3.5, 3.7): 16 or 8, read
+off a GPU (docs/fingerprint.md); fewer lose more."""
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -69,6 +75,18 @@ class Arithmetic:
     def eps(self) -> float:
         """Unit roundoff of everything that is not stored in a format of its own."""
         return FORMATS[self.precision.compute].u * (ORACLE if self.precision.compute == "float64" else 1.0)
+
+    @property
+    def has_half_factors(self) -> bool:
+        """Whether q·k and p·v are products of half formats, which matrix units add."""
+        return self.precision.probability in HALVES
+
+    def cut_off(self, terms: Int[np.ndarray, "..."] | int) -> Float[np.ndarray, "..."] | float:
+        """The share of a sum of so many products that matrix units lose at most, always toward zero (§3.5).
+
+        Each block costs up to 2ε of the sum so far, which grows to the whole block by block.
+        """
+        return self.eps * (np.ceil(np.divide(terms, BLOCK)) + 1)
 
     @property
     def least_normal(self) -> float:

@@ -110,14 +110,24 @@ class ErrorModel:
         )
 
     @cached_property
+    def mean(self) -> Float[np.ndarray, "R V"]:
+        """How far systematic roundings of known sign move `out`: the middle between nothing and the most."""
+        return _sum((term.mean for term in self.systematic if term.mean is not None), np.zeros_like(self.rows.out))
+
+    @cached_property
+    def lse_mean(self) -> Float[np.ndarray, " R"]:
+        """Likewise lse."""
+        return _sum((term.lse_mean for term in self.systematic), np.zeros_like(self.rows.lse))
+
+    @cached_property
     def drift(self) -> Float[np.ndarray, "R V"]:
-        """The most that systematic roundings move `out`."""
-        return _sum((term.most for term in self.systematic), np.zeros_like(self.rows.out))
+        """The most by which what systematic roundings do to `out` differs from `mean`."""
+        return _sum((term.most * _range(term) for term in self.systematic), np.zeros_like(self.rows.out))
 
     @cached_property
     def lse_drift(self) -> Float[np.ndarray, " R"]:
-        """The most that systematic roundings move lse."""
-        return _sum((term.lse for term in self.systematic), np.zeros_like(self.rows.lse))
+        """Likewise of lse, from `lse_mean`."""
+        return _sum((term.lse * _range(term) for term in self.systematic), np.zeros_like(self.rows.lse))
 
     @cached_property
     def lse_variance(self) -> Float[np.ndarray, " R"]:
@@ -142,6 +152,11 @@ class ErrorModel:
         parts = [part for term in self.terms for part in term.along(direction)]
         variances = [part.variance if isinstance(part, Shared) else part for part in parts]
         return _sum(variances, per_lse**2 * self.lse_variance), [part for part in parts if isinstance(part, Shared)]
+
+
+def _range(term: Systematic) -> float:
+    """Half the width of where its errors lie, as a share of the most: of known sign they are on one side of 0."""
+    return 1.0 if term.mean is None else 0.5
 
 
 def _sum(addends: Iterable[np.ndarray | float], start: np.ndarray) -> np.ndarray:

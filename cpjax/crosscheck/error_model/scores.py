@@ -11,18 +11,12 @@ from cpjax.crosscheck.error_model.running_max import Moved, RunningMax, tile_siz
 from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term
 from cpjax.crosscheck.error_model.ties import sum_of_squares, variance_of, variance_of_sum
 
-HALVES = ("float16", "bfloat16")
-
 OF_SCORE, OF_DISTANCE, OF_PRODUCT = 2.0, 3.0, 1.0
 """Unit roundoffs of |s|, of the distance to the maximum and of |q||k|: a score is off by so much, uniformly (§3.5)."""
 
 OF_SCALE = 2.0
 """Unit roundoffs by which the number that multiplies every q·k may be off: scale and scale · log2(e) are rounded, or
 √scale twice (§3.5)."""
-
-BLOCK = 8
-"""Products q·k that a matrix unit adds at once to the sum so far, which it cuts off toward zero (§3.5): 16 or 8, read
-off a GPU (docs/fingerprint.md); fewer lose more."""
 
 OF_TANH = 4.0
 """Of softcap: a quotient, a tanh, which may be 2 sigmoid(2x) − 1, and a product (§3.11)."""
@@ -36,7 +30,7 @@ def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     if not a.has_rounded_scores:
         yield _scores(a, _computed_variance(a))
         yield _factor(a)
-        if a.precision.probability in HALVES:
+        if a.has_half_factors:
             yield _cut_off(a)
         return
     spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a) * a.rows.slope
@@ -122,24 +116,30 @@ def _scores(a: Arithmetic, variance: Float[np.ndarray, "R S"]) -> Term:
 
 def _factor(a: Arithmetic) -> Systematic:
     """The number that multiplies q·k, rounded once for all keys and rows."""
-    return _as_scale(a, "factor of q·k", OF_SCALE * a.eps)
+    of_out, of_lse = _of_scale(a)
+    size = OF_SCALE * a.eps
+    # It is as likely to be anywhere in its range.
+    return Systematic("factor of q·k", "3.5", size * np.abs(of_out), typical=1 / np.sqrt(3), lse=size * np.abs(of_lse))
 
 
 def _cut_off(a: Arithmetic) -> Systematic:
-    """Products of half inputs are added by matrix units, which cut off: each block costs up to 2ε of the sum so far.
+    """Products of half inputs are added by matrix units, which cut off: as with a scale that is too small."""
+    of_out, of_lse = (float(a.cut_off(a.head_dim)) * x for x in _of_scale(a))
+    return Systematic(
+        "products cut off",
+        "3.5",
+        np.abs(of_out),
+        typical=1 / np.sqrt(3),
+        lse=np.abs(of_lse),
+        mean=-of_out / 2,
+        lse_mean=-of_lse / 2,
+    )
 
-    That sum grows to q·k block by block, so that (blocks + 1) / 2 times as much is lost, always toward zero.
-    """
-    blocks = np.ceil(a.head_dim / BLOCK)
-    return _as_scale(a, "products cut off", (blocks + 1) * a.eps)
 
-
-def _as_scale(a: Arithmetic, name: str, size: float) -> Systematic:
-    """Scores that are off by one factor for all keys and rows, at most 1 ± size: as with a scale that is off."""
+def _of_scale(a: Arithmetic) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"]]:
+    """By how much `out` and lse move if the scale is larger by its own size."""
     moved = a.rows.weight * a.rows.slope * a.rows.product
-    of_lse, most = moved.sum(axis=1), _pulled(a, moved, slice(None))
-    # It is as likely to be anywhere in its range.
-    return Systematic(name, "3.5", size * np.abs(most), typical=1 / np.sqrt(3), lse=size * np.abs(of_lse))
+    return _pulled(a, moved, slice(None)), moved.sum(axis=1)
 
 
 def _scaling_sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:

@@ -64,6 +64,10 @@ class Systematic:
     """The share of this, and of what they do to lse, that stands in σ."""
     lse: Float[np.ndarray, " R"] | float = 0.0
     """The most that they move lse."""
+    mean: Float[np.ndarray, "R V"] | None = None
+    """Where the sign is known: the middle of how far they move `out`, which is then within most / 2 of it."""
+    lse_mean: Float[np.ndarray, " R"] | float = 0.0
+    """Likewise of lse, if `mean` is given."""
 
 
 def column_by_column(variance: Float[np.ndarray, "R V"], direction: Direction) -> Float[np.ndarray, " R"]:

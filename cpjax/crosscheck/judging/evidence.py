@@ -71,6 +71,7 @@ class RowTable:
     lse_error: Float[np.ndarray, " R"]
     scale_value: Float[np.ndarray, " R"]
     scale_variance: Float[np.ndarray, " R"]
+    scale_mean: Float[np.ndarray, " R"]
     scale_bias: Float[np.ndarray, " R"]
     scale_information: Float[np.ndarray, " R"]
 
@@ -191,6 +192,7 @@ def _measure(
         error=np.where(unjudged | np.isfinite(given).all(axis=1), np.abs(error).max(axis=1), np.inf),
         scale_value=scale.value,
         scale_variance=scale.variance * tile.times,
+        scale_mean=scale.mean,
         scale_bias=scale.bias,
         scale_information=scale.information,
         **lse_columns,

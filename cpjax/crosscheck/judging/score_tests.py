@@ -26,8 +26,10 @@ class Score(NamedTuple):
     value: np.ndarray
     variance: np.ndarray
     """Of its random part."""
+    mean: np.ndarray
+    """What systematic errors of known sign add to it: the middle between nothing and the most."""
     bias: np.ndarray
-    """The most that errors of one sign add to it."""
+    """The most by which what systematic errors add to it differs from `mean`."""
     information: np.ndarray
     """Σ g²/σ²; value / information estimates the size of the fault."""
 
@@ -54,10 +56,11 @@ def scale_score(
     per_out = g * _inverse_square(expected.sigma)
     per_lse = np.zeros(len(g)) if lse_error is None else mean_score * _inverse_square(expected.lse_sigma)
     value = (error * per_out).sum(axis=1) + (0.0 if lse_error is None else lse_error * per_lse)
+    mean = (per_out * model.mean).sum(axis=1) + per_lse * model.lse_mean
     bias = (np.abs(per_out) * model.drift).sum(axis=1) + np.abs(per_lse) * model.lse_drift
     information = (g * per_out).sum(axis=1) + mean_score * per_lse
     variance, shared = model.variance_along(per_out, per_lse)
-    return Score(value, variance, bias, information), shared
+    return Score(value, variance, mean, bias, information), shared
 
 
 def key_scores(
@@ -77,7 +80,8 @@ def key_scores(
     inverse = _inverse_square(expected.sigma)
     pull = error * inverse
     value = weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
-    drag = model.drift * inverse
+    # From nothing: one more product a row would cost more than a key's test gains by the mean.
+    drag = (model.drift + np.abs(model.mean)) * inverse
     bias = weight * (drag @ rows.size.T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
     size = inverse @ rows.square.T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
     square = size - 2 * (inverse * rows.out) @ rows.value.T
@@ -85,14 +89,17 @@ def key_scores(
     if lse_error is not None:
         of_lse = _inverse_square(expected.lse_sigma)[:, None]
         value = value + weight * lse_error[:, None] * of_lse
-        bias = bias + weight * model.lse_drift[:, None] * of_lse
+        bias = bias + weight * (model.lse_drift + np.abs(model.lse_mean))[:, None] * of_lse
         information = information + weight**2 * of_lse
-    return Score(value.sum(axis=0), inflation @ information, bias.sum(axis=0), information.sum(axis=0))
+    variance = inflation @ information
+    value, bias, information = (x.sum(axis=0) for x in (value, bias, information))
+    return Score(value, variance, np.zeros_like(value), bias, information)
 
 
 def z_score(score: Score) -> np.ndarray:
-    """A score as a z-score, after what may be bias is taken off; 0 where nothing was measured."""
-    excess = np.sign(score.value) * np.maximum(np.abs(score.value) - score.bias, 0.0)
+    """A score as a z-score, after what systematic errors explain is taken off; 0 where nothing was measured."""
+    beside = score.value - score.mean
+    excess = np.sign(beside) * np.maximum(np.abs(beside) - score.bias, 0.0)
     return np.divide(excess, np.sqrt(score.variance), out=np.zeros_like(excess), where=score.variance > 0)
 
 

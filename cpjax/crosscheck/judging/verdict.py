@@ -336,8 +336,8 @@ def _scale_score(evidence: Evidence) -> Score:
     """The score test for the scale; value / information estimates by which fraction it is off."""
     table = evidence.rows
     variance = table.scale_variance.sum() + evidence.scale_excess
-    columns = (table.scale_value.sum(), variance, table.scale_bias.sum(), table.scale_information.sum())
-    return Score(*(np.asarray(column) for column in columns))
+    columns = (table.scale_mean.sum(), table.scale_bias.sum(), table.scale_information.sum())
+    return Score(*(np.asarray(column) for column in (table.scale_value.sum(), variance, *columns)))
 
 
 def _scale_sentence(error: float, z_score: float) -> str:
