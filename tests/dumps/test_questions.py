@@ -255,6 +255,25 @@ def test_an_fp8_cache_with_its_scale(tmp_path):
     assert ask(file, "--kv-scale", "0.3", "--layout-of", "bsnd").exit_code == 1
 
 
+@pytest.mark.parametrize("layout", ["bsnd", "bnsd", "tnd"])
+def test_a_rope_key_with_one_head_is_taken_for_all_and_that_is_said(tmp_path, layout):
+    """As MLA has it; nope and rope parts dumped apart."""
+    q, k, v = drawn(kv_heads=4)
+    k[..., 10:] = k[:, :, :1, 10:]
+    out = attention(q, k, v, CAUSAL)[0]
+    parts = {"query": q[..., :10], "query_2": q[..., 10:], "key": k[..., :10], "key_2": k[:, :, :1, 10:]}
+    turned = {
+        name: {"bsnd": x, "bnsd": x.swapaxes(1, 2), "tnd": x[0]}[layout]
+        for name, x in (parts | {"value": v, "out": out}).items()
+    }
+    files = [x.removesuffix("-2") if x.startswith("--") else x for x in dump(tmp_path, **turned)]
+    said = passes(ask(files, "--layout-of", layout))
+    assert "key: part 2 has one head, which is taken for all 4" in said
+    turned["key_2"] = np.repeat(turned["key_2"], 3, axis={"bsnd": 2, "bnsd": 1, "tnd": 1}[layout])
+    files = [x.removesuffix("-2") if x.startswith("--") else x for x in dump(tmp_path / "b", **turned)]
+    assert "or one part have a single head" in refused(ask(files, "--layout-of", layout))
+
+
 def test_a_wider_out_is_judged_in_its_own_format():
     out = np.full(3, 1 / 3, np.float32)
     flash = profile("flash_fp16")

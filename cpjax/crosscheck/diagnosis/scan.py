@@ -49,8 +49,11 @@ def row_misfit(
     sample = one.sample
     keys = np.flatnonzero(threshold < NEVER)
     keys = keys[np.argsort(threshold[keys], kind="stable")]
-    step = -(-len(keys) * sample.value.shape[1] // ELEMENTS)
+    step = max(1, -(-len(keys) * sample.value.shape[1] // ELEMENTS))
     out, sigma = sample.out[row, ::step], one.sigma[row, ::step]
+    if not len(keys):
+        # No mask of the family shows a key, so that the output is 0 under all of them.
+        return np.full(len(numbers), min(float(((out / sigma) ** 2).mean()), LARGEST_MISFIT))
     score = sample.score[row, keys]
     sink = -np.inf if sample.logits.sink is None else sample.logits.sink[row]
     top = max(score.max(initial=0.0), sink)

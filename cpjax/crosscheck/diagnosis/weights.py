@@ -28,6 +28,9 @@ def chunk_weights(measured: Measured) -> Float[np.ndarray, " C"]:
     rows, sample = measured.model.rows, measured.sample
     weights = np.full(int(sample.chunk.max()) + 1, np.nan)
     heavy = np.flatnonzero(rows.chunk_weight.max(axis=0) > 0)
+    is_key = rows.chunks[heavy] != SINK
+    if not is_key.any():
+        return weights
     sigma = measured.sigma  # roundings of the parts of a reweighted sum are at most as much larger as the sum itself
     a, part = rows.chunk_weight[:, heavy], rows.chunk_part[:, heavy]
     columns = (part - a[..., None] * sample.out[:, None]) / sigma[:, None]
@@ -37,7 +40,7 @@ def chunk_weights(measured: Measured) -> Float[np.ndarray, " C"]:
         total = np.exp(np.clip(sample.lse - rows.lse, -LARGEST_LOG, LARGEST_LOG))
         of_lse = np.maximum(measured.expected.lse_sigma, ROUGH_LSE_SIGMA) * total
         fits.insert(0, _least_squares(np.vstack([matrix, a / of_lse[:, None]]), len(matrix), total / of_lse))
-    is_key = rows.chunks[heavy] != SINK  # the sink adds nothing to a sum that was never rescaled
+    # The sink adds nothing to a sum that was never rescaled.
     plain = (part[:, is_key] / sigma[:, None]).swapaxes(1, 2).reshape(-1, int(is_key.sum()))
     fits = [(w[is_key], deviation[is_key], z) for w, deviation, z in fits]
     fits.append(_least_squares(plain, 0, (sample.out / sigma).ravel()))
@@ -61,7 +64,8 @@ def _least_squares(
 
 def _homogeneous(matrix: np.ndarray, a: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, float]:
     count = matrix.shape[1]
-    if count < 3:  # only a ratio can be seen, and the median of two is neither
+    # Of two only a ratio can be seen, and their median is neither; fewer equations than weights leave some open.
+    if count < 3 or len(matrix) < count:
         return np.ones(count), np.full(count, np.inf), float("inf")
     _, singular, vectors = np.linalg.svd(matrix, full_matrices=False)
     w = vectors[-1] / (np.median(vectors[-1]) or np.nan)
@@ -70,13 +74,20 @@ def _homogeneous(matrix: np.ndarray, a: np.ndarray, width: int) -> tuple[np.ndar
     total = np.repeat(np.maximum(np.abs(a @ w), LEAST_TOTAL), width)
     z = float(np.sqrt(((matrix @ w / total) ** 2).sum() / max(len(matrix) - count, 1)))
     # Errors of w: all directions but w itself, each as uncertain as its singular value is small.
-    spread = (vectors[:-1] ** 2 / np.maximum(singular[:-1, None], LEAST_SUM) ** 2).sum(axis=0)
-    return w, np.sqrt(spread) * np.linalg.norm(w), z
+    return w, _spread(vectors[:-1], singular[:-1]) * np.linalg.norm(w), z
 
 
 def _deviation(matrix: np.ndarray, singular: np.ndarray) -> np.ndarray:
+    if len(matrix) < matrix.shape[1]:  # some directions have no equation
+        return np.full(matrix.shape[1], np.inf)
     _, _, vectors = np.linalg.svd(matrix, full_matrices=False)
-    return np.sqrt((vectors**2 / np.maximum(singular[:, None], LEAST_SUM) ** 2).sum(axis=0))
+    return _spread(vectors, singular)
+
+
+def _spread(vectors: np.ndarray, singular: np.ndarray) -> np.ndarray:
+    """Standard deviation of each weight; infinite where nothing depends on it."""
+    with np.errstate(over="ignore"):
+        return np.sqrt(((vectors / np.maximum(singular[:, None], LEAST_SUM)) ** 2).sum(axis=0))
 
 
 def with_weight(measured: Measured, chunks: tuple[int, ...], cost: float) -> Fault:
@@ -93,7 +104,8 @@ def _common(measured: Measured, chunks: list[int]) -> float:
     mass, part = sums[0].sum(axis=1) + sample.sink_mass, sums[1].sum(axis=1)
     a, b = sums[0][:, chunks].sum(axis=1), sums[1][:, chunks].sum(axis=1)
     # The sums are in units of exp(base), so the deviation of Σ w (B − a out′) is that of out times the whole mass.
-    sigma = np.maximum(expected.sigma, measured.floor) * np.maximum(mass, LEAST_SUM)[:, None]
+    # A row that sees nothing says nothing.
+    sigma = np.maximum(expected.sigma, measured.floor) * np.where(mass > LEAST_SUM, mass, np.inf)[:, None]
     x = ((b - a[:, None] * sample.out) / sigma).ravel()
     y = ((mass[:, None] * sample.out - part) / sigma).ravel()
     if sample.lse is not None:

@@ -106,6 +106,7 @@ def judge_dump(question: Question) -> Said:
     if not tried or (needs and not any(one.verdict.passed for one in tried)):
         raise InputError(_worded(reasons[0], question)) from None
     chosen, remarks = _chosen(question, tried, dropped, ranks)
+    remarks += next(one.remarks for one in arrays if one.layout == chosen.dump.layout)
     if question.cp is None and cp > 1:
         remarks.insert(0, f"cp: {cp}, as many as the folders have ranks")
     if chosen.verdict.passed:
@@ -330,9 +331,10 @@ def _chosen(question: Question, tried: list[Tried], dropped: list[str], ranks: s
     if question.partition is None and chosen.dump.partition is not None and len(partitions) > 1:
         fit = [one.dump.partition.name for one in passing if one is not chosen and one.dump.partition is not None]
         not_fit = [one.dump.partition.name for one in tried if one.dump.partition is not None and one not in passing]
-        more = [f"{' and '.join(fit)} fits too"] * bool(fit) + [f"{' and '.join(not_fit)} does not fit"] * bool(not_fit)
+        says = [f"{' and '.join(fit)} {'fits' if len(fit) == 1 else 'fit'} too"] if fit else []
+        says += [f"{' and '.join(not_fit)} {'does' if len(not_fit) == 1 else 'do'} not fit"] if not_fit else []
         remarks.insert(
-            0, f"partition: ranks joined as {chosen.dump.partition.name}; {'; '.join(more)}; say --partition"
+            0, f"partition: ranks joined as {chosen.dump.partition.name}; {'; '.join(says)}; say --partition"
         )
     elif question.partition is None and not ranks and chosen.problem.cp > 1:
         remarks.insert(0, f"partition: {chosen.problem.partition.name} is assumed; say --partition")

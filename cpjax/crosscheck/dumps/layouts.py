@@ -20,6 +20,8 @@ class Arrays(NamedTuple):
     value: list[np.ndarray]
     out: list[np.ndarray]
     layout: str
+    remarks: tuple[str, ...] = ()
+    """What was taken for something else than it is."""
 
     @property
     def heads(self) -> int:
@@ -50,7 +52,7 @@ def in_layout(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str
     Raises:
       InputError: shapes that are not those of this layout, or do not fit together.
     """
-    found = {}
+    found, remarks = {}, {}
     for name, pieces in tensors.items():
         axes = {"bsnd": 4, "bnsd": 4, "tnd": 3}[layout]
         is_cache = paged and name in ("key", "value")
@@ -63,12 +65,12 @@ def in_layout(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str
                         f"--{name} {paths[name]}: has shape {list(part.shape)}, but --layout-of {layout} has {axes} "
                         f"axes, none empty; name the layout it has with --layout-of {'|'.join(LAYOUTS)}"
                     )
-            if len({part.shape[:-1] for part in parts}) != 1:
-                raise InputError(f"--{name}: its parts have shapes {[list(p.shape) for p in parts]}; they do not fit")
+            parts, remark = _of_all_heads(name, parts, 1 if layout == "bnsd" and not is_cache else parts[0].ndim - 2)
+            remarks |= {remark: None} if remark else {}
             whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
             ranks.append(whole if is_cache else natural(whole, layout))
         found[name] = ranks
-    arrays = Arrays(**found, layout=layout)
+    arrays = Arrays(**found, layout=layout, remarks=tuple(remarks))
     for q, k, v, o in zip(arrays.query, arrays.key, arrays.value, arrays.out, strict=True):
         says = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, out {list(o.shape)} as {layout}"
         hint = "name the right layout with --layout-of"
@@ -80,6 +82,23 @@ def in_layout(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str
         if q.shape[2] % k.shape[2] or o.shape != (*q.shape[:3], v.shape[3]):
             raise InputError(f"{says} [B, S, N, D]: heads or out do not fit; {hint}")
     return arrays
+
+
+def _of_all_heads(name: str, parts: list[np.ndarray], axis: int) -> tuple[list[np.ndarray], str | None]:
+    """Parts along the head dimension, heads on `axis`; one with a single head, as MLA's rope keys are, for all heads.
+
+    Raises:
+      InputError: parts that do not fit.
+    """
+    heads = max(part.shape[axis] for part in parts)
+    whole = [np.repeat(part, heads, axis) if part.shape[axis] == 1 else part for part in parts]
+    if len({part.shape[:-1] for part in whole}) != 1:
+        raise InputError(
+            f"--{name}: its parts have shapes {[list(part.shape) for part in parts]}; all axes but the last must be "
+            "equal, or one part have a single head, which is then taken for all"
+        )
+    single = [i + 1 for i, part in enumerate(parts) if part.shape[axis] < heads]
+    return whole, f"{name}: part {single[0]} has one head, which is taken for all {heads}" if single else None
 
 
 def readable(
