@@ -356,6 +356,14 @@ def judge_dump(
     dq: Annotated[Path | None, typer.Option(metavar="FILE", help="the gradient of the queries")] = None,
     dk: Annotated[Path | None, typer.Option(metavar="FILE", help="the gradient of the keys")] = None,
     dv: Annotated[Path | None, typer.Option(metavar="FILE", help="the gradient of the values")] = None,
+    ds: Annotated[
+        str | None,
+        typer.Option(metavar="plain|of_rounded_p|scaled", help="what the backward pass rounds; found out if not said"),
+    ] = None,
+    rounded_every: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="queries after which dk and dv are rounded, if kept in half precision"),
+    ] = None,
     lse_base: Annotated[str | None, typer.Option(metavar="e|2", help="base of the logarithm")] = None,
     lse_layout: Annotated[
         str | None,
@@ -469,8 +477,10 @@ def judge_dump(
         gradients = {"dout": dout, "dq": dq, "dk": dk, "dv": dv}
         is_backward = check_given(gradients)
         said = judge_question(question)
-        backward = judge_dumped_gradients(said, gradients) if is_backward else None
-        for remark in said.remarks:
+        backward, taken = None, []
+        if is_backward:
+            backward, taken = judge_dumped_gradients(said, gradients, ds, rounded_every)
+        for remark in [*said.remarks, *taken]:
             print(f"cpjax: {remark}", file=sys.stderr)
         name = question.out.name
         judged = Judged(

@@ -4,7 +4,7 @@ With the out and lse of a correct forward pass (`emulators.attend`), for each ti
 (arXiv 2307.08691, alg. 2)
 
     p  = exp(s − lse)        rounded to `probability` as the factor of dout        δ = Σ dout·out
-    ds = p (dout·v − δ)      rounded to `probability` as the factor of k and q
+    ds = p (dout·v − δ)      rounded to `probability` as the factor of k and q; of the rounded p, or times scale
     dq += ds k, dk += dsᵀ q, dv += pᵀ dout in float32, times scale at the end, rounded once to `out`
 
 Free are the tiles, their order (a ring's steps are such an order), the order of each sum, the base of exp.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from cpjax.crosscheck.gradients.asked import DS
 from cpjax.trial.emulators import PROFILES, Arithmetic, dtype_of, rounded
 from cpjax.trial.problem import Problem, Result, visible
 from cpjax.trial.summation import ORDERS, product
@@ -39,13 +40,15 @@ class Backward:
     """Of the order of the tiles; 0 is ascending."""
     summation: str = "blas"
     base_two: bool = False
+    ds: str = "plain"
+    """As of `judge_gradients`."""
 
 
 def drawn(rng: np.random.Generator) -> Backward:
     """Some backward pass."""
     rows, keys = (int(rng.choice([16, 32, 64, 128, 512])) for _ in range(2))
     summation = str(rng.choice(ORDERS, p=(0.8, 0.1, 0.1)))
-    return Backward(rows, keys, int(rng.integers(4)), summation, bool(rng.random() < 0.5))
+    return Backward(rows, keys, int(rng.integers(4)), summation, bool(rng.random() < 0.5), str(rng.choice(DS)))
 
 
 def differentiate(
@@ -111,8 +114,14 @@ def sums(
             if entering is not None:
                 p = np.where(entering[None, :, :, here, there], p, 0).astype(compute)
             dp = product(g, np.broadcast_to(v.swapaxes(-1, -2), (*g.shape[:3], v.shape[-1], v.shape[-2])), how)
-            ds = rounded(p * (dp - delta[:, :, :, here, None]), arithmetic.probability)
-            p = rounded(p, arithmetic.probability)
+            stored_p = rounded(p, arithmetic.probability)
+            ds = (stored_p if backward.ds == "of_rounded_p" else p) * (dp - delta[:, :, :, here, None])
+            if backward.ds == "scaled":
+                # Not multiplied again by `stored`: a division by scale, in float32, is taken back there.
+                ds = rounded(ds * scale, arithmetic.probability) / scale
+            else:
+                ds = rounded(ds, arithmetic.probability)
+            p = stored_p
             dq[:, :, :, here] += product(ds, np.broadcast_to(k, (*ds.shape[:3], *k.shape[-2:])), how)
             for i in range(ds.shape[2]):
                 dk[:, :, there] += product(ds[:, :, i].swapaxes(-1, -2), q[:, :, i], how)

@@ -60,9 +60,10 @@ def outcome(seed: int, number: int) -> Outcome:
     problem = TUNING[kind](rng).cast(dtype)
     given = attend(problem, arithmetic)
     dout = (rng.standard_normal(given.out.shape) * log_uniform(rng, 1e-3, 10.0)).astype(dtype)
-    found = differentiate(problem, arithmetic, drawn(rng), given, dout)
+    backward = drawn(rng)
+    found = differentiate(problem, arithmetic, backward, given, dout)
     tensors = (problem.query, problem.key, problem.value, given.out, given.lse, dout)
-    verdict = judge_gradients(*tensors, *found, precision=profile, **asked(problem))
+    verdict = judge_gradients(*tensors, *found, precision=profile, ds=backward.ds, **asked(problem))
     return _outcome(number, "emulator", kind, profile, verdict)
 
 

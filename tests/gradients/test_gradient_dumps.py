@@ -10,21 +10,26 @@ from typer.testing import CliRunner
 from cpjax.cli import app
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.gradient_emulators import Backward, differentiate
-from cpjax.trial.problem import Problem
+from cpjax.trial.problem import Problem, Result
 
 TENSORS = ("query", "key", "value", "out", "lse", "dout", "dq", "dk", "dv")
+
+
+def drawn(size: float = 1.0) -> tuple[Problem, Result, np.ndarray]:
+    """A problem, its forward pass, and dout of this size."""
+    rng = np.random.default_rng(0)
+    arrays = (rng.standard_normal((1, 64, n, 32)) for n in (4, 2, 2))
+    problem = Problem(*arrays, 0.2, is_causal=True).cast("float16")
+    given = attend(problem, PROFILES["flash_fp16"])
+    return problem, given, (rng.standard_normal(given.out.shape) * size).astype(np.float16)
 
 
 @pytest.fixture
 def dump(tmp_path) -> Path:
     """A folder of correct tensors in FP16, heads before tokens."""
-    rng = np.random.default_rng(0)
-    arrays = (rng.standard_normal((1, 64, n, 32)) for n in (4, 2, 2))
-    problem = Problem(*arrays, 0.2, is_causal=True).cast("float16")
-    out, lse = attend(problem, PROFILES["flash_fp16"])
-    dout = rng.standard_normal(out.shape).astype(np.float16)
-    found = differentiate(problem, PROFILES["flash_fp16"], Backward(), attend(problem, PROFILES["flash_fp16"]), dout)
-    tensors = (problem.query, problem.key, problem.value, out, lse, dout, *found)
+    problem, given, dout = drawn()
+    found = differentiate(problem, PROFILES["flash_fp16"], Backward(), given, dout)
+    tensors = (problem.query, problem.key, problem.value, *given, dout, *found)
     for name, x in zip(TENSORS, tensors, strict=True):
         np.save(tmp_path / f"{name}.npy", x.swapaxes(1, 2))
     return tmp_path
@@ -53,6 +58,37 @@ def test_wrong_gradients_exit_1_with_their_cause_in_json_too(dump):
     assert report["gradients"]["passed"] is False
     assert report["results"][0]["outcome"] == "pass", "the forward pass is right"
     assert any(name.endswith("dk.npy") for name in report["results"][0]["about"]["files"])
+
+
+def test_how_ds_is_made_is_found_out_and_said(dump):
+    """A kernel that multiplies by the scale first, with gradients near FP16's least numbers."""
+    problem, given, dout = drawn(1e-3)
+    found = differentiate(problem, PROFILES["flash_fp16"], Backward(ds="scaled"), given, dout)
+    for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *found), strict=True):
+        np.save(dump / f"{name}.npy", x.swapaxes(1, 2))
+    run = judged(dump, "--lse-layout", "bns")
+    assert run.exit_code == 0, run.output
+    assert "ds: scaled passes, plain does not; say --ds" in run.output
+    assert "gradients pass (flash_fp16, ds scaled)" in run.output
+    assert judged(dump, "--lse-layout", "bns", "--ds", "plain").exit_code == 1
+    refused = judged(dump, "--lse-layout", "bns", "--ds", "no")
+    assert refused.exit_code == 2
+    assert "ds is 'no'; it must be one of plain" in refused.output
+
+
+def test_sums_in_half_precision_are_said(dump):
+    """Each tile's sums stored in FP16, as PyTorch's kernel for CPUs does."""
+    problem, given, dout = drawn(1.0)
+    parts = [
+        differentiate(problem, PROFILES["flash_fp16"], Backward(), given, np.where(here, dout, np.float16(0)))
+        for here in (np.arange(64)[None, :, None, None] // 4 == i for i in range(16))
+    ]
+    for name in ("dk", "dv"):
+        total = np.float16(0)
+        for part in parts:  # NumPy rounds each sum to FP16
+            total = total + getattr(part, name)
+        np.save(dump / f"{name}.npy", total.swapaxes(1, 2))
+    assert judged(dump, "--lse-layout", "bns", "--rounded-every", "4").exit_code == 0
 
 
 def test_half_a_backward_pass_is_refused(dump):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cpjax.crosscheck.gradients.asked import asked_of
+from cpjax.crosscheck.gradients.asked import DS, asked_of
 from cpjax.crosscheck.gradients.exact import exact_gradients
 from cpjax.crosscheck.gradients.expected import expected
 from cpjax.crosscheck.gradients.judge import judge_gradients
@@ -45,6 +45,32 @@ def test_correct_gradients_have_the_errors_that_the_model_says(profile):
     low, high = (0.25, 1.0) if profile == "float32" else (0.85, 1.1)  # float32 sums are done in blocks, which is better
     assert verdict.passed
     assert all(low < one.z < high and 0 < one.of_bound < 1 for one in verdict.tensors), verdict.text
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("profile", ["flash_fp16", "flash_bf16"])
+@pytest.mark.parametrize("ds", DS)
+def test_each_way_to_make_ds_has_the_errors_that_the_model_says(ds, profile, size):
+    problem, given, dout = posed(profile, 200)
+    dout = (dout.astype(np.float32) * size).astype(dout.dtype)
+    found = differentiate(problem, PROFILES[profile], Backward(32, 16, ds=ds), given, dout)
+    verdict = judged(profile, problem, given, dout, found, ds=ds)
+    assert verdict.passed
+    assert all(0.85 < one.z < 1.05 and 0 < one.of_bound < 1 for one in verdict.tensors), verdict.text
+
+
+def test_ds_made_in_another_way_is_seen_where_it_makes_a_difference():
+    """Of rounded p: in the bound of gradients that are small beside it; times scale: where ds is subnormal in FP16."""
+    for profile, ds, size, test in (
+        ("flash_bf16", "of_rounded_p", 1e-3, "bound"),
+        ("flash_fp16", "scaled", 1e-3, "spread"),
+    ):
+        problem, given, dout = posed(profile, 200)
+        dout = (dout.astype(np.float32) * size).astype(dout.dtype)
+        found = differentiate(problem, PROFILES[profile], Backward(32, 16, ds=ds), given, dout)
+        assert f"dq {test}" in judged(profile, problem, given, dout, found).failed_tests
+    with pytest.raises(InputError, match="must be one of plain, of_rounded_p, scaled"):
+        judged(profile, problem, given, dout, found, ds="of p")
 
 
 def test_correct_gradients_of_hostile_data_pass():

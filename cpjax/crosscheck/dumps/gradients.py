@@ -7,6 +7,7 @@ import numpy as np
 from cpjax.crosscheck.dumps.judge_dump import Said
 from cpjax.crosscheck.dumps.layouts import natural
 from cpjax.crosscheck.dumps.readers import FLOATS, read
+from cpjax.crosscheck.gradients.asked import DS
 from cpjax.crosscheck.gradients.judge import judge_gradients_of
 from cpjax.crosscheck.gradients.verdict import GradientVerdict
 from cpjax.errors import InputError
@@ -29,10 +30,18 @@ def check_given(files: dict[str, Path | None]) -> bool:
     return not missing
 
 
-def judge_dumped_gradients(said: Said, files: dict[str, Path | None]) -> GradientVerdict:
+def judge_dumped_gradients(
+    said: Said, files: dict[str, Path | None], ds: str | None = None, rounded_every: int | None = None
+) -> tuple[GradientVerdict, list[str]]:
     """The verdict on dq, dk and dv of `.npy`, `.pt` and other files, in the layout that was found for the forward pass.
 
     out and lse are those of the forward pass's dump. The files and their SHA-256 are added to `said.about`.
+
+    Args:
+      ds, rounded_every: as of `judge_gradients`. ds None: `plain`, or else the first of the others that passes.
+
+    Returns:
+      The verdict, and what was taken, in sentences.
 
     Raises:
       InputError: folders of ranks, which must be joined first; files that cannot be read or do not fit.
@@ -53,4 +62,13 @@ def judge_dumped_gradients(said: Said, files: dict[str, Path | None]) -> Gradien
         arrays.append(natural(found.parts[0], said.about["layout"]))
         said.about["files"] |= found.files
     dout, dq, dk, dv = arrays
-    return judge_gradients_of(said.problem, said.out, said.lse, dout, dq, dk, dv)
+    words = (said.problem, said.out, said.lse, dout, dq, dk, dv, rounded_every)
+    verdict = judge_gradients_of(*words, ds or DS[0])
+    is_half = said.problem.precision.probability != said.problem.precision.compute
+    if ds is not None or verdict.passed or not verdict.judgeable or not is_half:
+        return verdict, []
+    for other in DS[1:]:
+        tried = judge_gradients_of(*words, other)
+        if tried.passed:
+            return tried, [f"ds: {other} passes, {DS[0]} does not; say --ds"]
+    return verdict, [f"ds: {DS[0]} is taken; {' and '.join(DS[1:])} do not pass either"]

@@ -23,6 +23,9 @@ from cpjax.mask import PAD, Tokens, visible
 KNOWN = ("float64", "float32", "flash_fp16", "flash_bf16")
 """Profiles whose backward pass is modelled."""
 
+DS = ("plain", "of_rounded_p", "scaled")
+"""How ds is made before it is rounded: p (dp − δ); the same of the p that is rounded for dv; times scale (§2)."""
+
 QUERY_TILE, KEY_TILE = 256, 512
 """Queries and keys that are looked at together: memory only."""
 
@@ -42,6 +45,8 @@ class Asked:
     """Of the out that the kernel had, if it was not given."""
     out_bound: Float[np.ndarray, "B T N V"] | float = 0.0
     """The most that it was off."""
+    ds: str = "plain"
+    """One of `DS`."""
     rounded_every: int | None = None
     """dk and dv are kept in the out format, and rounded after each so many queries of a head; None: once."""
 
@@ -94,12 +99,16 @@ def seen_in(problem: Problem, b: int, rows: slice, keys: slice, *, masked: bool 
     return np.asarray(visible(mask, q, kv))[0]
 
 
-def asked_of(problem: Problem, out: Any, lse: Any, dout: Any, rounded_every: int | None = None) -> Asked:
+def asked_of(
+    problem: Problem, out: Any, lse: Any, dout: Any, rounded_every: int | None = None, ds: str = "plain"
+) -> Asked:
     """The inputs of the backward pass, checked; out and lse may be None, the rest is of `judge_gradients`.
 
     Raises:
       InputError: a profile, softcap, ALiBi or bias that is not modelled; wrong shapes; NaN where it counts.
     """
+    if ds not in DS:
+        raise InputError(f"ds is {ds!r:.60}; it must be one of {', '.join(DS)}")
     if problem.precision.name not in KNOWN:
         raise InputError(
             f"precision {problem.precision.name!r} has no model of its backward pass; name one of {', '.join(KNOWN)}"
@@ -122,12 +131,13 @@ def asked_of(problem: Problem, out: Any, lse: Any, dout: Any, rounded_every: int
         if not np.isfinite(np.where(sees, lse, 0.0)).all():
             raise InputError("lse is not finite in a row that sees a key; give the lse of the forward pass")
         lse = np.where(sees, lse, 0.0)
+    how = {"ds": ds, "rounded_every": rounded_every}
     if lse is not None and out is not None:
-        return Asked(problem, dout, out, lse, has_out=True, rounded_every=rounded_every)
+        return Asked(problem, dout, out, lse, has_out=True, **how)
     found, exact, variance, bound = _forward(problem, lse)
     if out is not None:
-        return Asked(problem, dout, out, found, has_out=True, rounded_every=rounded_every)
-    return Asked(problem, dout, exact, found, False, variance, bound, rounded_every)
+        return Asked(problem, dout, out, found, has_out=True, **how)
+    return Asked(problem, dout, exact, found, False, variance, bound, **how)
 
 
 def checked_array(name: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -63,7 +63,8 @@ class Tile(NamedTuple):
     below: Float[np.ndarray, "R S"]
     """s − lse; 0 where hidden."""
     p: Float[np.ndarray, "R S"]
-    dp: Float[np.ndarray, "R S"]
+    per_p: Float[np.ndarray, "R S"]
+    """dp − δ: ds is p times this."""
     ds: Float[np.ndarray, "R S"]
 
 
@@ -90,10 +91,9 @@ def tiles(asked: Asked, variant: Variant = RIGHT) -> Iterator[Tile]:
             below = np.where(seen, score - lse[:, None], 0.0)
             with np.errstate(over="ignore"):  # of faulty variants only
                 p = np.where(seen, np.exp(below), 0.0)
-            dp = dout @ value.T
             delta = asked.delta[b, rows, n][:, None] if variant.has_delta else 0.0
-            ds = p * (dp - delta)
-            yield Tile(b, n, k, rows, keys, query, key, value, dout, seen, score, below, p, dp, ds)
+            per_p = dout @ value.T - delta
+            yield Tile(b, n, k, rows, keys, query, key, value, dout, seen, score, below, p, per_p, p * per_p)
 
 
 def exact_gradients(asked: Asked, variant: Variant = RIGHT) -> Gradients:

@@ -37,6 +37,7 @@ def judge_gradients(
     partition: str | Partition | None = None,
     cp: int = 1,
     precision: str | Precision | None = None,
+    ds: str = "plain",
     rounded_every: int | None = None,
 ) -> GradientVerdict:
     """Does correct arithmetic in the stated precision explain these gradients?
@@ -52,6 +53,9 @@ def judge_gradients(
         that holds it). dk and dv are summed over the heads of a group. Gradients of pads are not judged.
       partition, cp: who holds which tokens; only the diagnosis uses it.
       precision: float64, float32, flash_fp16 or flash_bf16; None follows from the dtype of the inputs.
+      ds: what is rounded to the profile's probability format as the factor of query and key: `plain`: p (dp − δ);
+        `of_rounded_p`: the same of the p that is rounded already, for dv; `scaled`: scale · p (dp − δ). It makes no
+        difference where probabilities have no format of their own.
       rounded_every: None: dk and dv are summed in the compute format and rounded once. A number: the kernel keeps them
         in the out format, and rounds after each so many queries of a head; heads of a group are then added up.
 
@@ -71,7 +75,7 @@ def judge_gradients(
         query, key, value, scale=scale, is_causal=is_causal, q_positions=q_positions, kv_positions=kv_positions,
         segment_ids=segment_ids, window=window, sink=sink, partition=partition, cp=cp, precision=precision,
     )  # fmt: skip
-    return judge_gradients_of(problem, out, lse, dout, dq, dk, dv, rounded_every)
+    return judge_gradients_of(problem, out, lse, dout, dq, dk, dv, rounded_every, ds)
 
 
 def judge_gradients_of(
@@ -83,9 +87,10 @@ def judge_gradients_of(
     dk: Any,
     dv: Any,
     rounded_every: int | None = None,
+    ds: str = "plain",
 ) -> GradientVerdict:
     """As `judge_gradients`, of a problem that is checked already."""
-    asked = asked_of(problem, out, lse, dout, rounded_every)
+    asked = asked_of(problem, out, lse, dout, rounded_every, ds)
     shapes = (problem.query.shape, problem.key.shape, problem.value.shape)
     given = Gradients(
         *(_gradient(asked, name, x, shape) for name, x, shape in zip(NAMES, (dq, dk, dv), shapes, strict=True))
@@ -97,7 +102,8 @@ def judge_gradients_of(
     failed = {test for one in tensors for test in one.failed_tests}
     causes = () if passed or failed & {"form", "unjudged"} else causes_of(asked, given, right, rows)
     assumed = tuple(name for name, x in (("out", out), ("lse", lse)) if x is None)
-    return GradientVerdict(passed, passed or failed != {"unjudged"}, problem.precision.name, tensors, causes, assumed)
+    judgeable = passed or failed != {"unjudged"}
+    return GradientVerdict(passed, judgeable, problem.precision.name, ds, tensors, causes, assumed)
 
 
 def counted_rows(asked: Asked) -> Gradients:

@@ -110,19 +110,33 @@ class Roundings:
         t = self.tile
         return x[t.batch, t.rows, t.head]
 
+    @property
+    def stored_scale(self) -> float:
+        """What ds is multiplied by when it is rounded."""
+        return (self.asked.problem.scale or 1.0) if self.asked.ds == "scaled" else 1.0
+
+    @property
+    def is_of_rounded_p(self) -> bool:
+        """Whether ds is made of the p that was rounded."""
+        return self.asked.ds == "of_rounded_p"
+
     def stored_errors(self) -> tuple[Pairs, Pairs]:
         """What rounding to the stored format does to p and ds, as far as float32 leaves it known (§3.1, 3.2)."""
-        fmt, t = self.stored, self.tile
+        fmt, t, scale = self.stored, self.tile, self.stored_scale
         assert fmt is not None
         with np.errstate(invalid="ignore"):
-            return fmt.round(t.p) - t.p, fmt.round(t.ds) - t.ds
+            p = fmt.round(t.p)
+            ds = p * t.per_p if self.is_of_rounded_p else t.ds
+            return p - t.p, fmt.round(ds * scale) / scale - t.ds
 
     def stored_terms(self) -> Iterator[Term]:
         """Sections 3.1 and 3.2; none where p and ds have no format of their own."""
-        fmt, t = self.stored, self.tile
-        if fmt is not None:
-            yield Term("probabilities", "3.1", of_p=t.seen * fmt.spacing(t.p) ** 2 / 12)
-            yield Term("ds", "3.2", of_ds=t.seen * fmt.spacing(t.ds) ** 2 / 12)
+        fmt, t, scale = self.stored, self.tile, self.stored_scale
+        if fmt is None:
+            return
+        of_p = t.seen * fmt.spacing(t.p) ** 2 / 12
+        yield Term("probabilities", "3.1", of_p, of_p * t.per_p**2 if self.is_of_rounded_p else 0.0)
+        yield Term("ds", "3.2", of_ds=t.seen * (fmt.spacing(t.ds * scale) / scale) ** 2 / 12)
 
     def computed_terms(self) -> Iterator[Term]:
         """Sections 3.3 and 3.4: what is done in the compute format."""
@@ -168,8 +182,11 @@ class Roundings:
         of_p = of_p + t.p * self.lost + self.least * t.seen
         of_ds = of_ds + STEPS * eps * np.abs(t.ds) + np.abs(t.ds) * self.lost + self.least * t.seen
         if self.stored is not None:
-            half = self.stored.tiny / 2 * t.seen
-            of_p = of_p + self.stored.u * (t.p + of_p) + half
-            of_ds = of_ds + self.stored.u * (np.abs(t.ds) + of_ds) + half
-            of_ds = np.where(np.abs(t.ds) + of_ds < self.stored.largest, of_ds, np.inf)
+            half, scale = self.stored.tiny / 2 * t.seen, abs(self.stored_scale)
+            rounding = self.stored.u * (t.p + of_p) + half
+            of_p = of_p + rounding
+            if self.is_of_rounded_p:
+                of_ds = of_ds + rounding * (np.abs(t.per_p) + product)
+            of_ds = of_ds + self.stored.u * (np.abs(t.ds) + of_ds) + half / scale
+            of_ds = np.where(scale * (np.abs(t.ds) + of_ds) < self.stored.largest, of_ds, np.inf)
         return of_p, of_ds

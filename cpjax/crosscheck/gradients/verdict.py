@@ -50,6 +50,8 @@ class GradientVerdict:
     judgeable: bool
     """False: nothing is wrong where it could be judged, but somewhere it could not (docs/gradients.md §6)."""
     precision: str
+    ds: str
+    """How ds was taken to be made, one of `cpjax.crosscheck.gradients.asked.DS`."""
     tensors: tuple[TensorVerdict, ...]
     causes: tuple[str, ...]
     """Faults that explain the result to within rounding; empty where none does, or more than one."""
@@ -67,8 +69,11 @@ class GradientVerdict:
         head = (
             "gradients pass" if self.passed else "gradients are WRONG" if self.judgeable else "gradients: not judgeable"
         )
+        of_ds = "" if self.ds == "plain" else f", ds {self.ds}"
         given = [f"{name} not given: computed exactly" for name in self.assumed]
-        return "\n".join([f"{head} ({self.precision})", *(one.sentence for one in self.tensors), *self.causes, *given])
+        return "\n".join(
+            [f"{head} ({self.precision}{of_ds})", *(one.sentence for one in self.tensors), *self.causes, *given]
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values; what is no finite number is a word."""

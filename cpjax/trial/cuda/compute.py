@@ -28,6 +28,8 @@ class Job:
     gradients: tuple[np.ndarray, ...] = ()
     """dq, dk, dv of a backward pass."""
     rounded_every: int | None = None
+    ds: str = "plain"
+    """As of `judge_gradients`."""
 
 
 def computed(seed: int, task: Task, device: str) -> Job | None:
@@ -117,7 +119,7 @@ def _backward(seed: int, task: Task, kernel: Kernel, problem: Problem, dout: np.
     is_shared = problem.query.shape[2] != problem.key.shape[2] and task.dtype != "float32"
     every = problem.query.shape[1] if is_shared else None
     out_given, lse_given = given if kernel.saves_out else (None, None)
-    return Job(seed, task, problem, None, out_given, lse_given, dout, found, every)
+    return Job(seed, task, problem, None, out_given, lse_given, dout, found, every, kernel.ds)
 
 
 def _tensors(problem: Problem, device: str) -> list[Any]:

@@ -87,7 +87,8 @@ def _of_gradients(job: Job) -> Answer:
     p = job.problem
     profile = OF_DTYPE[job.task.dtype]
     tensors = (p.query, p.key, p.value, job.out, job.lse, job.dout, *job.gradients)
-    verdict = judge_gradients(*tensors, precision=profile, **asked(p), rounded_every=job.rounded_every)
+    how = {"rounded_every": job.rounded_every, "ds": job.ds}
+    verdict = judge_gradients(*tensors, precision=profile, **asked(p), **how)
     wrong = () if verdict.passed else tuple(one.sentence for one in verdict.tensors if not one.passed)
     return Answer(
         job.task,

@@ -31,6 +31,8 @@ class Kernel(NamedTuple):
     is_compiled: bool = False
     """For each shape anew, in seconds."""
     has_backward: bool = False
+    ds: str = "plain"
+    """What the backward pass rounds, as of `judge_gradients`."""
     saves_out: bool = True
     """Its backward pass is given the rounded out."""
     on_cpu: bool = False
@@ -44,8 +46,8 @@ KERNELS: dict[str, Kernel] = {
     "SDPA flash": Kernel(
         fused.flash, takes="square", dtypes=HALF, one_head_dim=True, is_grouped=True, has_backward=True
     ),
-    "SDPA efficient": Kernel(fused.efficient, has_backward=True),
-    "SDPA cuDNN": Kernel(fused.cudnn, takes="square", dtypes=HALF, has_backward=True),
+    "SDPA efficient": Kernel(fused.efficient, has_backward=True, ds="of_rounded_p"),
+    "SDPA cuDNN": Kernel(fused.cudnn, takes="square", dtypes=HALF, has_backward=True, ds="scaled"),
     "SDPA math": Kernel(fused.math, has_backward=True, saves_out=False, on_cpu=True),
     "Triton": Kernel(None, takes="positions", is_grouped=True, how="triton"),
     "eager": Kernel(fused.eager, profile="eager", on_cpu=True),
