@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cpjax.crosscheck.files.atomic import atomic_write, is_free
-from cpjax.crosscheck.files.case import Case, read_case, write_case
-from cpjax.crosscheck.files.checksums import verify, write_sums
+from cpjax.crosscheck.files.case import Case, read_case
+from cpjax.crosscheck.files.checksums import verify
+from cpjax.crosscheck.files.folders import write_cases
 from cpjax.crosscheck.files.note import read_note
 from cpjax.crosscheck.files.result import read_result
 from cpjax.errors import InputError
@@ -53,16 +53,8 @@ def write_probes(folder: Path, head_dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)
     Raises:
       InputError: the folder is there and not empty, or cannot be written.
     """
-    if not is_free(folder):
-        raise InputError(f"{folder} is there already; nothing is overwritten, name another folder")
-    try:
-        with atomic_write(folder) as unfinished:
-            probes = {name: padded(asked, head_dims) for name, asked in all_probes(DTYPE).items()}
-            cases = [write_case(unfinished, case_of(name, asked)) for name, asked in probes.items()]
-            write_sums(unfinished, f"cpjax fingerprint probes, version {VERSION}")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror})") from None
-    return cases
+    cases = (case_of(name, padded(asked, head_dims)) for name, asked in all_probes(DTYPE).items())
+    return write_cases(folder, cases, f"cpjax fingerprint probes, version {VERSION}")
 
 
 def read_folder(cases: Path, results: Path) -> Card:
