@@ -1,8 +1,10 @@
 """`cpjax fingerprint`: kernels by name, a function in a file, a folder of probes; the profile that judge-dump takes."""
 
 import json
+import sys
 from pathlib import Path
 
+import backend_package
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -193,6 +195,26 @@ def test_a_backend_is_asked_all_at_once():
     lines = {line["name"]: line["code"] for line in card["lines"]}
     assert lines["key tile"] == "512"
     assert lines["lse"] == "natural"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("raisesinprepare", "error: prepare() raised OSError: no device"),
+        ("raises", "error: run() raised RuntimeError: kernel panic second line"),
+        ("raisesinsupports", "error: supports() raised KeyError: 'x'"),
+        ("unsupported", "unsupported: only on <Tuesdays>"),
+    ],
+)
+def test_what_a_backend_raises_is_the_reason_of_every_probe(tmp_path, monkeypatch, name, reason):
+    """None is a traceback in the place of a card."""
+    monkeypatch.syspath_prepend(backend_package.install(tmp_path))
+    status, said = run(name, "--json")
+    monkeypatch.delitem(sys.modules, "their_backends")
+    assert status == 0
+    card = json.loads(said)
+    assert card["failures"] == dict.fromkeys(all_probes("float16"), reason)
+    assert card["profile"] is None
 
 
 def test_cases_refuses_head_dims_of_another_set(tmp_path):
