@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import backend_package
@@ -15,7 +16,7 @@ from cpjax.crosscheck.files.result import Result, write_result
 from cpjax.fingerprint.card import all_probes, card_of, read_card
 from cpjax.fingerprint.folder import case_of, read_folder, write_probes
 from cpjax.fingerprint.kernels import emulator
-from cpjax.fingerprint.probe import padded
+from cpjax.fingerprint.probe import Line, padded
 
 RUNNER = CliRunner()
 
@@ -222,6 +223,17 @@ def test_cases_refuses_head_dims_of_another_set(tmp_path):
     assert result.exit_code == 2
     assert "--preset fingerprint" in result.output
     assert not (tmp_path / "x").exists()
+
+
+def test_brackets_are_printed_as_they_are(monkeypatch):
+    """Not taken for the markup of rich, which leaves an opening one out and fails at a closing one."""
+    empty = read_card("mine[x]", "float16", all_probes("float16"), {}, {"scores": "no [x]"})
+    card = replace(empty, lines=(*empty.lines, Line("line [x]", "value [/x]", "evidence [x] and [/x]")))
+    monkeypatch.setattr("cpjax.fingerprint.card.card_of", lambda *_: card)
+    status, said = run("emulator:flash_fp16", "--evidence")
+    assert status == 0
+    for text in ("mine[x], float16", "line [x]", "value [/x]", "evidence [x] and [/x]", "scores (no [x])"):
+        assert text in said
 
 
 def test_an_empty_card_has_no_profile():
