@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.errors import InputError
 
 FOLDERS = ("examples", "docs")
@@ -19,7 +20,7 @@ def shared() -> Path:
 
 
 def write_shared(folder: Path) -> list[Path]:
-    """Copy them into a new folder; the files, in order.
+    """Copy them into a new folder, all of them or nothing; the files, in order.
 
     Raises:
       InputError: the folder is there already, or cannot be written.
@@ -27,8 +28,9 @@ def write_shared(folder: Path) -> list[Path]:
     if folder.exists():
         raise InputError(f"{folder} is there already, and nothing is overwritten; give another name")
     try:
-        for name in FOLDERS:
-            shutil.copytree(shared() / name, folder / name)
+        with atomic_write(folder) as unfinished:
+            for name in FOLDERS:
+                shutil.copytree(shared() / name, unfinished / name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror or error})") from None
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -90,17 +90,18 @@ def checked_head_dims(text: str) -> tuple[int, int]:
 
 
 def _show(card: "Card", evidence: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from cpjax.fingerprint.card import described
 
-    table = Table(title=f"{card.kernel}, {card.dtype}", show_header=False, title_justify="left")
+    table = Table(title=escape(f"{card.kernel}, {card.dtype}"), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column()
     for line in card.lines:
-        table.add_row(line.name, line.value)
+        table.add_row(escape(line.name), escape(line.value))
         if evidence and line.evidence:
-            table.add_row("", f"[dim]{line.evidence}[/dim]")
+            table.add_row("", f"[dim]{escape(line.evidence)}[/dim]")
     out = console()
     out.print(table)
     reasons: dict[str, list[str]] = {}

@@ -67,8 +67,9 @@ def inspect(
         of.prepare()  # before JAX is imported
         from rich.console import Console
 
+        from cpjax.crosscheck.files.pictures import check_picture
         from cpjax.errors import InputError
-        from cpjax.inspect.draw import check_picture, draw
+        from cpjax.inspect.draw import draw
         from cpjax.inspect.inspection import inspect as inspected
         from cpjax.inspect.programs import Shape
         from cpjax.inspect.report import report

@@ -105,9 +105,10 @@ def _plan(
 ) -> None:  # fmt: skip
     from dataclasses import replace
 
+    from cpjax.crosscheck.files.pictures import check_picture
     from cpjax.plan.constants import frozen
     from cpjax.plan.deployment import from_config, model_said
-    from cpjax.plan.draw import check_drawable, draw
+    from cpjax.plan.draw import draw
     from cpjax.plan.gain import plan as planned
     from cpjax.plan.gain import settings, usual_cps
     from cpjax.plan.hardware import device_of, devices
@@ -116,7 +117,7 @@ def _plan(
     from cpjax.plan.setting import Setting
 
     if picture is not None:
-        check_drawable(picture)
+        check_picture(picture)
     known = devices(devices_file)
     own = Measured() if measured_file is None else read_measured(measured_file)
     if config is not None:

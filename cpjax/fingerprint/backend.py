@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from cpjax.crosscheck.backends import Backend, load
-from cpjax.crosscheck.backends.compute import checked, one_line
+from cpjax.crosscheck.backends.compute import asked, run_all
 from cpjax.crosscheck.files.case import Case
+from cpjax.crosscheck.files.note import Note
 from cpjax.errors import InputError
 from cpjax.fingerprint.card import Card, all_probes, read_card
-from cpjax.fingerprint.folder import DTYPE, case_of
+from cpjax.fingerprint.folder import DTYPE, answer_of, case_of
 from cpjax.fingerprint.probe import Answer, Probe, padded, squared
 
 
@@ -19,6 +17,8 @@ def card_of_backend(
     name: str, dtype: str, head_dims: tuple[int, int], advance: Callable[..., None] = lambda *_: None
 ) -> Card:
     """The card of a backend, which answers through the same two functions as in `cpjax crosscheck`.
+
+    What it raises is among the card's failures, in the words of `cpjax crosscheck`, with a traceback on stderr.
 
     Raises:
       InputError: it is not installed, or the dtype is not float16.
@@ -28,37 +28,30 @@ def card_of_backend(
     backend, probes = load(name), all_probes(dtype)
     failures: dict[str, str] = {}
     cases: dict[str, Case] = {}
-    for probe_name, asked in probes.items():
-        case, reason = _supported(backend, probe_name, padded(asked, head_dims))
-        if reason is None:
+    for probe_name, probe in probes.items():
+        case, note = _supported(backend, probe_name, padded(probe, head_dims))
+        if note is None:
             cases[probe_name] = case
         else:
-            failures[probe_name] = f"not supported: {reason}"
-    prepare: Any = getattr(backend, "prepare", None)
-    if cases and prepare is not None:
-        prepare(list(cases.values()))
+            failures[probe_name] = f"{note.outcome}: {note.reason}"
     answers: dict[str, Answer] = {}
-    for done, (probe_name, case) in enumerate(cases.items()):
+    advance("probes", 0, len(cases))
+    results = run_all(name, backend, list(cases.values()))
+    for done, (probe_name, (_, given)) in enumerate(zip(cases, results, strict=True), 1):
+        if isinstance(given, Note):
+            failures[probe_name] = f"{given.outcome}: {given.reason}"
+        else:
+            answers[probe_name] = answer_of(given, probes[probe_name])
         advance("probes", done, len(cases))
-        try:
-            result = checked(backend.run(case), case)
-        except Exception as error:
-            failures[probe_name] = one_line(f"{type(error).__name__}: {error}")
-            continue
-        asked = probes[probe_name]
-        rows, dims = slice(0, asked.query.shape[1]), slice(0, asked.value.shape[3])
-        lse = None if result.lse is None else result.lse[:, rows].astype(np.float64)
-        answers[probe_name] = Answer(result.out[:, rows, :, dims].astype(np.float64), lse)
-    advance("probes", len(cases), len(cases))
     return read_card(name, dtype, probes, answers, failures)
 
 
-def _supported(backend: Backend, name: str, asked: Probe) -> tuple[Case, str | None]:
+def _supported(backend: Backend, name: str, probe: Probe) -> tuple[Case, Note | None]:
     """The case, and why the backend does not take it. Many take only as many queries as keys."""
-    case = case_of(name, asked)
-    reason = backend.supports(case)
-    if reason is None or not 1 < asked.query.shape[1] < asked.key.shape[1]:
-        return case, reason
+    case = case_of(name, probe)
+    note = asked(backend, case)
+    if note is None or not 1 < probe.query.shape[1] < probe.key.shape[1]:
+        return case, note
     # Another name: a backend may keep what it knows of a case by its name.
-    square = replace(case_of(name, squared(asked)), name=f"{case.name}-square")
-    return square, backend.supports(square)
+    square = replace(case_of(name, squared(probe)), name=f"{case.name}-square")
+    return square, asked(backend, square)

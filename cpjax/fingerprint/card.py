@@ -10,8 +10,6 @@ from cpjax.fingerprint.probe import Answer, Answers, Kernel, Line, Probe
 from cpjax.precision import PROFILES, Precision
 
 ROOMS = (scores, weights, results, order, tiles, masks, same)
-FORMATS_ASKED = ("float16", "bfloat16", "float32")
-"""Dtypes of the inputs in which a kernel can be asked."""
 
 
 @dataclass(frozen=True)

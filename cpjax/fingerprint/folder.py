@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cpjax.crosscheck.files.atomic import atomic_write, is_free
-from cpjax.crosscheck.files.case import Case, read_case, write_case
-from cpjax.crosscheck.files.checksums import verify, write_sums
+from cpjax.crosscheck.files.case import Case, read_case
+from cpjax.crosscheck.files.checksums import verify
+from cpjax.crosscheck.files.folders import write_cases
 from cpjax.crosscheck.files.note import read_note
-from cpjax.crosscheck.files.result import read_result
+from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.errors import InputError
 from cpjax.fingerprint.card import Card, all_probes, read_card
 from cpjax.fingerprint.probe import HEAD_DIM, Answer, Probe, padded
@@ -44,6 +44,13 @@ def _tokens(batch: int, length: int) -> Tokens:
     return Tokens(position, np.zeros_like(position))
 
 
+def answer_of(result: Result, asked: Probe) -> Answer:
+    """The answer in a result; rows and dims beyond those of the probe, of `squared` and `padded`, are left out."""
+    rows, dims = slice(asked.query.shape[1]), slice(asked.value.shape[3])
+    lse = None if result.lse is None else result.lse[:, rows].astype(np.float64)
+    return Answer(result.out[:, rows, :, dims].astype(np.float64), lse)
+
+
 def write_probes(folder: Path, head_dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)) -> list[Case]:
     """Write all probes and their checksums into a new folder: all of them, or nothing.
 
@@ -53,16 +60,8 @@ def write_probes(folder: Path, head_dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)
     Raises:
       InputError: the folder is there and not empty, or cannot be written.
     """
-    if not is_free(folder):
-        raise InputError(f"{folder} is there already; nothing is overwritten, name another folder")
-    try:
-        with atomic_write(folder) as unfinished:
-            probes = {name: padded(asked, head_dims) for name, asked in all_probes(DTYPE).items()}
-            cases = [write_case(unfinished, case_of(name, asked)) for name, asked in probes.items()]
-            write_sums(unfinished, f"cpjax fingerprint probes, version {VERSION}")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror})") from None
-    return cases
+    cases = (case_of(name, padded(asked, head_dims)) for name, asked in all_probes(DTYPE).items())
+    return write_cases(folder, cases, f"cpjax fingerprint probes, version {VERSION}")
 
 
 def read_folder(cases: Path, results: Path) -> Card:
@@ -84,8 +83,7 @@ def read_folder(cases: Path, results: Path) -> Card:
         try:
             if path.exists():
                 result = read_result(path, case)
-                lse = None if result.lse is None else result.lse.astype(np.float64)
-                answers[name] = Answer(result.out.astype(np.float64)[..., : asked.value.shape[3]], lse)
+                answers[name] = answer_of(result, asked)
                 backends.add(result.backend)
             elif path.with_suffix(".json").exists():
                 backend, note = read_note(path.with_suffix(".json"), case)

@@ -84,44 +84,39 @@ def _emulator_named(profile: str, dtype: str) -> Kernel:
 
 
 def sdpa(which: str, dtype: str, device: str = "cpu") -> Kernel:
-    """PyTorch's fused attention by one of its kernels, with the lse of the operator below, where it has one."""
+    """PyTorch's fused attention by one of its kernels; it gives lse, except by math and where heads share keys."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    _check_device(device)
-    operators = torch.ops.aten
-    more = {"scale": 1.0, "is_causal": False}
+    from cpjax.trial.cuda import fused
 
-    def of_operator(query: Any, key: Any, value: Any) -> tuple[Any, Any] | None:
-        """out and lse; None where the kernel hands over no lse."""
-        if which == "flash" and device == "cpu":
-            return operators._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, **more)
-        if which == "flash":
-            return operators._scaled_dot_product_flash_attention(query, key, value, 0.0, **more)[:2]
-        if which == "efficient":
-            return operators._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, **more)[:2]
-        if which == "cudnn":
-            return operators._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, **more)[:2]
-        return None
+    _check_device(device)
+    flash = _flash_on_cpu if device == "cpu" else fused.flash
+    with_lse = {"flash": flash, "efficient": fused.efficient, "cudnn": fused.cudnn}
 
     def kernel(asked: Probe) -> Answer:
         query, key, value = (_tensor(x, dtype, device) for x in asked[:3])
-        more.update(scale=asked.scale, is_causal=asked.is_causal)
         shared = query.shape[1] != key.shape[1]
         with torch.no_grad():
-            given = None if shared else of_operator(query, key, value)
-            if given is None:
-                with sdpa_kernel(getattr(SDPBackend, SDPA[which])):
-                    out = torch.nn.functional.scaled_dot_product_attention(
-                        query, key, value, scale=asked.scale, is_causal=asked.is_causal, enable_gqa=shared
-                    )
-                return Answer(_array(out), None)
-        out, lse = given
-        # The memory-efficient kernel pads the rows of lse, and cuDNN has a last axis of 1.
-        lse = lse.reshape(*lse.shape[:2], -1)[:, :, : query.shape[2]]
-        return Answer(_array(out), lse.double().cpu().numpy().swapaxes(1, 2))
+            if which in with_lse and not shared:
+                out, lse = with_lse[which](query, key, value, None, asked.is_causal, asked.scale)
+                return Answer(_array(out), _array(lse))
+            with sdpa_kernel(getattr(SDPBackend, SDPA[which])):
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, scale=asked.scale, is_causal=asked.is_causal, enable_gqa=shared
+                )
+        return Answer(_array(out), None)
 
     return kernel
+
+
+def _flash_on_cpu(query: Any, key: Any, value: Any, seen: None, is_causal: bool, scale: float) -> tuple[Any, Any]:
+    """The operator that PyTorch has for CPUs, with the arguments and answers of `cpjax.trial.cuda.fused.flash`."""
+    import torch
+
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p=0.0, is_causal=is_causal, attn_mask=seen, scale=scale
+    )
 
 
 def jax_nn(implementation: str, dtype: str) -> Kernel:
@@ -197,4 +192,5 @@ def _tensor(x: np.ndarray, dtype: str, device: str) -> Any:
 
 
 def _array(x: Any) -> np.ndarray:
+    """A tensor `[B, N, T, …]` as float64 `[B, T, N, …]`."""
     return x.double().cpu().numpy().swapaxes(1, 2)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cpjax.crosscheck.exact.formats import Format
-from cpjax.fingerprint.probe import HEAD_DIM, UNTOLD, Answer, Answers, Line, Probe, finite, missing, probe
+from cpjax.fingerprint.probe import HEAD_DIM, UNTOLD, Answer, Answers, Line, Probe, finite, missing, probe, scores_of
 
 TOKENS = 64
 SIZES = 2.0 ** np.arange(8, 36)
@@ -66,7 +66,7 @@ def _number(asked: Probe, answer: Answer | None) -> Line:
     if answer is None:
         return missing(name)
     out = answer.out[0, :-1, 0, 0]
-    score = (asked.query[0, :, 0].astype(np.float64) @ asked.key[0, :1, 0].astype(np.float64).T)[:-1, 0]
+    score = scores_of(asked)[:-1, 0]
     leaked = (out != 0) & np.isfinite(out)
     most = score[np.isfinite(out)].min() if np.isfinite(out).any() else 0.0
     evidence = f"visible scores of −256 to {most:,.0f}"

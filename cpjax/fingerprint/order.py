@@ -13,6 +13,7 @@ from jaxtyping import Float
 from cpjax.crosscheck.exact.formats import FORMATS, Format
 from cpjax.fingerprint.probe import (
     HEAD_DIM,
+    NONE,
     ROWS,
     UNTOLD,
     Answer,
@@ -30,8 +31,6 @@ TERMS = HEAD_DIM
 """Terms of a sum whose order is asked: the head dim in q·k, 64 keys in p·v."""
 FAR, FAR_TERMS = 1024, 16
 """Keys of the probe of many tiles, and its terms, 64 keys apart."""
-NONE = -30_000.0
-"""The score of a key that has no weight."""
 UNIT, BASE = 2.0**-4, 2.0
 """In the probe of q·k: what one term adds to a score, and the score of the first key; no share is too small to read."""
 BATCH = 16

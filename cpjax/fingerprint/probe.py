@@ -12,6 +12,8 @@ HEAD_DIM = 64
 """Head dim of queries, keys and values."""
 ROWS = HEAD_DIM // 2
 """Query rows: each takes two of the head's dimensions for its scores."""
+NONE = -30_000.0
+"""The score of a key that has no weight: its exponential is 0 beside that of a score near 0."""
 
 
 class Probe(NamedTuple):
@@ -109,6 +111,11 @@ def probe(
     """Of one batch row: `[T, N, H]`, `[S, K, H]`, `[S, K, V]`."""
     query, key, value = (x[None].astype(np.float32) for x in (query, key, value))
     return Probe(query, key, value, scale, is_causal)
+
+
+def scores_of(asked: Probe) -> Float[np.ndarray, "T S"]:
+    """The exact q·k of batch row 0 and head 0, in float64; the scale is left out."""
+    return asked.query[0, :, 0].astype(np.float64) @ asked.key[0, :, 0].astype(np.float64).T
 
 
 def padded(asked: Probe, head_dims: tuple[int, int]) -> Probe:

@@ -5,6 +5,7 @@ import numpy as np
 from cpjax.crosscheck.exact.formats import FORMATS, Format
 from cpjax.fingerprint.probe import (
     HEAD_DIM,
+    NONE,
     ROWS,
     UNTOLD,
     Answer,
@@ -15,11 +16,10 @@ from cpjax.fingerprint.probe import (
     finite,
     missing,
     scored,
+    scores_of,
 )
 
 KEYS = 64
-NONE = -30_000.0
-"""A score whose exponential is 0 beside that of any other here."""
 LIVE = np.array([0, 1, 2, 3])
 """Four keys count, all others have the score `NONE`: the row sum is 4, and out is exact but for its own rounding."""
 
@@ -98,7 +98,7 @@ def _lse(asked: Probe, one: Answer | None, several: Answer | None) -> list[Line]
     if one.lse is None or several.lse is None:
         return [Line("lse", "none is handed over", "", "none"), Line(names[1], f"{UNTOLD}: there is no lse", "")]
     lse, count = one.lse[0, :, 0], several.lse[0, :, 0]
-    score = (asked.query[0, :, 0].astype(np.float64) @ asked.key[0, :, 0].astype(np.float64).T)[:, 5]
+    score = scores_of(asked)[:, 5]
     size = float(np.median(lse / score))
     more = float(np.median(count))
     evidence = f"one key counts: lse / score is {size:.5f}; {KEYS} equal keys of score 0: lse is {more:.5f}"

@@ -32,16 +32,12 @@ def probes(fmt: Format) -> dict[str, Probe]:
     query = fmt.round(wanted / SCALE / key)
     large = np.zeros((1, ROWS, HEAD_DIM))
     large[:, :, 0], large[:, :, 1] = 2**17, 2**17 + (1 if fmt.digits * 2 > 17 else 4)
-    values = np.eye(HEAD_DIM)[None]
+    # A quarter of the scores in the keys, and queries of 4: single products stay below the largest FP16 number.
+    quarter = scored(large / 4, np.eye(HEAD_DIM)[None], fmt)
     return {
         "scores": probe(query[:, None], np.diag(key)[:, None], np.eye(HEAD_DIM)[:, None], scale=SCALE),
-        "large-scores": _doubled(scored(large / 4, values, fmt)),
+        "large-scores": quarter._replace(query=quarter.query * 4),
     }
-
-
-def _doubled(asked: Probe) -> Probe:
-    """Four times the scores, by queries of 4: single products stay below the largest FP16 number."""
-    return asked._replace(query=asked.query * 4)
 
 
 def read(fmt: Format, asked: dict[str, Probe], answers: Answers) -> list[Line]:
@@ -102,8 +98,8 @@ def _rounding(fmt: Format, asked: Probe, answers: Answers) -> list[Line]:
     if answer is None or not finite(answer):
         return [missing(name) for name in names]
     out = answer.out[0, :, 0]
-    shares = {}
-    for codes in candidates(fmt):
+    known, shares = candidates(fmt), {}
+    for codes in known:
         p = np.exp(scores_as(fmt, asked, *codes))
         expected = p / p.sum(axis=1, keepdims=True)
         # Probabilities and out are rounded as well, to the inputs' format; where they are tiny, to its least number.
@@ -114,7 +110,7 @@ def _rounding(fmt: Format, asked: Probe, answers: Answers) -> list[Line]:
     for place, name in enumerate(names):
         best: dict[tuple[str, str], float] = {}
         for codes, share in shares.items():
-            words = candidates(fmt)[codes][place]
+            words = known[codes][place]
             best[codes[place], words] = max(best.get((codes[place], words), 0.0), share)
         lines.append(settled(name, best, measured))
     return lines

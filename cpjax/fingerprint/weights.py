@@ -8,6 +8,7 @@ from cpjax.crosscheck.exact.formats import FORMATS, Format
 from cpjax.fingerprint.probe import (
     HALF,
     HEAD_DIM,
+    NONE,
     ROWS,
     UNTOLD,
     Answer,
@@ -17,6 +18,7 @@ from cpjax.fingerprint.probe import (
     finite,
     missing,
     scored,
+    scores_of,
     settled,
     toward_zero,
 )
@@ -27,8 +29,6 @@ ANCHORS = np.unique([*range(0, KEYS, 8), KEYS - 1])
 REST = np.setdiff1d(np.arange(KEYS), ANCHORS)
 PAIRS = REST[: len(REST) // 2 * 2].reshape(-1, 2)
 """Two keys whose values are 1 and −1: out is the difference of their probabilities."""
-NONE = -30_000.0
-"""A score whose exponential is 0."""
 TINY = 2.0**15
 """Value of a key whose probability is near the least FP16 numbers."""
 
@@ -74,11 +74,6 @@ def _rounded_down(plain: Format) -> np.ndarray:
     p = np.exp(some)
     best = np.argsort((plain.round(p) - p) / p)[:4]
     return np.resize(some[best], ROWS)
-
-
-def scores_of(asked: Probe) -> np.ndarray:
-    """`[T, S]` of head 0."""
-    return asked.query[0, :, 0].astype(np.float64) @ asked.key[0, :, 0].astype(np.float64).T
 
 
 ROUNDINGS = {

@@ -7,7 +7,7 @@ Needs the extra cpjax[draw], matplotlib.
 from pathlib import Path
 from typing import Any
 
-from cpjax.errors import InputError
+from cpjax.crosscheck.files.pictures import write_picture
 from cpjax.inspect.inspection import Inspection
 
 ATTENTION, OTHER, ASYNCHRONOUS, SYNCHRONOUS = "#4878a8", "#c8c8c8", "#74a86a", "#c0504d"
@@ -16,41 +16,13 @@ SHORT = 1e-3
 LANES = 40
 
 
-def check_picture(path: Path) -> None:
-    """Refuse, before anything is compiled, what could not be written at the end.
-
-    Raises:
-      InputError: another suffix than .svg and .png, a file that is there already, or no matplotlib.
-    """
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise InputError(f"--draw {path} must end in .svg or .png")
-    if path.exists():
-        raise InputError(f"{path} is there already; move it away, or give another name")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'cpjax[draw]'") from None
-
-
 def draw(seen: Inspection, path: Path) -> None:
-    """Write the picture; `check_picture` says what is refused.
+    """Write the picture, whole or not at all.
 
     Raises:
-      InputError: the file cannot be written.
+      InputError: as `check_picture`; or it cannot be written.
     """
-    from cpjax.crosscheck.files.atomic import atomic_write
-
-    check_picture(path)
-    from matplotlib import rc_context
-
-    kind = path.suffix[1:].lower()
-    # Letters stay letters, and the same picture is the same file.
-    same = {"metadata": {"Date": None}} if kind == "svg" else {}
-    try:
-        with atomic_write(path) as unfinished, rc_context({"svg.fonttype": "none", "svg.hashsalt": "cpjax"}):
-            figure_of(seen).savefig(unfinished, format=kind, dpi=120, **same)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    write_picture(path, lambda: figure_of(seen), dpi=120, with_letters=True)
 
 
 def figure_of(seen: Inspection) -> Any:

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cpjax.crosscheck.files.atomic import atomic_write
-from cpjax.errors import InputError
+from cpjax.crosscheck.files.pictures import write_picture
 from cpjax.plan.gain import Plan
 from cpjax.plan.time import predict
 
@@ -14,39 +13,13 @@ SHORTEST_DRAWN = 1024
 LONGEST_DRAWN = 2**20
 
 
-def check_drawable(path: Path) -> None:
-    """Refuse before anything is computed.
-
-    Raises:
-      InputError: a suffix that is none of ours, a file that is there already, or no matplotlib.
-    """
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise InputError(f"--draw {path} must end in .svg or .png")
-    if path.exists():
-        raise InputError(f"--draw {path} is there already; move it away, or give another name")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise InputError('drawing needs matplotlib; pip install "cpjax[draw]"') from None
-
-
 def draw(plan: Plan, title: str, path: Path) -> None:
-    """Write the picture, whole or not at all; `.svg` without a date, so that it is the same each time.
+    """Write the picture, whole or not at all.
 
     Raises:
-      InputError: as `check_drawable`; or it cannot be written.
+      InputError: as `check_picture`; or it cannot be written.
     """
-    check_drawable(path)
-    from matplotlib import rc_context
-
-    figure = figure_of(plan, title)
-    kind = path.suffix.lower()[1:]
-    try:
-        # The same picture has the same bytes: no date, and names of its parts that are not random.
-        with atomic_write(path) as unfinished, rc_context({"svg.hashsalt": "cpjax"}):
-            figure.savefig(unfinished, format=kind, dpi=90, metadata={"Date": None} if kind == "svg" else None)
-    except OSError as error:
-        raise InputError(f"--draw {path} cannot be written ({error.strerror or error})") from None
+    write_picture(path, lambda: figure_of(plan, title), dpi=90)
 
 
 def figure_of(plan: Plan, title: str) -> Any:

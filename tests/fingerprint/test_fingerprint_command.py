@@ -1,8 +1,11 @@
 """`cpjax fingerprint`: kernels by name, a function in a file, a folder of probes; the profile that judge-dump takes."""
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import backend_package
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +16,7 @@ from cpjax.crosscheck.files.result import Result, write_result
 from cpjax.fingerprint.card import all_probes, card_of, read_card
 from cpjax.fingerprint.folder import case_of, read_folder, write_probes
 from cpjax.fingerprint.kernels import emulator
-from cpjax.fingerprint.probe import padded
+from cpjax.fingerprint.probe import Line, padded
 
 RUNNER = CliRunner()
 
@@ -195,11 +198,42 @@ def test_a_backend_is_asked_all_at_once():
     assert lines["lse"] == "natural"
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("raisesinprepare", "error: prepare() raised OSError: no device"),
+        ("raises", "error: run() raised RuntimeError: kernel panic second line"),
+        ("raisesinsupports", "error: supports() raised KeyError: 'x'"),
+        ("unsupported", "unsupported: only on <Tuesdays>"),
+    ],
+)
+def test_what_a_backend_raises_is_the_reason_of_every_probe(tmp_path, monkeypatch, name, reason):
+    """None is a traceback in the place of a card."""
+    monkeypatch.syspath_prepend(backend_package.install(tmp_path))
+    status, said = run(name, "--json")
+    monkeypatch.delitem(sys.modules, "their_backends")
+    assert status == 0
+    card = json.loads(said)
+    assert card["failures"] == dict.fromkeys(all_probes("float16"), reason)
+    assert card["profile"] is None
+
+
 def test_cases_refuses_head_dims_of_another_set(tmp_path):
     result = RUNNER.invoke(app, ["cases", str(tmp_path / "x"), "--head-dims", "192,128"])
     assert result.exit_code == 2
     assert "--preset fingerprint" in result.output
     assert not (tmp_path / "x").exists()
+
+
+def test_brackets_are_printed_as_they_are(monkeypatch):
+    """Not taken for the markup of rich, which leaves an opening one out and fails at a closing one."""
+    empty = read_card("mine[x]", "float16", all_probes("float16"), {}, {"scores": "no [x]"})
+    card = replace(empty, lines=(*empty.lines, Line("line [x]", "value [/x]", "evidence [x] and [/x]")))
+    monkeypatch.setattr("cpjax.fingerprint.card.card_of", lambda *_: card)
+    status, said = run("emulator:flash_fp16", "--evidence")
+    assert status == 0
+    for text in ("mine[x], float16", "line [x]", "value [/x]", "evidence [x] and [/x]", "scores (no [x])"):
+        assert text in said
 
 
 def test_an_empty_card_has_no_profile():

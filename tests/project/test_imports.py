@@ -24,7 +24,7 @@ LAYERS = [
         "cpjax.crosscheck.exact",
     ],
     [
-        *("cpjax.arrays", "cpjax.mask", "cpjax.precision", "cpjax.shared"),
+        *("cpjax.arrays", "cpjax.mask", "cpjax.precision"),
         *("cpjax.deepseek.config", "cpjax.deepseek.quantized"),
     ],
     [
@@ -33,7 +33,10 @@ LAYERS = [
     ],
     ["cpjax.attention"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
-    ["cpjax.exchange", "cpjax.mapping", "cpjax.crosscheck.judging", "cpjax.crosscheck.conformance", "cpjax.mindie"],
+    [
+        *("cpjax.exchange", "cpjax.mapping", "cpjax.mindie", "cpjax.shared"),
+        *("cpjax.crosscheck.judging", "cpjax.crosscheck.conformance"),
+    ],
     ["cpjax.checks", "cpjax.latent", "cpjax.plan", "cpjax.crosscheck.diagnosis", "cpjax.deepseek.rope"],
     [
         *("cpjax.parallel", "cpjax.decode", "cpjax.deepseek.attention"),

@@ -17,6 +17,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from cpjax.cli import app
+from cpjax.errors import InputError
 from cpjax.shared import write_shared
 
 ROOT = Path(__file__).parents[2]
@@ -211,3 +212,10 @@ def test_the_shared_files_are_those_of_the_checkout(tmp_path):
     written = write_shared(tmp_path / "new")
     for path in written:
         assert path.read_bytes() == (ROOT / path.relative_to(tmp_path / "new")).read_bytes()
+
+
+def test_half_of_the_shared_files_are_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpjax.shared.FOLDERS", ("examples", "nowhere"))
+    with pytest.raises(InputError, match="cannot be written"):
+        write_shared(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import json
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,27 @@ def compute(name: str, backend: Backend, cases: list[Case], folder: Path) -> Non
             wanted.append(case)
         else:
             write_note(folder, case, name, note)
-    prepare, problem = getattr(backend, "prepare", None), None
-    if wanted and prepare is not None:
-        try:
-            prepare(wanted)
-        except FAILURES as error:
-            problem = _said(error, "prepare")
-    for case in wanted:
-        answer = problem or _answer(name, backend, case)
+    for case, answer in run_all(name, backend, wanted):
         if isinstance(answer, Note):
             write_note(folder, case, name, answer)
         else:
             write_result(folder, case, answer)
+
+
+def run_all(name: str, backend: Backend, cases: list[Case]) -> Iterator[tuple[Case, Result | Note]]:
+    """Each case with its result, in order, or with a note on what was raised; the backend is prepared once for all.
+
+    Args:
+      cases: those that `asked` has no note on.
+    """
+    prepare, problem = getattr(backend, "prepare", None), None
+    if cases and prepare is not None:
+        try:
+            prepare(cases)
+        except FAILURES as error:
+            problem = _said(error, "prepare")
+    for case in cases:
+        yield case, problem or _answer(name, backend, case)
 
 
 def asked(backend: Backend, case: Case) -> Note | None:

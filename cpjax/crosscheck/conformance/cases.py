@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.files.atomic import atomic_write, is_free
-from cpjax.crosscheck.files.case import Case, write_case
-from cpjax.crosscheck.files.checksums import write_sums
-from cpjax.errors import InputError
+from cpjax.crosscheck.files.case import Case
+from cpjax.crosscheck.files.folders import write_cases
 from cpjax.mask import PAD, Tokens
 
 VERSION = 2
@@ -44,15 +42,7 @@ def write_conformance(folder: Path) -> list[Case]:
     Raises:
       InputError: the folder is there and not empty, or cannot be written.
     """
-    if not is_free(folder):
-        raise InputError(f"{folder} is there already; nothing is overwritten, name another folder")
-    try:
-        with atomic_write(folder) as unfinished:
-            cases = [write_case(unfinished, case) for case in conformance_cases()]
-            write_sums(unfinished, f"cpjax conformance set, version {VERSION}")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror})") from None
-    return cases
+    return write_cases(folder, conformance_cases(), f"cpjax conformance set, version {VERSION}")
 
 
 def conformance_cases() -> Iterator[Case]:

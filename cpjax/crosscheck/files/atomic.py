@@ -1,10 +1,14 @@
 """Files and folders that are whole or not there: made under another name, and renamed when they are finished."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from cpjax.errors import InputError
 
 
 @contextmanager
@@ -24,6 +28,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
         else:
             unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a new JSON file, whole or not at all.
+
+    Raises:
+      InputError: a file is there already, or it cannot be written.
+    """
+    if path.exists():
+        raise InputError(f"{path} is there already; nothing is overwritten, move it away")
+    try:
+        with atomic_write(path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def is_free(folder: Path) -> bool:

@@ -1,10 +1,35 @@
 """All cases of a folder; the folders that hold results."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from cpjax.crosscheck.files.case import Case, read_case
-from cpjax.crosscheck.files.checksums import verify
+from cpjax.crosscheck.files.atomic import atomic_write, is_free
+from cpjax.crosscheck.files.case import Case, read_case, write_case
+from cpjax.crosscheck.files.checksums import verify, write_sums
 from cpjax.errors import InputError
+
+
+def write_cases(folder: Path, cases: Iterable[Case], title: str) -> list[Case]:
+    """Write the cases and their checksums into a new folder: all of them, or nothing.
+
+    Args:
+      title: of the checksums, a comment in their file.
+
+    Returns:
+      The cases with their digests, in order.
+
+    Raises:
+      InputError: the folder is there and not empty, or cannot be written.
+    """
+    if not is_free(folder):
+        raise InputError(f"{folder} is there already; nothing is overwritten, name another folder")
+    try:
+        with atomic_write(folder) as unfinished:
+            written = [write_case(unfinished, case) for case in cases]
+            write_sums(unfinished, title)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror})") from None
+    return written
 
 
 def read_cases(folder: Path) -> list[Case]:

@@ -1,12 +1,11 @@
 """What stands in the place of a result where there is none: a note that says why (docs/formats.md)."""
 
-import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cpjax.crosscheck.files.atomic import atomic_write
+from cpjax.crosscheck.files.atomic import write_json
 from cpjax.crosscheck.files.case import VERSION, Case
 from cpjax.errors import InputError
 
@@ -40,15 +39,9 @@ def write_note(folder: Path, case: Case, backend: str, note: Note) -> Path:
       InputError: a file is there already, or the folder cannot be written.
     """
     path = folder / f"{case.name}.json"
-    if path.exists():
-        raise InputError(f"{path} is there already; nothing is overwritten, move it away")
     content = {"format": "cpjax.outcome", "version": VERSION, "name": case.name, "digest": case.digest}
     content |= {"backend": backend, "outcome": note.outcome, "reason": note.reason}
-    try:
-        with atomic_write(path) as unfinished:
-            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror})") from None
+    write_json(path, content)
     return path
 
 

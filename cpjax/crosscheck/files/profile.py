@@ -1,12 +1,11 @@
 """A precision profile in a file: what `cpjax fingerprint --profile` writes and `judge-dump --precision` takes."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cpjax.crosscheck.files.atomic import atomic_write
+from cpjax.crosscheck.files.atomic import write_json
 from cpjax.errors import InputError
 from cpjax.precision import PROFILES, Precision
 
@@ -42,14 +41,7 @@ def write_profile(path: Path, precision: Precision) -> None:
     Raises:
       InputError: it is there already, or cannot be written.
     """
-    if path.exists():
-        raise InputError(f"{path} is there already; nothing is overwritten, name another file")
-    try:
-        with atomic_write(path) as unfinished:
-            content = {"format": "cpjax.profile", "version": VERSION, **vars(precision)}
-            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror})") from None
+    write_json(path, {"format": "cpjax.profile", "version": VERSION, **vars(precision)})
 
 
 def read_profile(path: Path) -> Precision:

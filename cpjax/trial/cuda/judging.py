@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpjax.crosscheck import judge, judge_gradients
+from cpjax.crosscheck import GradientVerdict, Verdict, judge, judge_gradients
 from cpjax.trial.cuda.compute import Job
 from cpjax.trial.cuda.planted import FAULTS, is_named
 from cpjax.trial.cuda.tasks import Task
@@ -66,21 +66,9 @@ def _of_out(job: Job) -> Answer:
     words = {**p.judge_arguments(), "layout": "contiguous", "precision": job.precision}
     verdict = judge(p.query, p.key, p.value, job.out, job.lse, **words)
     diagnosis = [] if verdict.passed or not verdict.judgeable else verdict.diagnosis
-    return Answer(
-        job.task,
-        verdict.precision,
-        p.query.shape[1],
-        p.key.shape[1],
-        verdict.passed,
-        verdict.judgeable,
-        verdict.hard_ratio,
-        (verdict.z, verdict.lse_z),
-        abs(verdict.scale_z_score),
-        verdict.failed_tests,
-        (*verdict.reasons, *diagnosis),
-        is_named(job.task.fault, diagnosis),
-        0.0,
-    )
+    answered = _answered(job, verdict, verdict.hard_ratio, (verdict.z, verdict.lse_z), (*verdict.reasons, *diagnosis))
+    named = is_named(job.task.fault, diagnosis)
+    return answered._replace(scale_z_score=abs(verdict.scale_z_score), named=named)
 
 
 def _of_gradients(job: Job) -> Answer:
@@ -90,20 +78,32 @@ def _of_gradients(job: Job) -> Answer:
     how = {"rounded_every": job.rounded_every, "ds": job.ds}
     verdict = judge_gradients(*tensors, precision=profile, **asked(p), **how)
     wrong = () if verdict.passed else tuple(one.sentence for one in verdict.tensors if not one.passed)
+    of_bound, z = max(one.of_bound for one in verdict.tensors), tuple(one.z for one in verdict.tensors)
+    return _answered(job, verdict, of_bound, z, (*wrong, *verdict.causes))
+
+
+def _answered(
+    job: Job,
+    verdict: Verdict | GradientVerdict,
+    of_bound: float,
+    z: tuple[float, ...],
+    sentences: tuple[str, ...],
+) -> Answer:
+    """What both kinds of verdict say alike; no z of the scale, no fault named, and no seconds yet."""
     return Answer(
-        job.task,
-        verdict.precision,
-        p.query.shape[1],
-        p.key.shape[1],
-        verdict.passed,
-        verdict.judgeable,
-        max(one.of_bound for one in verdict.tensors),
-        tuple(one.z for one in verdict.tensors),
-        float("nan"),
-        verdict.failed_tests,
-        (*wrong, *verdict.causes),
-        False,
-        0.0,
+        task=job.task,
+        precision=verdict.precision,
+        queries=job.problem.query.shape[1],
+        keys=job.problem.key.shape[1],
+        passed=verdict.passed,
+        judgeable=verdict.judgeable,
+        of_bound=of_bound,
+        z=z,
+        scale_z_score=float("nan"),
+        failed_tests=verdict.failed_tests,
+        sentences=sentences,
+        named=False,
+        seconds=0.0,
     )
 
 
