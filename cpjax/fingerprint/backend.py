@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cpjax.crosscheck.backends import Backend, load
-from cpjax.crosscheck.backends.compute import asked, run_all
+from cpjax.crosscheck.backends.compute import FAILURES, asked, run_all
 from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.note import Note
 from cpjax.errors import InputError
@@ -21,11 +21,11 @@ def card_of_backend(
     What it raises is among the card's failures, in the words of `cpjax crosscheck`, with a traceback on stderr.
 
     Raises:
-      InputError: it is not installed, or the dtype is not float16.
+      InputError: it is not installed, or cannot be loaded; the dtype is not float16.
     """
     if dtype != DTYPE:
         raise InputError(f"backend {name} takes FP16; say --dtype float16")
-    backend, probes = load(name), all_probes(dtype)
+    backend, probes = _loaded(name), all_probes(dtype)
     failures: dict[str, str] = {}
     cases: dict[str, Case] = {}
     for probe_name, probe in probes.items():
@@ -44,6 +44,17 @@ def card_of_backend(
             answers[probe_name] = answer_of(given, probes[probe_name])
         advance("probes", done, len(cases))
     return read_card(name, dtype, probes, answers, failures)
+
+
+def _loaded(name: str) -> Backend:
+    try:
+        return load(name)
+    except InputError:
+        raise
+    except FAILURES as error:
+        raise InputError(
+            f"backend {name} cannot be loaded ({type(error).__name__}: {error}); mend its package"
+        ) from None
 
 
 def _supported(backend: Backend, name: str, probe: Probe) -> tuple[Case, Note | None]:

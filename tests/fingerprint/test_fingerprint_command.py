@@ -218,6 +218,15 @@ def test_what_a_backend_raises_is_the_reason_of_every_probe(tmp_path, monkeypatc
     assert card["profile"] is None
 
 
+@pytest.mark.parametrize(("name", "reason"), [("nobackend", "TypeError"), ("missing", "AttributeError")])
+def test_a_backend_that_cannot_be_loaded_is_an_error_of_the_user(tmp_path, monkeypatch, name, reason):
+    monkeypatch.syspath_prepend(backend_package.install(tmp_path))
+    status, said = run(name)
+    monkeypatch.delitem(sys.modules, "their_backends")
+    assert status == 2
+    assert f"backend {name} cannot be loaded ({reason}: " in said
+
+
 def test_cases_refuses_head_dims_of_another_set(tmp_path):
     result = RUNNER.invoke(app, ["cases", str(tmp_path / "x"), "--head-dims", "192,128"])
     assert result.exit_code == 2
