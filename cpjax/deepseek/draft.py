@@ -32,6 +32,7 @@ from cpjax.deepseek.mtp import Drafting, MtpWeights
 from cpjax.deepseek.parallel import Setup, decode_step, extended_cache, prefill
 from cpjax.errors import InputError
 from cpjax.partition import Zigzag
+from cpjax.wording import counted
 
 BORDERS = ("exact", "vendor")
 """How the tokens that follow are found in the prefill."""
@@ -56,14 +57,14 @@ class Drafter(NamedTuple):
     setup: Setup
     weights: ModelWeights
     modules: tuple[MtpWeights, ...]
-    count: int
+    tokens: int
     cut: CacheCut
 
 
 class Drafted(NamedTuple):
     """What drafting came to."""
 
-    count: int
+    tokens: int
     """Tokens that are drafted for a step."""
     steps: int
     """Steps that verified them; without drafts there is one a token."""
@@ -71,11 +72,17 @@ class Drafted(NamedTuple):
     """Of each row, how many drafts each step accepted, until the row had all its tokens."""
 
 
-def drafter(setup: Setup, weights: ModelWeights, modules: tuple[MtpWeights, ...], count: int, cut: CacheCut) -> Drafter:
+def drafter(
+    setup: Setup, weights: ModelWeights, modules: tuple[MtpWeights, ...], count: int, cut: CacheCut, prompt: int
+) -> Drafter:
     """With as many modules as are needed.
 
+    Args:
+      prompt: tokens of the part of the prompt that is prefilled last, of which the modules draft.
+
     Raises:
-      InputError: no token to draft, no module; several modules, but fewer than tokens.
+      InputError: no token to draft, no module; several modules, but fewer than tokens; a part with fewer tokens than
+        modules.
     """
     if count < 1:
         raise InputError(f"draft is {count}; it is the number of tokens that are drafted for a step, at least 1")
@@ -86,7 +93,13 @@ def drafter(setup: Setup, weights: ModelWeights, modules: tuple[MtpWeights, ...]
             f"{count} tokens are to be drafted, but of {len(modules)} modules each drafts one; draft at most "
             f"{len(modules)}"
         )
-    return Drafter(setup, weights, modules[:count], count, cut)
+    modules = modules[:count]
+    if prompt < len(modules):
+        raise InputError(
+            f"the last part of the prompt has {counted(prompt, 'token')}, and {len(modules)} modules draft; give at "
+            "least as many, or another chunk"
+        )
+    return Drafter(setup, weights, modules, count, cut)
 
 
 def following(
@@ -105,10 +118,8 @@ def following(
     array([[11, 16, 13, 14, 15, 99, 17, 99]])
 
     Raises:
-      InputError: a border that is not known; the vendor's with more than one module.
+      InputError: the vendor's border with more than one module.
     """
-    if border not in BORDERS:
-        raise InputError(f"border is {border!r:.60}; it must be {' or '.join(BORDERS)}")
     length = ids.shape[1]
     if border == "exact":
         text = np.concatenate([ids, first[:, None], np.zeros((len(ids), shift), ids.dtype)], axis=1)
@@ -164,19 +175,14 @@ def first_window(
 
     Args:
       hidden: of its last tokens at least as many as there are modules, before the model's last norm.
-
-    Raises:
-      InputError: fewer tokens than modules.
     """
     old = len(who.modules)
-    if min(hidden.shape[1], ids.shape[1]) < old:
-        raise InputError(f"the last part of the prompt has fewer tokens than the {old} modules that draft; give more")
     hidden = rms_norm(hidden[:, -old:], who.weights.norm, who.setup.config.rms_norm_eps)
     known = np.concatenate([ids, first[:, None]], axis=1)[:, -old:]
     batch = len(ids)
     return Window(
-        jnp.pad(hidden, ((0, 0), (0, who.count), (0, 0))),
-        np.pad(known, ((0, 0), (0, who.count))),
+        jnp.pad(hidden, ((0, 0), (0, who.tokens), (0, 0))),
+        np.pad(known, ((0, 0), (0, who.tokens))),
         np.full(batch, ids.shape[1] - old),
         np.full(batch, old - 1),
     )
@@ -206,9 +212,9 @@ def next_window(
 
 
 def drafts(who: Drafter, caches: list[Cache], window: Window) -> tuple[Int[np.ndarray, "B N"], list[Cache]]:
-    """`count` tokens after the last that is known, and the modules' caches."""
+    """The tokens after the last that is known, and the modules' caches."""
     rows, last = np.arange(len(window.last)), window.last
-    text = np.pad(window.following, ((0, 0), (0, who.count)))
+    text = np.pad(window.following, ((0, 0), (0, who.tokens)))
     hidden, width, found, kept = window.hidden, window.following.shape[1], [], []
     for number, (module, cache) in enumerate(zip(who.modules, caches, strict=True)):
         if number:
@@ -220,7 +226,7 @@ def drafts(who: Drafter, caches: list[Cache], window: Window) -> tuple[Int[np.nd
         kept.append(cache)
     here = hidden[rows, last][:, None]
     cache = kept[-1]._replace(length=jnp.asarray(window.start + last + 1, jnp.int32))
-    while len(found) < who.count:  # one module alone: its own hidden state stands for the model's
+    while len(found) < who.tokens:  # one module alone: its own hidden state stands for the model's
         run = jnp.asarray(found[-1][:, None], jnp.int32)
         logits, here, cache = decode_step(who.setup, who.cut, who.weights, run, cache, Drafting(who.modules[0], here))
         found.append(np.asarray(logits)[:, 0].argmax(axis=1))

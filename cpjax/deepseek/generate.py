@@ -22,6 +22,7 @@ from cpjax.deepseek.cache import Cache, CacheCut
 from cpjax.deepseek.checkpoint import Advance
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import (
+    BORDERS,
     Drafted,
     Drafter,
     agreed,
@@ -124,12 +125,15 @@ def generate(
         )
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}; it is the number of tokens that are prefilled at once, at least 1")
-    if border != "exact" and chunk is not None:
+    if border not in BORDERS:
+        raise InputError(f"border is {border!r:.60}; it must be {' or '.join(BORDERS)}")
+    if border == "vendor" and chunk is not None:
         raise InputError("the vendor's border is that of a prompt at once; leave chunk out, or give border exact")
     started = time.perf_counter()
     # The last step may draft tokens beyond the end.
     cut = sharing.cut(setup, length + steps + draft)
-    who = drafter(setup, weights, modules, draft, cut) if draft else None
+    last = length if chunk is None else (length - 1) % chunk + 1
+    who = drafter(setup, weights, modules, draft, cut, last) if draft else None
     prompt = _prefilled(setup, weights, ids, cut, chunk, who, border)
     seconds = {"prefill": time.perf_counter() - started, "first step": 0.0, "further steps": 0.0}
     advance("tokens", 1, steps)
@@ -224,7 +228,7 @@ def _with_drafts(
         step += 1
         seconds["first step" if step == 1 else "further steps"] += time.perf_counter() - started
         advance("tokens", min(map(len, tokens)), steps)
-    drafted = Drafted(who.count, step, tuple(map(tuple, accepted)))
+    drafted = Drafted(who.tokens, step, tuple(map(tuple, accepted)))
     return Generated(np.array(tokens), np.array(found), seconds, drafted)
 
 

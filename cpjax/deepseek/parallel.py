@@ -17,7 +17,7 @@ What is summed over devices is summed in the model's dtype.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -320,9 +320,9 @@ def _run(
     return Outcome(hidden, jax.tree.map(lambda x: x[None], latent))
 
 
-def _drafting_specs(setup: Setup, drafting: Drafting | None, hidden: P) -> Drafting | None:
-    # All modules are cut alike, so the first one's cut is everybody's.
-    return None if drafting is None else Drafting(mtp_specs(setup.config)[0], hidden)
+def _drafting_specs(setup: Setup, drafting: Drafting | None, hidden: P) -> Any:
+    """A `Drafting` of PartitionSpec: all modules are cut alike, so the first one's cut is everybody's."""
+    return None if drafting is None else Drafting(mtp_specs(setup.config)[0], cast("Any", hidden))
 
 
 def _summed(x: Array) -> Array:
@@ -377,9 +377,9 @@ def extended_cache(
       lengths: tokens of each row that are new.
       prompt: tokens of each row's whole prompt, said with its first part; None: `lengths`.
     """
-    lengths = jnp.asarray(lengths, jnp.int32)
-    whole = lengths if prompt is None else jnp.asarray(prompt, jnp.int32)
-    return _extended(setup, cut, outcome.latent, lengths, whole, cache)
+    new = jnp.asarray(lengths, jnp.int32)
+    whole = new if prompt is None else jnp.asarray(prompt, jnp.int32)
+    return _extended(setup, cut, outcome.latent, new, whole, cache)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

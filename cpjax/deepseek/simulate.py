@@ -63,10 +63,10 @@ class Said(NamedTuple):
             None
             if drafted is None
             else {
-                "tokens a step": drafted.count,
+                "tokens a step": drafted.tokens,
                 "border": request.border,
                 "steps": drafted.steps,
-                "drafted": drafted.count * drafted.steps,
+                "drafted": drafted.tokens * drafted.steps,
                 "accepted": sum(drafted.accepted[0]),
             }
         )
@@ -115,8 +115,8 @@ def _shared(request: Request) -> str:
 def _drafts(drafted: Drafted, border: str) -> str:
     accepted = sum(drafted.accepted[0])
     return (
-        f"drafts: {counted(drafted.count, 'token')} a step, border {border}; {accepted} of "
-        f"{drafted.count * drafted.steps} accepted, {counted(drafted.steps, 'step')}"
+        f"drafts: {counted(drafted.tokens, 'token')} a step, border {border}; {accepted} of "
+        f"{drafted.tokens * drafted.steps} accepted, {counted(drafted.steps, 'step')}"
     )
 
 

@@ -1,6 +1,7 @@
 """Drafting: modules on a mesh, several tokens a step, what is accepted; the tokens are those without drafts."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import jax
@@ -13,7 +14,6 @@ from cpjax.deepseek import draft as drafting
 from cpjax.deepseek import generate as generating
 from cpjax.deepseek import parallel
 from cpjax.deepseek.attention import attend_on_one_device, linear, rms_norm
-from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import load, load_mtp, open_checkpoint, write_random
 from cpjax.deepseek.config import SMALL
 from cpjax.deepseek.draft import following
@@ -29,11 +29,12 @@ TINY = replace(
     SMALL,
     vocab_size=31,
     hidden_size=48,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
     n_routed_experts=8,
     num_nextn_predict_layers=2,
 )
-IDS = np.random.default_rng(0).integers(0, 31, (2, 9))
+IDS = np.random.default_rng(0).integers(0, 31, (8, 9))
 STEPS = 12
 
 
@@ -46,7 +47,7 @@ def float64():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("draft") / "model"
-    write_random(folder, TINY, seed=5)
+    write_random(folder, TINY, seed=1)
     return open_checkpoint(folder)
 
 
@@ -66,9 +67,9 @@ def guessing(weights, modules):
     The model's choice depends mostly on the last token; a module takes little but the token that follows.
     """
     wide = TINY.hidden_size
-    weights = weights._replace(layers=tuple(quieter(x, 0.3) for x in weights.layers))
-    keeps = jnp.concatenate([jnp.eye(wide), 0.2 * jnp.eye(wide)], axis=1)
-    return weights, tuple(m._replace(eh_proj=keeps, layer=quieter(m.layer, 0.3)) for m in modules)
+    weights = weights._replace(layers=tuple(quieter(x, 0.8) for x in weights.layers))
+    keeps = jnp.concatenate([jnp.eye(wide), 0.3 * jnp.eye(wide)], axis=1)
+    return weights, tuple(m._replace(eh_proj=keeps, layer=quieter(m.layer, 0.5)) for m in modules)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,12 @@ def generated(on_mesh, count, modules, **more):
     )
 
 
+def accepted(found):
+    """Of each row, what its steps accepted."""
+    assert found.drafted is not None
+    return found.drafted.accepted
+
+
 @pytest.fixture(scope="module")
 def plain(on_mesh):
     """Without drafts."""
@@ -125,8 +132,12 @@ def right(one_device, plain):
     return [np.asarray(said)[:, : text.shape[1] - k - 1] == text[:, k + 1 :] for k, (_, _, said) in enumerate(found, 1)]
 
 
-def accepted_by_hand(right, row, count):
-    """What each step accepts if a draft counts where it and all before it are right; the end cuts the last ones off."""
+def accepted_by_hand(right, count):
+    """What each step of each row accepts: a draft that is right with all before it; the end cuts the last ones off."""
+    return tuple(accepted_of_row(right, row, count) for row in range(len(IDS)))
+
+
+def accepted_of_row(right, row, count):
     known, found = IDS.shape[1] + 1, []
     while known < IDS.shape[1] + STEPS:
         here, n = known - 2, 0
@@ -143,8 +154,139 @@ def test_tokens_are_those_without_drafts(on_mesh, one_device, plain, right, coun
     found = generated(on_mesh, count, modules)
     np.testing.assert_array_equal(found.ids, plain.ids)
     assert check(TINY, one_device[0], IDS, found).passed
-    drafted = found.drafted
-    assert drafted.accepted == tuple(accepted_by_hand(right, row, count) for row in range(2))
-    every = sum(drafted.accepted, ())
+    assert accepted(found) == accepted_by_hand(right, count)
+    every = sum(accepted(found), ())
     assert {0, count} <= set(every), "else this text shows nothing"
-    assert drafted.steps == max(map(len, drafted.accepted)) < STEPS - 1
+    assert found.drafted.steps == max(map(len, accepted(found)))
+    assert sum(every) > len(IDS)
+
+
+@pytest.mark.parametrize("more", [{"chunk": 5}, {"border": "vendor"}])
+def test_other_prefills(on_mesh, plain, right, more):
+    """In chunks nothing changes; with the vendor's border drafts may, tokens do not."""
+    found = generated(on_mesh, 1, 1, **more)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+    if "chunk" in more:
+        assert accepted(found) == accepted_by_hand(right, 1)
+
+
+def test_one_module_drafts_two_tokens(on_mesh, plain, right):
+    """Applied to its own hidden state the second time. Where the first draft is wrong, nothing is accepted."""
+    found = generated(on_mesh, 2, 1)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+    for row, one in enumerate(accepted(found)):
+        known = IDS.shape[1] + 1
+        for n in one:
+            last = known + 1 == IDS.shape[1] + STEPS
+            assert (n > 0) == (right[0][row, known - 2] and not last)
+            known += n + 1
+    assert 2 in sum(accepted(found), ())
+
+
+# The prefill of modules -----------------------------------------------------------------------------------------------
+
+
+def modules_on_mesh(on_mesh, first, border="exact"):
+    """Hidden states and latents of all modules after the prompt."""
+    how, weights, modules = on_mesh
+    hidden, found = rms_norm(prefill(how, weights, IDS).hidden, weights.norm, TINY.rms_norm_eps), []
+    for k, module in enumerate(modules, start=1):
+        ids = following(IDS, first, k, 2, border if k == 1 else "exact")
+        hidden, latent = prefill(how, weights, ids, drafting=Drafting(module, hidden))
+        found.append((np.asarray(hidden), np.asarray(latent.c_kv)[0]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_the_prompt(one_device, plain):
+    weights, modules = one_device
+    text = np.concatenate([IDS, plain.ids[:, :1]], axis=1)
+    return drafts_of_a_text(TINY, weights, modules, jnp.asarray(text, jnp.int32))
+
+
+def test_modules_over_the_prompt(on_mesh, plain, of_the_prompt):
+    """9 tokens in 4 chunks: the first token of a chunk follows the last of another, on another rank."""
+    for found, wanted in zip(modules_on_mesh(on_mesh, plain.ids[:, 0]), of_the_prompt, strict=True):
+        for a, b in zip(found, wanted[:2], strict=True):
+            assert np.abs(a[:, : b.shape[1]] - np.asarray(b)).max() < 1e-10
+
+
+def test_the_vendor_s_border_is_seen(on_mesh, plain, of_the_prompt):
+    """Of the chunks 0–2, 3–5, 6–8 and pads, rank 0 has the first and the last: token 2 gets a pad to follow it."""
+    (_, c_kv), *_ = modules_on_mesh(on_mesh, plain.ids[:, 0], "vendor")
+    other = np.abs(c_kv - np.asarray(of_the_prompt[0][1])).max(axis=(0, 2))
+    assert np.flatnonzero(other > 1e-10).tolist() == [2]
+    assert other[2] > 1e-3
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+@pytest.mark.parametrize("length", [24, 21])
+def test_what_follows_on_the_vendor_s_ranks(cp, length):
+    """Written anew, rank by rank and token by token. One rank has the whole text, and only pads can come between."""
+    ids, first, size = np.arange(1, length + 1)[None], np.array([99]), 24 // (2 * cp)
+    token = [*range(1, length + 1), *[0] * (24 - length)]
+    wanted = {}
+    for rank in range(cp):
+        late = 2 * cp - 1 - rank
+        places = [*range(rank * size, (rank + 1) * size), *range(late * size, (late + 1) * size)]
+        for here, there in itertools.pairwise(places):
+            wanted[here] = token[there]
+        wanted[places[-1]] = 99
+    assert following(ids, first, 1, cp, "vendor").tolist() == [[wanted[i] for i in range(length)]]
+    assert following(ids, first, 1, cp).tolist() == [[*range(2, length + 1), 99]]
+    assert following(ids, first, 3, cp).tolist() == [[*range(4, length + 1), 99, 0, 0]]
+
+
+# Broken on purpose ----------------------------------------------------------------------------------------------------
+
+
+def verified(on_mesh, plain):
+    """Logits of a step with two tokens after the prompt."""
+    how, weights, _ = on_mesh
+    cut = Sharing(2, is_sp=True).cut(how, IDS.shape[1] + STEPS + 1)
+    cache = extended_cache(how, cut, prefill(how, weights, IDS), [9] * len(IDS))
+    return np.asarray(parallel.decode_step(how, cut, weights, jnp.asarray(plain.ids[:, :2], jnp.int32), cache).logits)
+
+
+def test_tokens_of_a_step_see_those_before_them(on_mesh, one_device, plain):
+    text = np.concatenate([IDS, plain.ids[:, :-1]], axis=1)
+    wanted = np.asarray(on_one_device(TINY, one_device[0], jnp.asarray(text, jnp.int32)))[:, 9:11]
+    assert np.abs(verified(on_mesh, plain) - wanted).max() < 1e-10
+    with pytest.MonkeyPatch.context() as patch:
+        old = "Tokens(position, jnp.zeros_like(position))"
+        mutant(patch, parallel, "decode_step", old, old.replace("(position,", "(position + 1,"))
+        other = np.abs(verified(on_mesh, plain) - wanted).max(axis=(0, 2))
+    assert other[0] > 1e-4, "it sees the draft after it"
+
+
+def test_what_is_not_taken_back_is_seen(on_mesh, one_device, plain, right):
+    """Of the model's cache by other tokens; of a module's by other drafts."""
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch, generating, "_with_drafts", "length + jnp.asarray(taken, jnp.int32)", "length + run.shape[1]")
+        assert not check(TINY, one_device[0], IDS, generated(on_mesh, 1, 1)).passed
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch, drafting, "drafts", "length=jnp.asarray(window.start, jnp.int32)", "length=cache.length")
+        patch.setattr(generating, "drafts", drafting.drafts)
+        found = generated(on_mesh, 1, 1)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+    assert accepted(found) != accepted_by_hand(right, 1)
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draft", "modules", "more", "message"),
+    [
+        (-1, 1, {}, "draft is -1"),
+        (1, 0, {}, "there is no MTP module"),
+        (3, 2, {}, "3 tokens are to be drafted, but of 2 modules each drafts one; draft at most 2"),
+        (1, 1, {"border": "lossy"}, "border is 'lossy'; it must be exact or vendor"),
+        (2, 2, {"border": "vendor"}, "shift is that of one module"),
+        (1, 1, {"border": "vendor", "chunk": 4}, "border is that of a prompt at once"),
+        (2, 2, {"chunk": 8}, "the last part of the prompt has 1 token, and 2 modules draft"),
+    ],
+)
+def test_bad_input(on_mesh, draft, modules, more, message):
+    with pytest.raises(InputError, match=message):
+        generated(on_mesh, draft, modules, **more)
