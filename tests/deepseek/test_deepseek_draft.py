@@ -1,4 +1,7 @@
-"""Drafting: modules on a mesh, several tokens a step, what is accepted; the tokens are those without drafts."""
+"""Drafting: modules on a mesh, several tokens a step, what is accepted; the tokens are those without drafts.
+
+And steps that are started before the last one's tokens are read, with the same programs.
+"""
 
 import functools
 import itertools
@@ -13,6 +16,7 @@ from source_mutant import mutant
 from cpjax.deepseek import draft as drafting
 from cpjax.deepseek import generate as generating
 from cpjax.deepseek import parallel
+from cpjax.deepseek.ahead import decode_ahead
 from cpjax.deepseek.attention import attend_on_one_device, linear, rms_norm
 from cpjax.deepseek.checkpoint import load, load_mtp, open_checkpoint, write_random
 from cpjax.deepseek.config import SMALL
@@ -275,6 +279,47 @@ def test_what_is_not_taken_back_is_seen(on_mesh, one_device, plain, right):
         found = generated(on_mesh, 1, 1)
     np.testing.assert_array_equal(found.ids, plain.ids)
     assert accepted(found) != accepted_by_hand(right, 1)
+
+
+# Started ahead --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_steps_that_are_started_ahead(on_mesh, plain, ahead):
+    """A row ends with its third token, the others with their last or never: nobody gets another token for it."""
+    how, weights, _ = on_mesh
+    cut, told, end = Sharing(2, is_sp=True).cut(how, IDS.shape[1] + STEPS), [], int(plain.ids[0, 2])
+    cache = extended_cache(how, cut, prefill(how, weights, IDS), [9] * len(IDS))
+    first = jnp.asarray(plain.ids[:, 0], jnp.int32)
+    tell = lambda *x: told.append(x)  # noqa: E731
+    found = decode_ahead(how, cut, weights, first, cache, STEPS, ahead=ahead, end=end, told=tell)
+    assert found == [row[: row.index(end) + 1] if end in row else row for row in plain.ids.tolist()]
+    assert len(found[0]) <= 3 < max(map(len, found))
+    if ahead:
+        assert told.index(("start", 3)) < told.index(("read", 2))
+    else:
+        assert told.index(("start", 3)) > told.index(("read", 2))
+
+
+def test_a_row_s_end_is_known_late(on_mesh, plain):
+    """Both rows are the same request, and end together: as many steps are in vain as were started ahead."""
+    how, weights, _ = on_mesh
+    row = int(np.argmax([len(set(row[:6])) for row in plain.ids]))
+    cut, end = Sharing(2, is_sp=True).cut(how, IDS.shape[1] + STEPS), int(plain.ids[row, 5])
+    ids = np.repeat(IDS[row : row + 1], len(IDS), axis=0)
+    first = jnp.full(len(IDS), plain.ids[row, 0], jnp.int32)
+    started = []
+    for ahead in (0, 1):
+        told, cache = [], extended_cache(how, cut, prefill(how, weights, ids), [9] * len(IDS))
+        tell = lambda *x, told=told: told.append(x)  # noqa: E731
+        found = decode_ahead(how, cut, weights, first, cache, STEPS, ahead=ahead, end=end, told=tell)
+        assert found == [plain.ids[row, : len(found[0])].tolist()] * len(IDS)
+        assert found[0][-1] == end
+        started.append(sum(what == "start" for what, _ in told))
+    assert started[1] == started[0] + 1
+    for steps, ahead in ((0, 1), (1, -1)):
+        with pytest.raises(InputError, match="give at least 1 step, and 0 or more ahead"):
+            decode_ahead(how, cut, weights, first, cache, steps, ahead=ahead)
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
