@@ -15,7 +15,8 @@ Ascend/MindIE-LLM); DeepSeek-V3 (arXiv 2412.19437, §2.2) has one as well, and d
 *Border.* On a rank of the prefill lie two runs of tokens, one early and one late. The token after the last of a run is
 another rank's; the exact shift is made before tokens are cut. MindIE turns each rank's whole list by one, and puts the
 model's new token at its end: at the border of the runs a place gets the first token of the rank's other run, and at the
-end of the list the new token. Only drafts get worse by it.
+end of the list the new token. That is right on the last rank, whose runs are neighbours, and at the end of rank 0, if
+there are no pads. Only drafts can get worse by it.
 """
 
 from collections.abc import Callable

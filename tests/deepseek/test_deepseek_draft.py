@@ -44,8 +44,11 @@ STEPS = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
+    """And programs that are compiled faster than they run: each one runs a few times only."""
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(True):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
