@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
+from cpjax.errors import InputError
 
 GENERATED = (
     "Exit status: 0 done, 1 with --check: one device gives something else, 2 bad input (one line says what and how to "
     "mend it)."
 )
+
+LAST = "turn|mindie"
 
 app = typer.Typer()
 
@@ -55,7 +58,10 @@ def checkpoint(
 GENERATE_HELP = """Prefill a prompt under context parallelism, and decode greedily over the sharded cache of latents.
 
 MODEL is the folder of a DeepSeek-V3 checkpoint that is not quantised. Devices are simulated: cp ranks share the tokens,
-tp ranks the heads, both together the experts. --config takes cp and tp of a MindIE deployment.
+tp ranks the heads, both together the experts. --config takes cp, tp and sp of a MindIE deployment.
+
+--sp cuts the cache over the tp ranks as well. --draft N lets the checkpoint's MTP modules guess N tokens for each step,
+which verifies them: the tokens are the same, and how many guesses were right is printed.
 
 --check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same.
 
@@ -76,13 +82,27 @@ def generate(
     tp: Annotated[
         int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said", metavar="N")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="a MindIE config.json, for its cp and tp", metavar="FILE")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="a MindIE config.json, for its cp, tp and sp", metavar="FILE")
+    ] = None,
+    sp: Annotated[bool, typer.Option("--sp", help="cut the cache over the tp ranks too, not over cp alone")] = False,
     steps: Annotated[int, typer.Option(min=1, help="new tokens", metavar="N")] = 8,
     block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache", metavar="N")] = 128,
+    last_block: Annotated[
+        str,
+        typer.Option(help="where a prompt's last block lies: in turn, or on the last rank as in MindIE", metavar=LAST),
+    ] = "turn",
     chunk: Annotated[
         int | None,
         typer.Option(min=1, help="tokens of the prompt that are prefilled at once; all if not said", metavar="N"),
     ] = None,
+    draft: Annotated[
+        int, typer.Option(min=0, help="tokens that MTP modules guess for a step; 0: none", metavar="N")
+    ] = 0,
+    border: Annotated[
+        str,
+        typer.Option(help="how the modules' prefill finds the token after a chunk's last", metavar="exact|vendor"),
+    ] = "exact",
     exchange: Annotated[
         str, typer.Option(help="how latents meet queries", metavar="ring|ring_both_ways|gather|pass_query")
     ] = "ring",
@@ -98,14 +118,18 @@ def generate(
     import jax
 
     from cpjax.deepseek.config import read_config
+    from cpjax.deepseek.generate import Sharing
     from cpjax.deepseek.simulate import Request, ranks_of, run
     from cpjax.parallel import simulate_devices
 
     with errors():
         ids = whole_numbers(prompt_ids, "--prompt-ids") or ()
         shape = read_config(model) if model.is_dir() else None
-        sizes, remarks = ranks_of(cp, tp, config, shape)
-        request = Request(model, ids, steps, sizes, block, exchange, dtype, precision, check, chunk)
+        if last_block not in LAST.split("|"):
+            raise InputError(f"--last-block is {last_block!r:.60}; it must be {LAST.replace('|', ' or ')}")
+        sizes, is_sp, remarks = ranks_of(cp, tp, config, shape, is_sp=sp)
+        sharing = Sharing(block, is_sp, last_block == "mindie")
+        request = Request(model, ids, steps, sizes, sharing, exchange, dtype, precision, check, chunk, draft, border)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         simulate_devices(sizes[0] * sizes[1])

@@ -10,9 +10,11 @@ Read in this order; a file imports only what stands above it:
     mtp           the module that drafts one more token
     names         the checkpoint's tensors: names, shapes, dtypes, and how ranks cut them
     checkpoint    sharded safetensors: each device reads its slice; a random one is written
-    cache         latents of past tokens, cut over cp ranks
+    cache         latents of past tokens, cut over the ranks of cp, or of cp and tp
     parallel      prefill with tokens in zigzag over cp, heads over tp, experts over both; decode; on a mesh
+    draft         tokens that MTP modules guess, and what of them is accepted
     generate      greedy decoding, and the same on one device as a check
+    ahead         decoding in which steps are started before the host has read the last one's tokens
     simulate      what `cpjax generate` does
     module        the weights as Flax NNX modules that bear the checkpoint's names
 

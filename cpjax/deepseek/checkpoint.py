@@ -121,8 +121,10 @@ def load(
     return _loaded(checkpoint, sources, dtype, mesh, specs, advance)
 
 
-def load_mtp(checkpoint: Checkpoint, dtype: str) -> tuple[MtpWeights, ...]:
-    """The MTP modules, on one device.
+def load_mtp(
+    checkpoint: Checkpoint, dtype: str, *, mesh: Mesh | None = None, specs: tuple[MtpWeights, ...] | None = None
+) -> tuple[MtpWeights, ...]:
+    """The MTP modules; `mesh` and `specs` as in `load`.
 
     Raises:
       InputError: there is none; a dtype in which nothing is computed; a file that cannot be read.
@@ -131,7 +133,7 @@ def load_mtp(checkpoint: Checkpoint, dtype: str) -> tuple[MtpWeights, ...]:
         raise InputError(f"{checkpoint.folder} has no MTP module; take a checkpoint with num_nextn_predict_layers > 0")
     wanted = mtp_shapes(checkpoint.config)
     sources = mtp_of(checkpoint.config, lambda name: _Source((name,), wanted[name]), _stacked)
-    return _loaded(checkpoint, sources, dtype, None, None, lambda what, done, total: None)
+    return _loaded(checkpoint, sources, dtype, mesh, specs, lambda what, done, total: None)
 
 
 def _loaded(checkpoint: Checkpoint, sources: Any, dtype: str, mesh: Mesh | None, specs: Any, advance: Advance) -> Any:

@@ -2,8 +2,11 @@
 
     prefill    tokens lie in zigzag from the embedding to the last layer, so nothing is moved in between; each layer's
                latents travel by an exchange (`cpjax.latent`), expanded to this device's heads where they are used
-    decode     one new token a row, the same on all ranks of cp; queries are absorbed, each rank attends to its part of
-               the cache, and partials are merged in the order of the ranks (`cpjax.exchange.decode`)
+    decode     one new token a row or a few, the same on all ranks of cp; queries are absorbed, each rank attends to its
+               part of the cache, and partials are merged in the order of the ranks (`cpjax.exchange.decode`)
+    sp         the cache is cut over cp and tp together: a rank attends with the heads of all ranks of tp, gathered, to
+               its part, and keeps its own heads of the merged result
+    drafts     a module of multi-token prediction runs as a layer more, in prefill and decode, over a cache of its own
     prefix     of tokens that are cached already, or a prompt in chunks: the cached latents are gathered, attended to as
                one block, and merged last, as MindIE does (docs/mindie.md)
     experts    each device has E / (cp·tp) of them, computes them for the tokens of all ranks of cp, and sums come home
@@ -14,7 +17,7 @@ What is summed over devices is summed in the model's dtype.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +29,21 @@ from jaxtyping import Array, Float, Int
 
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import attend
-from cpjax.deepseek.attention import Latent
+from cpjax.deepseek.attention import Latent, linear, rms_norm
 from cpjax.deepseek.cache import Cache, CacheCut, cache_tokens, empty, with_new, with_text
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.model import (
+    Attending,
     ModelWeights,
     Outcome,
     Parts,
     as_handed_over,
     attention_for,
-    logits_of,
     run_layers,
 )
 from cpjax.deepseek.moe import MoeWeights, experts_of, mlp, route
-from cpjax.deepseek.names import cut_axis, weights_of
+from cpjax.deepseek.mtp import Drafting, MtpWeights, draft
+from cpjax.deepseek.names import cut_axis, mtp_of, weights_of
 from cpjax.errors import InputError
 from cpjax.exchange.blocks import finished
 from cpjax.exchange.decode import decode_attention
@@ -130,12 +134,29 @@ def setup(
 
 def specs(config: DeepseekConfig) -> ModelWeights:
     """How devices cut the weights: a `ModelWeights` of PartitionSpec."""
+    return weights_of(config, _spec, lambda _: P(AXES))
 
-    def spec(name: str) -> P:
-        axis = cut_axis(name)
-        return P() if axis is None else P(*(None,) * axis, "tp")
 
-    return weights_of(config, spec, lambda _: P(AXES))
+def mtp_specs(config: DeepseekConfig) -> tuple[MtpWeights, ...]:
+    """The same of the MTP modules."""
+    return mtp_of(config, _spec, lambda _: P(AXES))
+
+
+def _spec(name: str) -> P:
+    axis = cut_axis(name)
+    return P() if axis is None else P(*(None,) * axis, "tp")
+
+
+def cache_axes(setup: Setup, cut: CacheCut) -> tuple[str, ...]:
+    """The axes of the mesh over which a cache is cut: cp, or with sp both.
+
+    Raises:
+      InputError: a cut over another number of ranks.
+    """
+    cp, tp = setup.sizes
+    if cut.ranks not in (cp, cp * tp):
+        raise InputError(f"the cache is cut over {cut.ranks} ranks; give cp, {cp}, or with sp cp·tp, {cp * tp}")
+    return AXES[:1] if cut.ranks == cp else AXES
 
 
 def prefill(
@@ -146,17 +167,21 @@ def prefill(
     *,
     cut: CacheCut | None = None,
     cache: Cache | None = None,
+    drafting: Drafting | None = None,
 ) -> Outcome:
     """Tokens at once: their last hidden state and the latents of all layers, in natural order.
 
     Args:
-      ids: token ids; rows that are shorter are filled up at their end with any id.
+      ids: token ids; rows that are shorter are filled up at their end with any id. With `drafting` the ones
+        that follow.
       lengths: tokens of each row; None: T.
       cut, cache: tokens that stand before these, from an earlier prefill or another request with the same beginning;
         rows may have different numbers of them, or none. None: nothing stands before.
+      drafting: None: the model. A module, and the hidden states of the tokens, in natural order: the module in its
+        place; what comes back and what is cached are then its own (`cpjax.deepseek.mtp.draft`).
 
     Raises:
-      InputError: ids that the model does not have; a cache without its cut.
+      InputError: ids that the model does not have; a cache without its cut, or over another number of ranks.
     """
     if (cut is None) != (cache is None):
         raise InputError("cut says how the cache is cut; give both or none of them")
@@ -164,8 +189,11 @@ def prefill(
     batch, length = ids.shape
     lengths = np.full(batch, length) if lengths is None else lengths
     chunks = 2 * setup.sizes[0]
-    padded = np.pad(ids, ((0, 0), (0, -length % chunks)))
-    found = _prefill(setup, cut, weights, jnp.asarray(padded, jnp.int32), jnp.asarray(lengths, jnp.int32), cache)
+    pads = -length % chunks
+    padded = jnp.asarray(np.pad(ids, ((0, 0), (0, pads))), jnp.int32)
+    if drafting is not None:
+        drafting = drafting._replace(hidden=jnp.pad(drafting.hidden, ((0, 0), (0, pads), (0, 0))))
+    found = _prefill(setup, cut, weights, padded, jnp.asarray(lengths, jnp.int32), cache, drafting)
     return Outcome(found.hidden[:, :length], jax.tree.map(lambda x: x[:, :, :length], found.latent))
 
 
@@ -191,16 +219,29 @@ def checked_ids(config: DeepseekConfig, ids: Int[Any, "B T"]) -> Int[np.ndarray,
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
-    setup: Setup, cut: CacheCut | None, weights: ModelWeights, ids: Array, lengths: Array, cache: Cache | None
+    setup: Setup,
+    cut: CacheCut | None,
+    weights: ModelWeights,
+    ids: Array,
+    lengths: Array,
+    cache: Cache | None,
+    drafting: Drafting | None,
 ) -> Outcome:
     zigzag = Zigzag(setup.sizes[0])
     order = zigzag.order(ids.shape[1])
     index = jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None], ids.shape)
     position = index if cache is None else index + cache.length[:, None]
     places = Tokens(position, jnp.where(index < lengths[:, None], 0, PAD).astype(jnp.int32))
+    there = None if cut is None or cache is None else cache_tokens(cut, cache.length, cache.prompt)
+    axes = AXES[:1] if cut is None else cache_axes(setup, cut)
 
     def device(
-        weights: ModelWeights, ids: Array, places: Tokens, held: Latent | None, length: Array | None
+        weights: ModelWeights,
+        ids: Array,
+        places: Tokens,
+        held: Latent | None,
+        there: Tokens | None,
+        drafting: Drafting | None,
     ) -> tuple[Array, Latent]:
         def attending(number: int, query: Array, latent: Latent, up: UpProjection) -> Array:
             (query,) = as_handed_over(setup.attention, query)
@@ -218,24 +259,26 @@ def _prefill(
                 exchange=setup.exchange,
                 chunks=zigzag.chunks_per_rank,
             )
-            if cut is not None and held is not None and length is not None:
+            if held is not None and there is not None:
                 mine = jax.tree.map(lambda x: x[number], held)
-                before = _prefix(setup.attention, cut, query, mine, length, up, places)
+                before = _prefix(setup.attention, axes, query, mine, there, up, places)
                 result = finished(merge(result, before, setup.attention.precision), setup.attention)
             return jnp.asarray(result.out)
 
         parts = Parts(_summed, partial(_moe, is_cut=True))
-        outcome = run_layers(weights, setup.config, ids, places.position, attending, parts)
+        outcome = _run(weights, setup.config, drafting, ids, places.position, attending, parts)
         return outcome.hidden, outcome.latent
 
-    runs, slots = P(None, "cp"), P(None, None, "cp")
+    runs = P(None, "cp")
     program = jax.shard_map(
         device,
         mesh=setup.mesh,
-        in_specs=(specs(setup.config), runs, runs, slots, P()),
-        out_specs=(runs, slots),
+        in_specs=(specs(setup.config), runs, runs, P(None, None, axes), P(), _drafting_specs(setup, drafting, runs)),
+        out_specs=(runs, P(None, None, "cp")),
     )
-    hidden, latent = program(weights, ids[:, order], places, *((None, None) if cache is None else cache))
+    if drafting is not None:
+        drafting = drafting._replace(hidden=drafting.hidden[:, order])
+    hidden, latent = program(weights, ids[:, order], places, None if cache is None else cache.latent, there, drafting)
     back = np.argsort(order)
     place = lambda x, spec: lax.with_sharding_constraint(x, jax.NamedSharding(setup.mesh, spec))  # noqa: E731
     latent = jax.tree.map(lambda x: place(x[:, :, back], P(None, None, "cp")), latent)
@@ -244,19 +287,42 @@ def _prefill(
 
 def _prefix(
     attention: Attention,
-    cut: CacheCut,
+    axes: tuple[str, ...],
     query: Array,
     held: Latent,
-    length: Array,
+    there: Tokens,
     up: UpProjection,
     places: Tokens,
 ) -> Partial:
-    """Attention of this device's queries over all that is cached, gathered from the ranks of cp."""
-    c_kv, k_rope = as_handed_over(attention, *(lax.all_gather(x, "cp", axis=1, tiled=True) for x in held))
-    position = jnp.broadcast_to(jnp.asarray(cut.positions.ravel(), jnp.int32)[None], c_kv.shape[:2])
-    there = Tokens(position, jnp.where(position < length[:, None], 0, PAD).astype(jnp.int32))
+    """Attention of this device's queries over all that is cached, gathered from all ranks, in their order."""
+    c_kv, k_rope = as_handed_over(attention, *(lax.all_gather(x, axes, axis=1, tiled=True) for x in held))
     key, value = expand(c_kv, k_rope, up, attention)
     return attend(query, key, value, places, there, attention)
+
+
+def _run(
+    weights: ModelWeights,
+    config: DeepseekConfig,
+    drafting: Drafting | None,
+    ids: Array,
+    position: Array,
+    attending: Attending,
+    parts: Parts,
+) -> Outcome:
+    """The model's layers, or a module's one; layers count from 0 either way, as in the cache."""
+    if drafting is None:
+        return run_layers(weights, config, ids, position, attending, parts)
+
+    def first(number: int, query: Array, latent: Latent, up: UpProjection) -> Array:
+        return attending(0, query, latent, up)
+
+    hidden, latent = draft(weights, drafting.module, config, ids, drafting.hidden, position, first, parts)
+    return Outcome(hidden, jax.tree.map(lambda x: x[None], latent))
+
+
+def _drafting_specs(setup: Setup, drafting: Drafting | None, hidden: P) -> Any:
+    """A `Drafting` of PartitionSpec: all modules are cut alike, so the first one's cut is everybody's."""
+    return None if drafting is None else Drafting(mtp_specs(setup.config)[0], cast("Any", hidden))
 
 
 def _summed(x: Array) -> Array:
@@ -287,7 +353,10 @@ def _moe(weights: MoeWeights, config: DeepseekConfig, x: Float[Array, "B t M"], 
 class Next(NamedTuple):
     """What a step of decoding gives."""
 
-    logits: Float[Array, "B W"]
+    logits: Float[Array, "B t W"]
+    """Of the token after each new one."""
+    hidden: Float[Array, "B t M"]
+    """After the last norm."""
     cache: Cache
 
 
@@ -297,42 +366,68 @@ def extended_cache(
     outcome: Outcome,
     lengths: Sequence[int] | Int[np.ndarray, " B"],
     cache: Cache | None = None,
+    *,
+    prompt: Sequence[int] | Int[np.ndarray, " B"] | None = None,
 ) -> Cache:
     """The cache after a prefill, each rank's part on its device; `cache` is what the prefill was given.
 
     It must have room for them (`CacheCut.capacity`); what has none is not kept.
+
+    Args:
+      lengths: tokens of each row that are new.
+      prompt: tokens of each row's whole prompt, said with its first part; None: `lengths`.
     """
-    return _extended(setup, cut, outcome.latent, jnp.asarray(lengths, jnp.int32), cache)
+    new = jnp.asarray(lengths, jnp.int32)
+    whole = new if prompt is None else jnp.asarray(prompt, jnp.int32)
+    return _extended(setup, cut, outcome.latent, new, whole, cache)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _extended(setup: Setup, cut: CacheCut, latent: Latent, lengths: Array, cache: Cache | None) -> Cache:
-    where = jax.NamedSharding(setup.mesh, P(None, None, "cp"))
-    cache = with_text(cut, empty(cut, latent) if cache is None else cache, latent, lengths)
+def _extended(setup: Setup, cut: CacheCut, latent: Latent, lengths: Array, prompt: Array, cache: Cache | None) -> Cache:
+    where = jax.NamedSharding(setup.mesh, P(None, None, cache_axes(setup, cut)))
+    cache = with_text(cut, empty(cut, latent, prompt) if cache is None else cache, latent, lengths)
     return cache._replace(latent=jax.tree.map(lambda x: lax.with_sharding_constraint(x, where), cache.latent))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def decode_step(setup: Setup, cut: CacheCut, weights: ModelWeights, ids: Int[Array, " B"], cache: Cache) -> Next:
-    """One new token a row, at the position after the last: its logits, and the cache with it.
+def decode_step(
+    setup: Setup,
+    cut: CacheCut,
+    weights: ModelWeights,
+    ids: Int[Array, "B t"],
+    cache: Cache,
+    drafting: Drafting | None = None,
+) -> Next:
+    """A few new tokens a row, at the positions after the last: their logits, and the cache with them.
 
-    The cache must have room for it (`CacheCut.capacity`); what has none is not kept.
+    Each sees what is cached, itself, and those before it in the step. The cache must have room for them
+    (`CacheCut.capacity`); what has none is not kept.
 
     Args:
-      ids: the new tokens, int32.
+      ids: the new tokens, int32; with `drafting` the ones that follow them.
+      drafting: None: the model. A module, and the hidden states of the new tokens: the module in its place, as in
+        `prefill`.
     """
-    config, attention = setup.config, setup.attention
+    config, attention, axes = setup.config, setup.attention, cache_axes(setup, cut)
+    position = cache.length[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    everything = cache_tokens(cut, cache.length + ids.shape[1], cache.prompt)
 
-    def device(weights: ModelWeights, ids: Array, held: Latent, length: Array) -> tuple[Array, Latent]:
-        rank = lax.axis_index("cp")
-        position = length[:, None]
+    def device(
+        weights: ModelWeights,
+        ids: Array,
+        position: Array,
+        held: Latent,
+        there: Tokens,
+        prompt: Array,
+        drafting: Drafting | None,
+    ) -> tuple[Array, Latent]:
+        rank = lax.axis_index(axes)
         new = Tokens(position, jnp.zeros_like(position))
-        there = cache_tokens(cut, length + 1, rank)
 
         def attending(number: int, query: Array, latent: Latent, up: UpProjection) -> Array:
             mine = jax.tree.map(lambda x: x[number : number + 1], held)
             one = jax.tree.map(lambda x: x[None], latent)
-            c_kv, k_rope = (x[0] for x in with_new(cut, mine, one, length, rank))
+            c_kv, k_rope = (x[0] for x in with_new(cut, mine, one, position, prompt, rank))
             nope, rope = jnp.split(query, [config.qk_nope_head_dim], axis=-1)
             absorbed = jnp.einsum("BTND,CND->BTNC", nope, up.key, precision="highest")
             query, key, value = as_handed_over(
@@ -341,21 +436,28 @@ def decode_step(setup: Setup, cut: CacheCut, weights: ModelWeights, ids: Int[Arr
                 jnp.concatenate([c_kv, k_rope], axis=-1)[:, :, None],
                 c_kv[:, :, None],
             )
-            result = decode_attention(query, key, value, new, there, attention, axis_name="cp")
+            heads = query.shape[2]
+            if "tp" in axes:
+                query = lax.all_gather(query, "tp", axis=2, tiled=True)
+            result = decode_attention(query, key, value, new, there, attention, axis_name=axes)
             out = jnp.asarray(result.out).astype(up.value.dtype)
+            if "tp" in axes:
+                out = lax.dynamic_slice_in_dim(out, lax.axis_index("tp") * heads, heads, axis=2)
             return jnp.einsum("BTNC,CNV->BTNV", out, up.value, precision="highest")
 
         parts = Parts(_summed, partial(_moe, is_cut=False))
-        outcome = run_layers(weights, config, ids[:, None], position, attending, parts)
+        outcome = _run(weights, config, drafting, ids, position, attending, parts)
         # A rank's result is its own until somebody joins them: all of them are equal.
-        return outcome.hidden[None], with_new(cut, held, outcome.latent, length, rank)
+        return outcome.hidden[None], with_new(cut, held, outcome.latent, position, prompt, rank)
 
-    part = P(None, None, "cp")
+    part = P(None, None, axes)
     program = jax.shard_map(
         device,
         mesh=setup.mesh,
-        in_specs=(specs(config), P(), part, P()),
+        in_specs=(specs(config), P(), P(), part, P(None, axes), P(), _drafting_specs(setup, drafting, P())),
         out_specs=(P("cp"), part),
     )
-    hidden, latent = program(weights, ids, cache.latent, cache.length)
-    return Next(logits_of(weights, config, hidden[0])[:, 0], Cache(latent, cache.length + 1))
+    hidden, latent = program(weights, ids, position, cache.latent, everything, cache.prompt, drafting)
+    hidden = hidden[0] if drafting is not None else rms_norm(hidden[0], weights.norm, config.rms_norm_eps)
+    logits = linear(hidden, weights.lm_head)
+    return Next(logits, hidden, cache._replace(latent=latent, length=cache.length + ids.shape[1]))

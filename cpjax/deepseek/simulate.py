@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpjax.deepseek.checkpoint import Advance, check_computed, load, open_checkpoint
+from cpjax.deepseek.checkpoint import Advance, check_computed, load, load_mtp, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
-from cpjax.deepseek.generate import Checked, Generated, check, generate
-from cpjax.deepseek.parallel import checked_ids, model_mesh, setup, specs
+from cpjax.deepseek.draft import Drafted
+from cpjax.deepseek.generate import Checked, Generated, Sharing, check, generate
+from cpjax.deepseek.parallel import checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.errors import InputError
 from cpjax.mindie.crosscheck import accepted
+from cpjax.wording import counted
 
 MOST_DEVICES = 64
 MOST_SCALED = 8
@@ -24,12 +26,14 @@ class Request(NamedTuple):
     ids: tuple[int, ...]
     steps: int
     sizes: tuple[int, int]
-    block: int
+    sharing: Sharing
     exchange: str
     dtype: str
     precision: str | None
     is_checked: bool
     chunk: int | None = None
+    draft: int = 0
+    border: str = "exact"
 
 
 class Said(NamedTuple):
@@ -50,8 +54,22 @@ class Said(NamedTuple):
         request, checked = self.request, self.checked
         cp, tp = request.sizes
         said = {"model": str(request.model), "cp": cp, "tp": tp, "exchange": request.exchange, "chunk": request.chunk}
+        said |= {"sp": request.sharing.is_sp, "block": request.sharing.block}
+        said |= {"last block": "mindie" if request.sharing.is_last_moved else "turn"}
         said |= {"dtype": request.dtype, "precision": self.precision, "prompt": list(request.ids)}
         said |= {"tokens": self.generated.ids[0].tolist(), "seconds": self.generated.seconds, "check": None}
+        drafted = self.generated.drafted
+        said["draft"] = (
+            None
+            if drafted is None
+            else {
+                "tokens a step": drafted.tokens,
+                "border": request.border,
+                "steps": drafted.steps,
+                "drafted": drafted.tokens * drafted.steps,
+                "accepted": sum(drafted.accepted[0]),
+            }
+        )
         if checked is not None:
             difference = checked.difference if np.isfinite(checked.difference) else None
             said["check"] = {
@@ -65,14 +83,18 @@ class Said(NamedTuple):
     def text(self) -> str:
         """For a person."""
         cp, tp = self.request.sizes
-        seconds, count = self.generated.seconds, self.generated.ids.shape[1]
-        further = f", {seconds['further steps'] / (count - 2):.3f} s each of {count - 2} more" if count > 2 else ""
-        first = f"; first step {seconds['first step']:.1f} s (compiled)" if count > 1 else ""
+        seconds, drafted = self.generated.seconds, self.generated.drafted
+        count = self.generated.ids.shape[1] - 1 if drafted is None else drafted.steps
+        further = f", {seconds['further steps'] / (count - 1):.3f} s each of {count - 1} more" if count > 1 else ""
+        first = f"; first step {seconds['first step']:.1f} s (compiled)" if count else ""
         lines = [
             f"tokens: {', '.join(map(str, self.generated.ids[0].tolist()))}",
-            f"cp {cp}, tp {tp}, exchange {self.request.exchange}, {self.request.dtype}, attention {self.precision}",
+            f"cp {cp}, tp {tp}{_shared(self.request)}, exchange {self.request.exchange}, {self.request.dtype}, "
+            f"attention {self.precision}",
             f"prefill of {len(self.request.ids)} tokens {seconds['prefill']:.1f} s (compiled){first}{further}",
         ]
+        if drafted is not None:
+            lines.append(_drafts(drafted, self.request.border))
         if self.checked is not None:
             word = "agrees with one device" if self.checked.passed else "DIFFERS from one device"
             other = "" if self.checked.other is None else f"; another token at step {self.checked.other}"
@@ -83,31 +105,52 @@ class Said(NamedTuple):
         return "\n".join(lines)
 
 
-def ranks_of(
-    cp: int | None, tp: int | None, deployment: Path | None, model: DeepseekConfig | None
-) -> tuple[tuple[int, int], list[str]]:
-    """(cp, tp) as asked for, and remarks for the user.
+def _shared(request: Request) -> str:
+    """How the cache lies, where that is not the usual."""
+    cp, tp = request.sizes
+    sp = f", sp {tp} (the cache is cut over {cp * tp} ranks)" if request.sharing.is_sp else ""
+    return sp + (", the prompt's last block on the last rank" if request.sharing.is_last_moved else "")
 
-    A deployment's tp is scaled down to at most `MOST_SCALED` devices, and to what divides the model's heads.
+
+def _drafts(drafted: Drafted, border: str) -> str:
+    accepted = sum(drafted.accepted[0])
+    return (
+        f"drafts: {counted(drafted.tokens, 'token')} a step, border {border}; {accepted} of "
+        f"{drafted.tokens * drafted.steps} accepted, {counted(drafted.steps, 'step')}"
+    )
+
+
+def ranks_of(
+    cp: int | None, tp: int | None, deployment: Path | None, model: DeepseekConfig | None, *, is_sp: bool = False
+) -> tuple[tuple[int, int], bool, list[str]]:
+    """(cp, tp) as asked for, whether the cache is cut over both (sp), and remarks for the user.
+
+    A deployment's tp is scaled down to at most `MOST_SCALED` devices, and to what divides the model's heads; its sp,
+    where it has one, with it.
 
     Raises:
-      InputError: sizes given beside a deployment; one that MindIE does not take; more devices than are simulated.
+      InputError: sizes given beside a deployment; one that MindIE does not take; more devices than are simulated; sp
+        without ranks of tp.
     """
     if deployment is None:
         sizes, remarks = (cp or 2, tp or 1), []
-    elif cp is None and tp is None:
+        if is_sp and sizes[1] == 1:
+            raise InputError("--sp cuts the cache over the ranks of tp as well; give --tp of at least 2 with it")
+    elif cp is None and tp is None and not is_sp:
         found = accepted(deployment)
         cp, tp = found.sizes.cp, found.sizes.tp
         heads = tp if model is None else model.num_attention_heads
         fits = [n for n in range(1, tp + 1) if tp % n == 0 and heads % n == 0 and cp * n <= max(cp, MOST_SCALED)]
         sizes, remarks = (cp, fits[-1]), list(found.warnings)
+        is_sp = found.sizes.sp > 1 and sizes[1] > 1
         if fits[-1] != tp:
-            remarks.append(f"scaled down: tp {fits[-1]} instead of the deployment's {tp}; cp {cp} as it is")
+            sp = f", sp {fits[-1]} with it" if is_sp else ""
+            remarks.append(f"scaled down: tp {fits[-1]} instead of the deployment's {tp}{sp}; cp {cp} as it is")
     else:
-        raise InputError("--config has cp and tp; leave out --cp and --tp, or --config")
+        raise InputError("--config has cp, tp and sp; leave out --cp, --tp and --sp, or --config")
     if sizes[0] * sizes[1] > MOST_DEVICES:
         raise InputError(f"cp·tp is {sizes[0] * sizes[1]}; at most {MOST_DEVICES} devices are simulated")
-    return sizes, remarks
+    return sizes, is_sp, remarks
 
 
 def run(request: Request, advance: Advance) -> Said:
@@ -129,8 +172,20 @@ def run(request: Request, advance: Advance) -> Said:
         precision=request.precision,
         exchange=request.exchange,
     )
+    modules = load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(config)) if request.draft else ()
     weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
-    generated = generate(how, weights, ids, request.steps, block=request.block, chunk=request.chunk, advance=advance)
+    generated = generate(
+        how,
+        weights,
+        ids,
+        request.steps,
+        sharing=request.sharing,
+        chunk=request.chunk,
+        modules=modules,
+        draft=request.draft,
+        border=request.border,
+        advance=advance,
+    )
     checked = None
     if request.is_checked:
         checked = check(config, load(checkpoint, request.dtype), ids, generated)

@@ -54,12 +54,15 @@ def test_from_nothing_to_tokens(tmp_path):
     written = subprocess.run([*command, "checkpoint", "m"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert written.returncode == 0, written.stderr
     line = [*command, "generate", "m", "--prompt-ids", "5,6,7,8,9", "--config", EXAMPLE, "--check", "--json"]
-    line += ["--chunk", "3"]
+    line += ["--chunk", "3", "--draft", "1"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "scaled down: tp 4 instead of the deployment's 8; cp 2 as it is" in done.stderr
+    assert "scaled down: tp 4 instead of the deployment's 8, sp 4 with it; cp 2 as it is" in done.stderr
     said = json.loads(done.stdout)
     assert (said["cp"], said["tp"], said["prompt"], len(said["tokens"])) == (2, 4, [5, 6, 7, 8, 9], 8)
+    assert (said["sp"], said["block"], said["last block"]) == (True, 128, "turn")
+    steps = said["draft"].pop("steps")
+    assert said["draft"] == {"tokens a step": 1, "border": "exact", "drafted": steps, "accepted": 7 - steps}
     assert said["check"]["passed"]
     assert said["check"]["largest difference of a logit"] < 1e-10
 
@@ -71,7 +74,11 @@ def test_from_nothing_to_tokens(tmp_path):
         (("--prompt-ids", "1,512"), "token id 512 is none of the model's; they are 0 to 511"),
         (("--prompt-ids", "1", "--cp", "65"), "cp·tp is 65; at most 64 devices are simulated"),
         (("--prompt-ids", "1", "--tp", "3"), "num_attention_heads is 4, which tp 3 does not divide"),
-        (("--prompt-ids", "1", "--cp", "2", "--config", EXAMPLE), "leave out --cp and --tp, or --config"),
+        (("--prompt-ids", "1", "--cp", "2", "--config", EXAMPLE), "leave out --cp, --tp and --sp, or --config"),
+        (("--prompt-ids", "1", "--sp", "--config", EXAMPLE), "leave out --cp, --tp and --sp, or --config"),
+        (("--prompt-ids", "1", "--sp"), "give --tp of at least 2 with it"),
+        (("--prompt-ids", "1", "--last-block", "first"), "--last-block is 'first'; it must be turn or mindie"),
+        (("--prompt-ids", "1", "--border", "lossy"), "border is 'lossy'; it must be exact or vendor"),
         (("--prompt-ids", "1", "--config", ROOT / "README.md"), "README.md"),
         (("--prompt-ids", "1", "--dtype", "float32", "--check"), "--check is made in float64"),
         (("--prompt-ids", "1", "--dtype", "float16"), "dtype 'float16' is not one that a model is computed in"),

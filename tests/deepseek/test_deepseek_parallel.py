@@ -7,17 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from source_mutant import mutant
-from strategies import examples
 
 from cpjax.deepseek import generate as generating
 from cpjax.deepseek import parallel
 from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import load, open_checkpoint, write_random
 from cpjax.deepseek.config import KNOWN, SMALL
-from cpjax.deepseek.generate import check, generate, on_one_device
+from cpjax.deepseek.generate import Sharing, check, generate, on_one_device
 from cpjax.deepseek.model import logits_of
 from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
@@ -103,7 +100,7 @@ def in_chunks(how, weights, sizes):
     for size in sizes:
         ids = IDS[:, start : start + size]
         outcome = prefill(how, weights, ids, cut=None if cache is None else cut, cache=cache)
-        cache = extended_cache(how, cut, outcome, [size, size], cache)
+        cache = extended_cache(how, cut, outcome, [size, size], cache, prompt=[21, 21])
         found.append(logits(how, weights, outcome))
         start += size
     return np.concatenate(found, axis=1), cache
@@ -135,18 +132,15 @@ def test_rows_with_different_prefixes(on_mesh, expected):
     ("old", "new"),
     [
         ("index + cache.length[:, None]", "index + cache.length[:, None] - 1"),  # a prefix that is one token short
-        ("jnp.where(position < length[:, None], 0, PAD)", "jnp.where(position < length[:, None] - 1, 0, PAD)"),
-        ("jnp.asarray(cut.positions.ravel(), jnp.int32)", "jnp.arange(cut.positions.size, dtype=jnp.int32)"),
+        ("cache_tokens(cut, cache.length, cache", "cache_tokens(cut, cache.length - 1, cache"),
+        # The places of the ranks exchanged.
+        ("else cache_tokens(cut", "else (lambda *x: Tokens(*(y[:, ::-1] for y in cache_tokens(*x))))(cut"),
     ],
 )
 def test_a_broken_prefix_is_seen(on_mesh, expected, old, new):
     how, weights = on_mesh(*SETUPS[0])
-    name = "_prefill" if "index" in old else "_prefix"
-    unjitted = parallel._prefill.__wrapped__  # in a function of its own, so that it is traced anew
     with pytest.MonkeyPatch.context() as patch:
-        mutant(patch, parallel, name, old, new)
-        if name == "_prefix":
-            patch.setattr(parallel, "_prefill", jax.jit(lambda *x: unjitted(*x), static_argnums=(0, 1)))
+        mutant(patch, parallel, "_prefill", old, new)
         found, _ = in_chunks(how, weights, [9, 12])
     assert np.abs(found - expected).max() > 1e-4
 
@@ -161,8 +155,8 @@ def decoded(how, weights, lengths, steps):
     found = []
     for i in range(steps):
         new = jnp.asarray([row[length + i] for row, length in zip(IDS, lengths, strict=True)], jnp.int32)
-        logits, cache = parallel.decode_step(how, cut, weights, new, cache)
-        found.append(np.asarray(logits))
+        logits, _, cache = parallel.decode_step(how, cut, weights, new[:, None], cache)
+        found.append(np.asarray(logits[:, 0]))
     return np.stack(found, axis=1)
 
 
@@ -179,8 +173,8 @@ def test_decoding_rows_of_different_lengths(on_mesh, expected):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("cache_tokens(cut, length + 1, rank)", "cache_tokens(cut, length, rank)"),  # a token does not see itself
-        ("position = length[:, None]", "position = length[:, None] + 1"),
+        ("cache.length + ids.shape[1], cache.prompt", "cache.length, cache.prompt"),  # a token does not see itself
+        ("position = cache.length[:, None]", "position = 1 + cache.length[:, None]"),
         ("Parts(_summed,", 'Parts(partial(lax.pmax, axis_name="tp"),'),  # a sum forgotten JAX itself refuses
     ],
 )
@@ -211,12 +205,12 @@ def test_each_device_holds_its_part(on_mesh):
 def test_what_is_generated_is_one_device_s(on_mesh, one_device):
     how, weights = on_mesh(*SETUPS[1])
     told, prompt = [], IDS[:, :9]
-    found = generate(how, weights, prompt, 13, block=2, advance=lambda *x: told.append(x))
+    found = generate(how, weights, prompt, 13, sharing=Sharing(block=2), advance=lambda *x: told.append(x))
     assert told[-1] == ("tokens", 13, 13)
     said = check(TINY, one_device, prompt, found)
     assert said.passed
     assert said.difference < 1e-12
-    again = generate(how, weights, prompt, 3, block=2, chunk=4)
+    again = generate(how, weights, prompt, 3, sharing=Sharing(block=2), chunk=4)
     assert (again.ids == found.ids[:, :3]).all()
     assert check(TINY, one_device, prompt, again).passed
     other = found._replace(ids=(found.ids + (np.arange(13) == 12)) % 97)
@@ -234,13 +228,12 @@ def test_a_check_needs_float64(checkpoint):
 # The cut of the cache -------------------------------------------------------------------------------------------------
 
 
-@examples(0.5)
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 40))
-def test_every_token_has_one_slot(cp, block, capacity):
-    cut = CacheCut(cp, block, capacity)
-    rank, slot = cut.place(np.arange(capacity))
-    np.testing.assert_array_equal(rank, Interleaved(cp, block).owners(0, capacity))
-    np.testing.assert_array_equal(cut.positions[rank, slot], np.arange(capacity))
+@pytest.mark.parametrize(("ranks", "block"), [(1, 1), (2, 3), (5, 2)])
+def test_every_token_has_one_slot(ranks, block):
+    cut, prompt = CacheCut(ranks, block, 40), jnp.array([17])
+    (rank,), (slot,) = (np.asarray(x) for x in cut.place(jnp.arange(40)[None], prompt))
+    np.testing.assert_array_equal(rank, Interleaved(ranks, block).owners(0, 40))
+    np.testing.assert_array_equal(np.asarray(cut.positions(prompt))[0, rank, slot], np.arange(40))
 
 
 # Refused -------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ LAYERS = [
     ["cpjax.deepseek.mtp", "cpjax.deepseek.cache"],
     ["cpjax.deepseek.names"],
     ["cpjax.deepseek.checkpoint", "cpjax.deepseek.parallel"],
-    ["cpjax.deepseek.generate", "cpjax.deepseek.module"],
+    ["cpjax.deepseek.ahead", "cpjax.deepseek.draft", "cpjax.deepseek.module"],
+    ["cpjax.deepseek.generate"],
     ["cpjax.deepseek.simulate"],
     [
         *("cpjax.module", "cpjax.bench", "cpjax.inspect", "cpjax.testing"),
