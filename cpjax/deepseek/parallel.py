@@ -40,6 +40,9 @@ from cpjax.deepseek.model import (
 )
 from cpjax.deepseek.moe import MoeWeights, experts_of, mlp, route
 from cpjax.deepseek.names import cut_axis, weights_of
+from cpjax.deepseek.quantized_cut import quantized_specs
+from cpjax.deepseek.quantized_linear import Arithmetic
+from cpjax.deepseek.quantized_matrix import is_quantized, ready
 from cpjax.errors import InputError
 from cpjax.exchange.blocks import finished
 from cpjax.exchange.decode import decode_attention
@@ -85,6 +88,7 @@ class Setup:
     mesh: Mesh
     attention: Attention
     exchange: str = "ring"
+    arithmetic: Arithmetic = "exact"
 
     def __post_init__(self):
         """Refuse what cannot be cut."""
@@ -117,6 +121,7 @@ def setup(
     dtype: str,
     precision: Precision | str | None = None,
     exchange: str = "ring",
+    arithmetic: Arithmetic = "exact",
 ) -> Setup:
     """A `Setup` with the model's mask and scale.
 
@@ -124,8 +129,9 @@ def setup(
       dtype: of the weights, float64 or float32.
       precision: profile of attention; None follows from dtype.
       exchange: how latents meet queries in the prefill, one of `cpjax.latent.HEADLESS`.
+      arithmetic: of quantised weights; "vendor" depends on tp (`cpjax.deepseek.quantized_matrix`).
     """
-    return Setup(config, mesh, attention_for(config, precision, dtype), exchange)
+    return Setup(config, mesh, attention_for(config, precision, dtype), exchange, arithmetic)
 
 
 def specs(config: DeepseekConfig) -> ModelWeights:
@@ -136,6 +142,12 @@ def specs(config: DeepseekConfig) -> ModelWeights:
         return P() if axis is None else P(*(None,) * axis, "tp")
 
     return weights_of(config, spec, lambda _: P(AXES))
+
+
+def specs_of(weights: ModelWeights, config: DeepseekConfig) -> ModelWeights:
+    """`specs` for these weights: of a quantised one there is a spec for everything that is stored."""
+    each = lambda spec, weight: quantized_specs(weight, spec) if is_quantized(weight) else spec  # noqa: E731
+    return jax.tree.map(each, specs(config), weights, is_leaf=lambda x: isinstance(x, P))
 
 
 def prefill(
@@ -225,6 +237,7 @@ def _prefill(
             return jnp.asarray(result.out)
 
         parts = Parts(_summed, partial(_moe, is_cut=True))
+        weights = ready(weights, setup.arithmetic, "tp")
         outcome = run_layers(weights, setup.config, ids, places.position, attending, parts)
         return outcome.hidden, outcome.latent
 
@@ -232,7 +245,7 @@ def _prefill(
     program = jax.shard_map(
         device,
         mesh=setup.mesh,
-        in_specs=(specs(setup.config), runs, runs, slots, P()),
+        in_specs=(specs_of(weights, setup.config), runs, runs, slots, P()),
         out_specs=(runs, slots),
     )
     hidden, latent = program(weights, ids[:, order], places, *((None, None) if cache is None else cache))
@@ -275,7 +288,7 @@ def _moe(weights: MoeWeights, config: DeepseekConfig, x: Float[Array, "B t M"], 
     tokens = flat
     if is_cut:
         tokens, weight = lax.all_gather((flat, weight), "cp", axis=0, tiled=True)
-    count = weights.experts.gate_proj.shape[0]
+    count = jax.tree.leaves(weights.experts)[0].shape[0]
     mine = lax.dynamic_slice_in_dim(weight, lax.axis_index(AXES) * count, count, axis=1)
     out = lax.psum(experts_of(weights.experts, mine, tokens), "tp")
     out = lax.psum_scatter(out, "cp", scatter_dimension=0, tiled=True) if is_cut else lax.psum(out, "cp")
@@ -346,6 +359,7 @@ def decode_step(setup: Setup, cut: CacheCut, weights: ModelWeights, ids: Int[Arr
             return jnp.einsum("BTNC,CNV->BTNV", out, up.value, precision="highest")
 
         parts = Parts(_summed, partial(_moe, is_cut=False))
+        weights = ready(weights, setup.arithmetic, "tp")
         outcome = run_layers(weights, config, ids[:, None], position, attending, parts)
         # A rank's result is its own until somebody joins them: all of them are equal.
         return outcome.hidden[None], with_new(cut, held, outcome.latent, length, rank)
@@ -354,7 +368,7 @@ def decode_step(setup: Setup, cut: CacheCut, weights: ModelWeights, ids: Int[Arr
     program = jax.shard_map(
         device,
         mesh=setup.mesh,
-        in_specs=(specs(config), P(), part, P()),
+        in_specs=(specs_of(weights, config), P(), part, P()),
         out_specs=(P("cp"), part),
     )
     hidden, latent = program(weights, ids, cache.latent, cache.length)

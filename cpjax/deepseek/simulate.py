@@ -7,14 +7,21 @@ import numpy as np
 
 from cpjax.deepseek.checkpoint import Advance, check_computed, load, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
-from cpjax.deepseek.generate import Checked, Generated, check, generate
+from cpjax.deepseek.generate import Checked, Generated, check, generate, text_of
 from cpjax.deepseek.parallel import checked_ids, model_mesh, setup, specs
+from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
 from cpjax.mindie.crosscheck import accepted
 
 MOST_DEVICES = 64
 MOST_SCALED = 8
 """Devices that a deployment of more cards is scaled down to."""
+
+OWN_MAXIMA = (
+    "in the vendor's arithmetic each rank of tp takes the scale of a token from its own columns of o_proj and "
+    "down_proj, so results depend on tp; in exact arithmetic they do not"
+)
+"""Why a check of the vendor's arithmetic fails under tp."""
 
 
 class Request(NamedTuple):
@@ -30,6 +37,7 @@ class Request(NamedTuple):
     precision: str | None
     is_checked: bool
     chunk: int | None = None
+    arithmetic: str = "exact"
 
 
 class Said(NamedTuple):
@@ -39,6 +47,10 @@ class Said(NamedTuple):
     precision: str
     generated: Generated
     checked: Checked | None
+    kinds: tuple[str, ...] = ()
+    """Quantisations of the checkpoint; none: all is float."""
+    reason: str | None = None
+    """What may be the reason of a failed check."""
 
     @property
     def passed(self) -> bool:
@@ -52,6 +64,7 @@ class Said(NamedTuple):
         said = {"model": str(request.model), "cp": cp, "tp": tp, "exchange": request.exchange, "chunk": request.chunk}
         said |= {"dtype": request.dtype, "precision": self.precision, "prompt": list(request.ids)}
         said |= {"tokens": self.generated.ids[0].tolist(), "seconds": self.generated.seconds, "check": None}
+        said |= {"quantised": list(self.kinds), "arithmetic": request.arithmetic if self.kinds else None}
         if checked is not None:
             difference = checked.difference if np.isfinite(checked.difference) else None
             said["check"] = {
@@ -59,6 +72,7 @@ class Said(NamedTuple):
                 "largest difference of a logit": difference,
                 "allowed": checked.allowed if np.isfinite(checked.allowed) else None,
                 "first step with another token": checked.other,
+                "reason": self.reason,
             }
         return said
 
@@ -73,6 +87,8 @@ class Said(NamedTuple):
             f"cp {cp}, tp {tp}, exchange {self.request.exchange}, {self.request.dtype}, attention {self.precision}",
             f"prefill of {len(self.request.ids)} tokens {seconds['prefill']:.1f} s (compiled){first}{further}",
         ]
+        if self.kinds:
+            lines.append(f"quantised: {', '.join(self.kinds)}; arithmetic {self.request.arithmetic}")
         if self.checked is not None:
             word = "agrees with one device" if self.checked.passed else "DIFFERS from one device"
             other = "" if self.checked.other is None else f"; another token at step {self.checked.other}"
@@ -80,6 +96,8 @@ class Said(NamedTuple):
                 f"check: {word}, logits differ by at most {self.checked.difference:.1e} "
                 f"({self.checked.allowed:.1e} allowed){other}"
             )
+        if self.reason is not None:
+            lines.append(f"reason: {self.reason}")
         return "\n".join(lines)
 
 
@@ -119,8 +137,13 @@ def run(request: Request, advance: Advance) -> Said:
     if request.is_checked and (request.dtype, request.precision or "float64") != ("float64", "float64"):
         raise InputError("--check is made in float64; leave out --dtype and --precision")
     check_computed(request.dtype)
+    arithmetic = request.arithmetic
+    if arithmetic not in ("exact", "vendor"):
+        raise InputError(f"--arithmetic {arithmetic!r:.60} is unknown; give exact or vendor")
     checkpoint = open_checkpoint(request.model)
-    config = checkpoint.config
+    config, kinds = checkpoint.config, tuple(sorted(set(checkpoint.quantized.values())))
+    if arithmetic != "exact" and not kinds:
+        raise InputError(f"{request.model} is not quantised, so --arithmetic changes nothing; leave it out")
     ids = checked_ids(config, np.array([request.ids]))
     how = setup(
         config,
@@ -128,10 +151,28 @@ def run(request: Request, advance: Advance) -> Said:
         dtype=request.dtype,
         precision=request.precision,
         exchange=request.exchange,
+        arithmetic=arithmetic,
     )
     weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
     generated = generate(how, weights, ids, request.steps, block=request.block, chunk=request.chunk, advance=advance)
-    checked = None
+    checked = reason = None
     if request.is_checked:
-        checked = check(config, load(checkpoint, request.dtype), ids, generated)
-    return Said(request, how.attention.precision.name, generated, checked)
+        alone = load(checkpoint, request.dtype)
+        checked = check(config, alone, ids, generated, arithmetic)
+        if kinds and not checked.passed and arithmetic == "vendor" and request.sizes[1] > 1:
+            reason = OWN_MAXIMA
+        elif kinds and not checked.passed:
+            reason = reason_of(count_near_ties(config, alone, text_of(ids, generated), arithmetic))
+    return Said(request, how.attention.precision.name, generated, checked, kinds, reason)
+
+
+def reason_of(found: Near) -> str:
+    """Whether ties may be the reason that a quantised model differs from one device.
+
+    >>> reason_of(Near(0, 96))
+    'none of 96 quantised activations lies within 1e-13 of a tie in rounding, so that is not why'
+    """
+    near = f"of {found.all} quantised activations lies within {NEAR:.0e} of a tie in rounding"
+    if not found.near:
+        return f"none {near}, so that is not why"
+    return f"{found.near} {near}, where the order of sums decides on an integer; check with another prompt"
