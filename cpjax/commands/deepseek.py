@@ -23,6 +23,10 @@ CHECKPOINT_HELP = """Write a random DeepSeek checkpoint into a new folder: true 
 
 config.json, safetensors and their index, as Hugging Face writes them. --like takes the numbers of another config.json.
 
+--quantize writes the same weights as the vendor's tool does, with its description file: attention in W8A8 and all MLPs
+in W8A8 with a scale per token (w8a8), all of them with a scale per token (w8a8-dynamic), or as w8a8 but routed experts
+in W4A8 (w4a8).
+
 Example: cpjax checkpoint build/small --seed 1
 """
 
@@ -36,20 +40,28 @@ def checkpoint(
     dtype: Annotated[str, typer.Option(help="of the weights", metavar="float16|bfloat16|float32|float64")] = "float16",
     seed: Annotated[int, typer.Option(min=0, help="of the weights, which are normally distributed", metavar="N")] = 0,
     as_json: Json = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="how layers are quantised", metavar="w8a8|w8a8-dynamic|w4a8")
+    ] = None,
 ) -> None:
     """See CHECKPOINT_HELP."""
-    from cpjax.deepseek.checkpoint import write_random
+    from cpjax.deepseek.checkpoint import open_checkpoint, write_random
     from cpjax.deepseek.config import SMALL, read_config
-    from cpjax.deepseek.names import mtp_shapes, shapes
+    from cpjax.deepseek.quantized_checkpoint import write_quantized
     from cpjax.wording import counted
 
     with errors():
         config = SMALL if like is None else read_config(like)
-        files = write_random(folder, config, seed, dtype=dtype)
-    size, count = sum(file.stat().st_size for file in files), len(shapes(config) | mtp_shapes(config))
+        if quantize is None:
+            files = write_random(folder, config, seed, dtype=dtype)
+        else:
+            files = write_quantized(folder, config, seed, quantize, dtype=dtype)
+        count = len(open_checkpoint(folder).files)
+    size = sum(file.stat().st_size for file in files)
     if as_json:
         said = {"folder": str(folder), "files": [file.name for file in files], "bytes": size}
-        print(json.dumps(said | {"tensors": count, "dtype": dtype, "seed": seed}, indent=2))
+        said |= {"tensors": count, "dtype": dtype, "seed": seed, "quantize": quantize}
+        print(json.dumps(said, indent=2))
     else:
         print(f"{count} tensors, {size:,} bytes in {counted(len(files), 'file')}, in {folder}")
         print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
@@ -57,13 +69,16 @@ def checkpoint(
 
 GENERATE_HELP = """Prefill a prompt under context parallelism, and decode greedily over the sharded cache of latents.
 
-MODEL is the folder of a DeepSeek-V3 checkpoint that is not quantised. Devices are simulated: cp ranks share the tokens,
-tp ranks the heads, both together the experts. --config takes cp, tp and sp of a MindIE deployment.
+MODEL is the folder of a DeepSeek-V3 checkpoint, of floats or quantised by the vendor's tool to W8A8 or W4A8. Devices
+are simulated: cp ranks share the tokens, tp ranks the heads, both together the experts. --config takes cp, tp and sp of
+a MindIE deployment.
 
 --sp cuts the cache over the tp ranks as well. --draft N lets the checkpoint's MTP modules guess N tokens for each step,
 which verifies them: the tokens are the same, and how many guesses were right is printed.
 
---check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same.
+--check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same. With
+--arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results depend on tp
+then.
 
 Example:
 
@@ -111,6 +126,7 @@ def generate(
         str | None,
         typer.Option(help="profile of attention, see docs/precision.md; dtype's if not said", metavar="PROFILE"),
     ] = None,
+    arithmetic: Annotated[str, typer.Option(help="of quantised layers", metavar="exact|vendor")] = "exact",
     check: Annotated[bool, typer.Option("--check", help="compare with one device; exit 1 if it differs")] = False,
     as_json: Json = False,
 ) -> None:
@@ -129,7 +145,8 @@ def generate(
             raise InputError(f"--last-block is {last_block!r:.60}; it must be {LAST.replace('|', ' or ')}")
         sizes, is_sp, remarks = ranks_of(cp, tp, config, shape, is_sp=sp)
         sharing = Sharing(block, is_sp, last_block == "mindie")
-        request = Request(model, ids, steps, sizes, sharing, exchange, dtype, precision, check, chunk, draft, border)
+        how = (exchange, dtype, precision, check, chunk, draft, border, arithmetic)
+        request = Request(model, ids, steps, sizes, sharing, *how)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         simulate_devices(sizes[0] * sizes[1])

@@ -9,7 +9,7 @@
 The two norms inside have eps 1e-6 in DeepSeek's own code and in Hugging Face's, whatever `rms_norm_eps` says.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import attend
 from cpjax.deepseek.config import DeepseekConfig
+from cpjax.deepseek.matrix import Matrix
+from cpjax.deepseek.quantized import Quantized
 from cpjax.deepseek.rope import rotate
 from cpjax.latent import UpProjection, expand
 from cpjax.mask import Tokens
@@ -27,16 +29,19 @@ LATENT_EPS = 1e-6
 
 
 class MlaWeights(NamedTuple):
-    """Weights by their names in the checkpoint, `[out, in]`; of `q_proj` and `q_a_proj … q_b_proj` one is None."""
+    """Weights by their names in the checkpoint, `[out, in]`; of `q_proj` and `q_a_proj … q_b_proj` one is None.
 
-    kv_a_proj_with_mqa: Float[Array, "_ M"]
+    All matrices but `kv_b_proj` may be `Quantized`; `cpjax.deepseek.quantized_matrix.ready` makes a `Matrix` of them.
+    """
+
+    kv_a_proj_with_mqa: Float[Array, "_ M"] | Quantized | Matrix
     kv_a_layernorm: Float[Array, " C"]
     kv_b_proj: Float[Array, "_ C"]
-    o_proj: Float[Array, "M _"]
-    q_proj: Float[Array, "_ M"] | None = None
-    q_a_proj: Float[Array, "L M"] | None = None
+    o_proj: Float[Array, "M _"] | Quantized | Matrix
+    q_proj: Float[Array, "_ M"] | Quantized | Matrix | None = None
+    q_a_proj: Float[Array, "L M"] | Quantized | Matrix | None = None
     q_a_layernorm: Float[Array, " L"] | None = None
-    q_b_proj: Float[Array, "_ L"] | None = None
+    q_b_proj: Float[Array, "_ L"] | Quantized | Matrix | None = None
 
 
 class Latent(NamedTuple):
@@ -46,12 +51,17 @@ class Latent(NamedTuple):
     k_rope: Float[Array, "*L B T R"]
 
 
-def linear(x: Float[Array, "*B K"], weight: Float[Array, "M K"]) -> Float[Array, "*B M"]:
+def linear(x: Float[Array, "*B K"], weight: Any) -> Float[Array, "*B M"]:
     """x Wᵀ, accumulated in the dtype of both.
+
+    Args:
+      weight: an array `[M, K]`, or a `cpjax.deepseek.matrix.Matrix`, which has a product of its own.
 
     >>> linear(jnp.ones((2, 3)), jnp.ones((4, 3))).shape
     (2, 4)
     """
+    if isinstance(weight, Matrix):
+        return weight.times(x)
     return jnp.einsum("...K,MK->...M", x, weight, precision="highest")
 
 

@@ -1,14 +1,16 @@
 """A checkpoint as Hugging Face lays it out: config.json, safetensors in one file or in several with an index.
 
-Nothing is read as a whole: every device of a mesh reads the slice of a tensor that it holds, and no other byte.
+Nothing is read as a whole: every device of a mesh reads the slice of a tensor that it holds, and no other byte. Where a
+description file stands beside the weights, it says which of them are quantised (`cpjax.deepseek.description`); such a
+weight is loaded as a `cpjax.deepseek.quantized.Quantized` in the place of its matrix.
 """
 
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +22,25 @@ from safetensors.numpy import save_file
 
 from cpjax.crosscheck.files.atomic import atomic_write, is_free
 from cpjax.deepseek.config import DeepseekConfig, read_config
+from cpjax.deepseek.description import (
+    FLOATS,
+    Description,
+    Stored,
+    find_description,
+    quantized_kinds,
+    read_description,
+    stored_of,
+)
 from cpjax.deepseek.model import ModelWeights
 from cpjax.deepseek.mtp import MtpWeights
-from cpjax.deepseek.names import BIAS, mtp_of, mtp_shapes, shapes, weights_of
+from cpjax.deepseek.names import BIAS, mtp_of, mtp_shapes, shapes
+from cpjax.deepseek.quantized_cut import quantized_specs
+from cpjax.deepseek.quantized_matrix import is_quantized
+from cpjax.deepseek.sources import Source, sources_of, stacked
 from cpjax.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-"""Dtypes that are read, as safetensors names them; others are a quantisation."""
 STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 """Dtypes in which a random checkpoint can be written."""
 COMPUTED = ("float64", "float32")
@@ -50,6 +62,10 @@ class Checkpoint:
     folder: Path
     config: DeepseekConfig
     files: dict[str, Path]
+    quantized: dict[str, str] = field(default_factory=dict)
+    """Weights that are quantised, and their kinds."""
+    stored: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of all tensors, as they are in the files."""
 
     @property
     def has_mtp(self) -> bool:
@@ -71,30 +87,43 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and index, and check that every tensor is there with its shape; no weight is read.
+    """Read config, index and description, and check that every tensor is there with its shape; no weight is read.
 
     Raises:
-      InputError: a file or tensor that is missing, is of another shape, is quantised, or is not understood.
+      InputError: a file or tensor that is missing, is of another shape or dtype, or is not understood; a quantised one
+        without a description, or with one that does not fit.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give a checkpoint's, or write one: cpjax checkpoint DIR")
-    config = read_config(folder)
-    files = _files(folder)
+    config, found = read_config(folder), find_description(folder)
+    description = None if found is None else read_description(found)
+    files = _files(folder, is_quantized=description is not None)
     drafts = mtp_shapes(config)
     wanted = shapes(config) | (drafts if any(name in files for name in drafts) else {})
-    for name in wanted:
-        if name not in files:
-            raise InputError(f"{folder}: tensor {name} is missing; config.json says the model has it")
+    kinds = {} if description is None else quantized_kinds(description, wanted, files)
+    expected = _expected(wanted, kinds, description)
+    for name, tensor in expected.items():
+        if name not in files and tensor.is_needed:
+            said = "config.json says the model has it" if name in wanted else "by the description it must be there"
+            raise InputError(f"{folder}: tensor {name} is missing; {said}")
+    there = {}
     for path in sorted(set(files.values())):
         for name, dtype, shape in _header(path):
-            if name in wanted:
-                _check_tensor(path, name, dtype, shape, wanted[name])
+            there[name] = shape
+            if name in expected:
+                _check_tensor(path, name, dtype, shape, expected[name], is_described=description is not None)
             elif not _may_be_there(name, config):
                 raise InputError(
-                    f"{path}: tensor {name} is not understood, so results might be wrong; only unquantised weights "
-                    "of this config's layers are read"
+                    f"{path}: tensor {name} is not understood, so results might be wrong; only the weights of this "
+                    "config's layers are read"
                 )
-    return Checkpoint(folder, config, {name: files[name] for name in wanted})
+    present = [name for name in expected if name in files]
+    for name in present:
+        if name not in there:
+            raise InputError(f"{files[name]}: tensor {name} is missing; the index says the file has it")
+    stored = {name: there[name] for name in present}
+    sources_of(config, kinds, stored)  # refuses experts that cannot be stacked
+    return Checkpoint(folder, config, {name: files[name] for name in present}, kinds, stored)
 
 
 def load(
@@ -111,13 +140,14 @@ def load(
       dtype: in which the model is computed, one of `COMPUTED`; the file's floats are converted exactly, or rounded
         where they are wider.
       mesh, specs: where each weight lives, a `ModelWeights` of PartitionSpec; without them all are on one device.
+        A quantised weight has the spec of its matrix there.
       advance: is told how many tensors have been read.
 
     Raises:
-      InputError: a dtype in which nothing is computed; a file that cannot be read.
+      InputError: a dtype in which nothing is computed; a quantised weight that the mesh cannot cut, or whose numbers
+        mean nothing; a file that cannot be read.
     """
-    wanted = shapes(checkpoint.config)
-    sources = weights_of(checkpoint.config, lambda name: _Source((name,), wanted[name]), _stacked)
+    sources = sources_of(checkpoint.config, checkpoint.quantized, checkpoint.stored)
     return _loaded(checkpoint, sources, dtype, mesh, specs, advance)
 
 
@@ -127,25 +157,41 @@ def load_mtp(
     """The MTP modules; `mesh` and `specs` as in `load`.
 
     Raises:
-      InputError: there is none; a dtype in which nothing is computed; a file that cannot be read.
+      InputError: there is none, or it is quantised; a dtype in which nothing is computed; a file that cannot be read.
     """
     if not checkpoint.has_mtp:
         raise InputError(f"{checkpoint.folder} has no MTP module; take a checkpoint with num_nextn_predict_layers > 0")
     wanted = mtp_shapes(checkpoint.config)
-    sources = mtp_of(checkpoint.config, lambda name: _Source((name,), wanted[name]), _stacked)
+    for name in wanted:
+        if name in checkpoint.quantized:
+            raise InputError(
+                f"{checkpoint.folder}: tensor {name} is {checkpoint.quantized[name]}; an MTP module is computed only "
+                "as FLOAT, leave it out of the quantisation"
+            )
+    sources = mtp_of(checkpoint.config, lambda name: Source((name,), wanted[name]), stacked)
     return _loaded(checkpoint, sources, dtype, mesh, specs, lambda what, done, total: None)
 
 
 def _loaded(checkpoint: Checkpoint, sources: Any, dtype: str, mesh: Mesh | None, specs: Any, advance: Advance) -> Any:
     """A tree of sources as arrays."""
     check_computed(dtype)
-    is_source = lambda x: isinstance(x, _Source)  # noqa: E731
-    found, (leaves, structure) = [], jax.tree.flatten(sources, is_leaf=is_source)
-    where = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)) or [PartitionSpec()] * len(leaves)
+    is_source = lambda x: isinstance(x, Source)  # noqa: E731
+    leaves, structure = jax.tree.flatten(sources, is_leaf=is_source)
+    where = [PartitionSpec()] * len(leaves)
+    if specs is not None:
+        each = lambda spec, x: quantized_specs(x, spec) if is_quantized(x) else spec  # noqa: E731
+        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        where = jax.tree.leaves(jax.tree.map(each, specs, sources, is_leaf=is_spec), is_leaf=is_spec)
+    if mesh is not None:
+        for source, spec in zip(leaves, where, strict=True):
+            _check_cut(checkpoint, source, spec, mesh)
+    _check_values(checkpoint, leaves)
+    found = []
     for number, (source, spec) in enumerate(zip(leaves, where, strict=True)):
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, spec)
-        read = _reader(checkpoint, source, STORED[dtype])
-        found.append(jax.make_array_from_callback(source.shape, sharding, read, dtype=jnp.dtype(dtype)))
+        kind = source.dtype or dtype
+        read = _reader(checkpoint, source, np.dtype(kind))
+        found.append(jax.make_array_from_callback(source.shape, sharding, read, dtype=jnp.dtype(kind)))
         advance("weights", number + 1, len(leaves))
     return jax.tree.unflatten(structure, found)
 
@@ -176,55 +222,132 @@ def write_random(
     Raises:
       InputError: something is there already, it cannot be written, or it would be larger than `MOST_BYTES`.
     """
+    check_free(folder)
+    arrays = random_tensors(config, seed, dtype)
+    return write_tensors(folder, arrays, config.as_json() | {"torch_dtype": dtype}, shard_bytes=shard_bytes)
+
+
+def random_tensors(config: DeepseekConfig, seed: int, dtype: str) -> dict[str, np.ndarray]:
+    """What `write_random` writes, by name.
+
+    Raises:
+      InputError: a dtype that is not known, or more than `MOST_BYTES`.
+    """
     if dtype not in STORED:
         raise InputError(f"dtype {dtype!r:.60} is unknown; known are {', '.join(STORED)}")
     wanted = shapes(config) | mtp_shapes(config)
     size = sum(int(np.prod(shape)) for shape in wanted.values()) * np.dtype(STORED[dtype]).itemsize
     if size > MOST_BYTES:
         raise InputError(f"{size} bytes of random weights are more than {MOST_BYTES}; make the config smaller")
+    return {name: _random(name, shape, seed, dtype) for name, shape in wanted.items()}
+
+
+def check_free(folder: Path) -> None:
+    """Refuse to overwrite anything.
+
+    Raises:
+      InputError: something is there.
+    """
     if not is_free(folder):
         raise InputError(f"{folder} is there already; nothing is overwritten, name a new folder")
-    arrays = {name: _random(name, shape, seed, dtype) for name, shape in wanted.items()}
+
+
+def write_tensors(
+    folder: Path,
+    arrays: dict[str, np.ndarray],
+    config: dict[str, Any],
+    *,
+    shard_bytes: int,
+    stem: str = "model",
+    more: dict[str, dict[str, Any]] | None = None,
+) -> list[Path]:
+    """Write a checkpoint into a new folder, whole or not at all; the safetensors files, in order.
+
+    Args:
+      config: what config.json says.
+      stem: how names of files begin.
+      more: other JSON files, by name.
+
+    Raises:
+      InputError: something is there already, or it cannot be written.
+    """
+    check_free(folder)
     try:
         with atomic_write(folder) as unfinished:
             unfinished.mkdir()
-            names = _write_shards(unfinished, arrays, shard_bytes)
-            document = config.as_json() | {"torch_dtype": dtype}
-            (unfinished / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            names = _write_shards(unfinished, arrays, shard_bytes, stem)
+            for name, document in {"config.json": config, **(more or {})}.items():
+                (unfinished / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written ({_first_line(error)})") from None
     return [folder / name for name in names]
 
 
-class _Source(NamedTuple):
-    """Where an array comes from: one tensor, or the same one of many experts, stacked."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    is_stacked: bool = False
-
-
-def _stacked(sources: list[_Source]) -> _Source:
-    return _Source(tuple(one.names[0] for one in sources), (len(sources), *sources[0].shape), True)
-
-
-def _reader(checkpoint: Checkpoint, source: _Source, dtype: Any) -> Callable[[Any], np.ndarray]:
+def _reader(checkpoint: Checkpoint, source: Source, dtype: Any) -> Callable[[Any], np.ndarray]:
     """Of an array's index (slices) the numbers."""
+
+    def one(name: str, cut: tuple[slice, ...]) -> np.ndarray:
+        x = checkpoint.read(name, (*cut, slice(0, 1)) if source.is_column else cut)
+        return _converted(x[..., 0] if source.is_column else x, dtype)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         cut = tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, source.shape, strict=True))
         if not source.is_stacked:
-            return checkpoint.read(source.names[0], cut).astype(dtype)
-        return np.stack([checkpoint.read(name, cut[1:]).astype(dtype) for name in source.names[cut[0]]])
+            return one(source.names[0], cut)
+        return np.stack([one(name, cut[1:]) for name in source.names[cut[0]]])
 
     return read
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor → file, by the index or of the only file."""
-    path = folder / INDEX
+def _converted(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """Numbers in `dtype`; an int64, as deq_scale may be, holds a float32 in its low 32 bits."""
+    return (x & 0xFFFFFFFF).astype(np.uint32).view(np.float32) if x.dtype == np.int64 else x.astype(dtype)
+
+
+def _check_cut(checkpoint: Checkpoint, source: Source, spec: PartitionSpec, mesh: Mesh) -> None:
+    """Refuse what the mesh does not divide."""
+    for count, axes in zip(source.shape, spec, strict=False):
+        size = int(np.prod([mesh.shape[axis] for axis in _axes(axes)]))
+        if count % size:
+            raise InputError(
+                f"{checkpoint.folder}: tensor {source.names[0]} has shape {list(source.shape)}, of which "
+                f"{'·'.join(_axes(axes))} = {size} cannot cut {count} equally; make it a divisor"
+            )
+
+
+def _axes(axes: Any) -> tuple[str, ...]:
+    """Of one entry of a PartitionSpec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _check_values(checkpoint: Checkpoint, sources: list[Source]) -> None:
+    """Refuse an input_scale that divides by nothing, and a weight_offset, which is not computed."""
+    for name in (name for source in sources for name in source.names):
+        for last in ("input_scale", "weight_offset", "weight_offset_second"):
+            other = name.removesuffix("weight") + last
+            if name not in checkpoint.quantized or other not in checkpoint.stored:
+                continue
+            x = checkpoint.read(other, tuple(slice(0, n) for n in checkpoint.stored[other])).astype(np.float32)
+            is_good = np.isfinite(x) & (x > 0) if last == "input_scale" else x == 0
+            if not is_good.all():
+                rule = "a positive number" if last == "input_scale" else "0, weights are symmetric"
+                raise InputError(
+                    f"{checkpoint.files[other]}: tensor {other} has {x[~is_good].flat[0]}; it must be {rule}"
+                )
+
+
+def _files(folder: Path, *, is_quantized: bool) -> dict[str, Path]:
+    """Tensor → file, by the index or of the only file; those of quantised weights have no fixed names."""
+    path, single = folder / INDEX, folder / SINGLE
+    if is_quantized:
+        indices, files = (sorted(folder.glob(f"*.safetensors{end}")) for end in (".index.json", ""))
+        if len(indices) > 1 or (not indices and len(files) != 1):
+            raise InputError(
+                f"{folder} has {len(indices)} indices and {len(files)} files of safetensors beside its description; "
+                "there must be one index, or one file"
+            )
+        path, single = (indices or [path])[0], (files or [single])[0]
     if not path.exists():
-        single = folder / SINGLE
         if not single.exists():
             raise InputError(f"{folder} has neither {INDEX} nor {SINGLE}; give a checkpoint in safetensors")
         return {name: single for name, _, _ in _header(single)}
@@ -252,13 +375,35 @@ def _header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         raise InputError(f"{path} is no safetensors file ({_first_line(error)})") from None
 
 
-def _check_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if dtype not in FLOATS:
+def _expected(
+    wanted: dict[str, tuple[int, ...]], kinds: dict[str, str], description: Description | None
+) -> dict[str, Stored]:
+    """Every tensor that may be in the files, by name."""
+    expected = {}
+    for name, shape in wanted.items():
+        if description is not None and name in kinds:
+            expected |= stored_of(name, kinds[name], shape, description)
+        else:
+            expected[name] = Stored(FLOATS, (shape,))
+    return expected
+
+
+def _check_tensor(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], wanted: Stored, *, is_described: bool
+) -> None:
+    if dtype not in wanted.dtypes:
+        if is_described:
+            raise InputError(
+                f"{path}: tensor {name} has dtype {dtype}; by the description it must be {' or '.join(wanted.dtypes)}"
+            )
         raise InputError(
-            f"{path}: tensor {name} has dtype {dtype}, a quantisation; only {', '.join(FLOATS)} are read, dequantise it"
+            f"{path}: tensor {name} has dtype {dtype}, a quantisation, and no quant_model_description*.json is beside "
+            f"it; only {', '.join(FLOATS)} are read without one"
         )
-    if shape != wanted:
-        raise InputError(f"{path}: tensor {name} has shape {list(shape)}; by config.json it must be {list(wanted)}")
+    if shape not in wanted.shapes:
+        said = " or ".join(str(list(one)) for one in wanted.shapes)
+        by = "config.json and the description" if is_described else "config.json"
+        raise InputError(f"{path}: tensor {name} has shape {list(shape)}; by {by} it must be {said}")
 
 
 def _may_be_there(name: str, config: DeepseekConfig) -> bool:
@@ -283,7 +428,7 @@ def _random(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> np.ndar
     return (x * np.float32(size)).astype(STORED[dtype])
 
 
-def _write_shards(folder: Path, arrays: dict[str, np.ndarray], shard_bytes: int) -> list[str]:
+def _write_shards(folder: Path, arrays: dict[str, np.ndarray], shard_bytes: int, stem: str) -> list[str]:
     """The files' names."""
     shards: list[dict[str, np.ndarray]] = [{}]
     held = 0
@@ -293,12 +438,12 @@ def _write_shards(folder: Path, arrays: dict[str, np.ndarray], shard_bytes: int)
             held = 0
         shards[-1][name] = x
         held += x.nbytes
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, {"format": "pt"})
     table = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": sum(x.nbytes for x in arrays.values())}, "weight_map": table}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return names
 
 

@@ -36,6 +36,7 @@ from cpjax.deepseek.draft import (
 from cpjax.deepseek.model import ModelWeights, forward, logits_of
 from cpjax.deepseek.mtp import MtpWeights
 from cpjax.deepseek.parallel import Setup, checked_ids, decode_step, extended_cache, prefill
+from cpjax.deepseek.quantized_linear import Arithmetic
 from cpjax.errors import InputError
 
 BLOCK = 128
@@ -232,27 +233,35 @@ def _with_drafts(
     return Generated(np.array(tokens), np.array(found), seconds, drafted)
 
 
-@partial(jax.jit, static_argnums=0)
-def on_one_device(config: DeepseekConfig, weights: ModelWeights, text: Int[Array, "B T"]) -> Float[Array, "B T W"]:
+@partial(jax.jit, static_argnums=(0, 3))
+def on_one_device(
+    config: DeepseekConfig, weights: ModelWeights, text: Int[Array, "B T"], arithmetic: Arithmetic = "exact"
+) -> Float[Array, "B T W"]:
     """`forward`, compiled."""
-    return forward(weights, config, text)
+    return forward(weights, config, text, arithmetic=arithmetic)
 
 
-def check(config: DeepseekConfig, weights: ModelWeights, ids: Int[Any, "B T"], generated: Generated) -> Checked:
+def check(
+    config: DeepseekConfig,
+    weights: ModelWeights,
+    ids: Int[Any, "B T"],
+    generated: Generated,
+    arithmetic: Arithmetic = "exact",
+) -> Checked:
     """Hold what was generated against one device.
 
     Args:
       weights: float64, on one device.
       ids: the prompts.
+      arithmetic: of quantised weights; as in what was generated.
 
     Raises:
       InputError: weights that are not float64.
     """
     if weights.norm.dtype != "float64":
         raise InputError(f"the check is made in float64, the weights are {weights.norm.dtype}; load them in float64")
-    prompt, steps = np.asarray(ids), generated.ids.shape[1]
-    text = jnp.asarray(np.concatenate([prompt, generated.ids[:, :-1]], axis=1), jnp.int32)
-    whole = np.asarray(on_one_device(config, weights, text))
+    steps = generated.ids.shape[1]
+    whole = np.asarray(on_one_device(config, weights, text_of(ids, generated), arithmetic))
     expected = whole[:, -steps:]
     others = np.flatnonzero((expected.argmax(axis=2) != generated.ids).any(axis=0))
     return Checked(
@@ -260,3 +269,8 @@ def check(config: DeepseekConfig, weights: ModelWeights, ids: Int[Any, "B T"], g
         TOLERANCE * max(1.0, float(np.abs(expected).max())),
         int(others[0]) if len(others) else None,
     )
+
+
+def text_of(ids: Int[Any, "B T"], generated: Generated) -> Int[Array, "B _"]:
+    """Prompts and new tokens together, but for the last, which nothing was computed of."""
+    return jnp.asarray(np.concatenate([np.asarray(ids), generated.ids[:, :-1]], axis=1), jnp.int32)

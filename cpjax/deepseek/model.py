@@ -5,7 +5,8 @@
     x  =  x + feed_forward(norm x)
     logits  =  lm_head · norm x
 
-Everything but attention is computed in the dtype of the weights, float64 or float32; attention has a profile.
+Everything but attention is computed in the dtype of the weights, float64 or float32; attention has a profile. Quantised
+weights have a product of their own (`cpjax.deepseek.quantized_matrix`), whose result is in the same dtype.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from cpjax.deepseek.attention import (
 )
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.moe import MlpWeights, MoeWeights, mlp, moe
+from cpjax.deepseek.quantized_linear import Arithmetic
+from cpjax.deepseek.quantized_matrix import ready
 from cpjax.deepseek.rope import cos_sin
 from cpjax.latent import UpProjection
 from cpjax.mask import Mask, Tokens, tokens
@@ -144,12 +147,15 @@ def forward(
     ids: Int[Array, "B T"],
     *,
     precision: Precision | str | None = None,
+    arithmetic: Arithmetic = "exact",
 ) -> Float[Array, "B T W"]:
     """Logits of a whole text on one device, positions 0, 1, …: what all else must come to.
 
     Args:
       precision: profile of attention; None follows from the weights' dtype.
+      arithmetic: of quantised weights.
     """
+    weights = ready(weights, arithmetic)
     attention = attention_for(config, precision, str(weights.norm.dtype))
     place = Tokens(*(jnp.asarray(x) for x in tokens(*ids.shape)))
 

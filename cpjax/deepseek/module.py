@@ -14,6 +14,7 @@ from cpjax.deepseek.checkpoint import Checkpoint, check_computed, open_checkpoin
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.model import ModelWeights, forward
 from cpjax.deepseek.names import shapes, weights_of
+from cpjax.errors import InputError
 
 
 class Node(nnx.Module):
@@ -70,10 +71,12 @@ def read_module(folder: Path, dtype: str) -> DeepseekV3ForCausalLM:
     """The module of a checkpoint, computed in float64 or float32.
 
     Raises:
-      InputError: what `open_checkpoint` refuses, or a dtype in which nothing is computed.
+      InputError: what `open_checkpoint` refuses, a quantised checkpoint, or a dtype in which nothing is computed.
     """
     check_computed(dtype)
     checkpoint = open_checkpoint(folder)
+    if checkpoint.quantized:
+        raise InputError(f"{folder} is quantised; a module holds floats only, use cpjax.deepseek.checkpoint.load")
     return DeepseekV3ForCausalLM(checkpoint.config, _tensors(checkpoint, dtype))
 
 

@@ -20,14 +20,19 @@ from jaxtyping import Array, Float
 
 from cpjax.deepseek.attention import linear
 from cpjax.deepseek.config import DeepseekConfig
+from cpjax.deepseek.matrix import Matrix
+from cpjax.deepseek.quantized import Quantized
 
 
 class MlpWeights(NamedTuple):
-    """`gate_proj` and `up_proj` `[F, M]`, `down_proj` `[M, F]`; of many experts with an axis `[E, …]` before."""
+    """`gate_proj` and `up_proj` `[F, M]`, `down_proj` `[M, F]`; of many experts with an axis `[E, …]` before.
 
-    gate_proj: Float[Array, "*E F M"]
-    up_proj: Float[Array, "*E F M"]
-    down_proj: Float[Array, "*E M F"]
+    What is stored of a quantised one has that axis in all its parts.
+    """
+
+    gate_proj: Float[Array, "*E F M"] | Quantized | Matrix
+    up_proj: Float[Array, "*E F M"] | Quantized | Matrix
+    down_proj: Float[Array, "*E M F"] | Quantized | Matrix
 
 
 class MoeWeights(NamedTuple):

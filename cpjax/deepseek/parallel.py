@@ -44,6 +44,9 @@ from cpjax.deepseek.model import (
 from cpjax.deepseek.moe import MoeWeights, experts_of, mlp, route
 from cpjax.deepseek.mtp import Drafting, MtpWeights, draft
 from cpjax.deepseek.names import cut_axis, mtp_of, weights_of
+from cpjax.deepseek.quantized_cut import quantized_specs
+from cpjax.deepseek.quantized_linear import Arithmetic
+from cpjax.deepseek.quantized_matrix import is_quantized, ready
 from cpjax.errors import InputError
 from cpjax.exchange.blocks import finished
 from cpjax.exchange.decode import decode_attention
@@ -89,6 +92,7 @@ class Setup:
     mesh: Mesh
     attention: Attention
     exchange: str = "ring"
+    arithmetic: Arithmetic = "exact"
 
     def __post_init__(self):
         """Refuse what cannot be cut."""
@@ -121,6 +125,7 @@ def setup(
     dtype: str,
     precision: Precision | str | None = None,
     exchange: str = "ring",
+    arithmetic: Arithmetic = "exact",
 ) -> Setup:
     """A `Setup` with the model's mask and scale.
 
@@ -128,8 +133,9 @@ def setup(
       dtype: of the weights, float64 or float32.
       precision: profile of attention; None follows from dtype.
       exchange: how latents meet queries in the prefill, one of `cpjax.latent.HEADLESS`.
+      arithmetic: of quantised weights; "vendor" depends on tp (`cpjax.deepseek.quantized_matrix`).
     """
-    return Setup(config, mesh, attention_for(config, precision, dtype), exchange)
+    return Setup(config, mesh, attention_for(config, precision, dtype), exchange, arithmetic)
 
 
 def specs(config: DeepseekConfig) -> ModelWeights:
@@ -157,6 +163,12 @@ def cache_axes(setup: Setup, cut: CacheCut) -> tuple[str, ...]:
     if cut.ranks not in (cp, cp * tp):
         raise InputError(f"the cache is cut over {cut.ranks} ranks; give cp, {cp}, or with sp cp·tp, {cp * tp}")
     return AXES[:1] if cut.ranks == cp else AXES
+
+
+def specs_of(weights: ModelWeights, config: DeepseekConfig) -> ModelWeights:
+    """`specs` for these weights: of a quantised one there is a spec for everything that is stored."""
+    each = lambda spec, weight: quantized_specs(weight, spec) if is_quantized(weight) else spec  # noqa: E731
+    return jax.tree.map(each, specs(config), weights, is_leaf=lambda x: isinstance(x, P))
 
 
 def prefill(
@@ -266,6 +278,7 @@ def _prefill(
             return jnp.asarray(result.out)
 
         parts = Parts(_summed, partial(_moe, is_cut=True))
+        weights = ready(weights, setup.arithmetic, "tp")
         outcome = _run(weights, setup.config, drafting, ids, places.position, attending, parts)
         return outcome.hidden, outcome.latent
 
@@ -273,7 +286,10 @@ def _prefill(
     program = jax.shard_map(
         device,
         mesh=setup.mesh,
-        in_specs=(specs(setup.config), runs, runs, P(None, None, axes), P(), _drafting_specs(setup, drafting, runs)),
+        in_specs=(
+            *(specs_of(weights, setup.config), runs, runs, P(None, None, axes), P()),
+            _drafting_specs(setup, drafting, runs),
+        ),
         out_specs=(runs, P(None, None, "cp")),
     )
     if drafting is not None:
@@ -341,7 +357,7 @@ def _moe(weights: MoeWeights, config: DeepseekConfig, x: Float[Array, "B t M"], 
     tokens = flat
     if is_cut:
         tokens, weight = lax.all_gather((flat, weight), "cp", axis=0, tiled=True)
-    count = weights.experts.gate_proj.shape[0]
+    count = jax.tree.leaves(weights.experts)[0].shape[0]
     mine = lax.dynamic_slice_in_dim(weight, lax.axis_index(AXES) * count, count, axis=1)
     out = lax.psum(experts_of(weights.experts, mine, tokens), "tp")
     out = lax.psum_scatter(out, "cp", scatter_dimension=0, tiled=True) if is_cut else lax.psum(out, "cp")
@@ -446,6 +462,7 @@ def decode_step(
             return jnp.einsum("BTNC,CNV->BTNV", out, up.value, precision="highest")
 
         parts = Parts(_summed, partial(_moe, is_cut=False))
+        weights = ready(weights, setup.arithmetic, "tp")
         outcome = _run(weights, config, drafting, ids, position, attending, parts)
         # A rank's result is its own until somebody joins them: all of them are equal.
         return outcome.hidden[None], with_new(cut, held, outcome.latent, position, prompt, rank)
@@ -454,7 +471,10 @@ def decode_step(
     program = jax.shard_map(
         device,
         mesh=setup.mesh,
-        in_specs=(specs(config), P(), P(), part, P(None, axes), P(), _drafting_specs(setup, drafting, P())),
+        in_specs=(
+            *(specs_of(weights, config), P(), P(), part, P(None, axes), P()),
+            _drafting_specs(setup, drafting, P()),
+        ),
         out_specs=(P("cp"), part),
     )
     hidden, latent = program(weights, ids, position, cache.latent, everything, cache.prompt, drafting)

@@ -3,11 +3,16 @@
 The names are those of x Wᵀ: a column-parallel layer (gate, up, q_b) is cut in its outputs, which are rows of W; a
 row-parallel one (down, o) in its inputs, and its ranks' results are summed. A summand must not be counted tp times:
 quant_bias is added on rank 0 alone (as vllm-ascend does), and of scale_bias each rank takes the parts of its columns.
+
+`quantized_part` cuts arrays; `quantized_specs` and `bias_once` say the same of arrays that JAX cuts over a mesh.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 from cpjax.deepseek.quantized import DynamicW4A8, Numbers, Quantized, StaticW8A8
 from cpjax.errors import InputError
@@ -54,3 +59,36 @@ def quantized_part(weights: Quantized, cut: Literal["rows", "columns"], rank: in
             weight_scale_second=None if second is None else part(second, axis, "groups"),
         )
     return weights
+
+
+def quantized_specs(weights: Any, spec: P) -> Any:
+    """How devices cut what is stored of a matrix that they cut as `spec` says: the same NamedTuple, of PartitionSpec.
+
+    Axes before the matrix's own two, as of stacked experts, are cut in all that is stored.
+
+    Args:
+      weights: a `Quantized`, of arrays or of whatever has a shape.
+      spec: of the matrix, `[…, n, k]`; packed rows are cut with their bytes.
+
+    >>> from cpjax.deepseek.quantized import DynamicW8A8
+    >>> weights = DynamicW8A8(np.ones((4, 8), np.int8), np.ones(4, np.float32))
+    >>> quantized_specs(weights, P(None, "tp")) == DynamicW8A8(P(None, "tp"), P(None))
+    True
+    """
+    missing = len(weights.weight.shape) - len(spec)
+    *lead, rows, columns = (*spec, *(None,) * missing)
+    matrix, row, one = P(*lead, rows, columns), P(*lead, rows), P(*lead, None)
+    if isinstance(weights, StaticW8A8):
+        return StaticW8A8._make((matrix, one, one, row, row))
+    if isinstance(weights, DynamicW4A8):
+        second = None if weights.weight_scale_second is None else matrix
+        return DynamicW4A8._make((matrix, row, matrix, second))
+    return type(weights)._make((matrix, row))
+
+
+def bias_once(weights: Quantized, rank: Int[Array, ""]) -> Quantized:
+    """What a rank computes with that has some of the columns: a static layer's quant_bias is 0 but on rank 0."""
+    if not isinstance(weights, StaticW8A8):
+        return weights
+    bias = jnp.asarray(weights.quant_bias)
+    return weights._replace(quant_bias=jnp.where(rank == 0, bias, jnp.zeros_like(bias)))

@@ -8,8 +8,9 @@ import numpy as np
 from cpjax.deepseek.checkpoint import Advance, check_computed, load, load_mtp, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import Drafted
-from cpjax.deepseek.generate import Checked, Generated, Sharing, check, generate
+from cpjax.deepseek.generate import Checked, Generated, Sharing, check, generate, text_of
 from cpjax.deepseek.parallel import checked_ids, model_mesh, mtp_specs, setup, specs
+from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
 from cpjax.mindie.crosscheck import accepted
 from cpjax.wording import counted
@@ -17,6 +18,12 @@ from cpjax.wording import counted
 MOST_DEVICES = 64
 MOST_SCALED = 8
 """Devices that a deployment of more cards is scaled down to."""
+
+OWN_MAXIMA = (
+    "in the vendor's arithmetic each rank of tp takes the scale of a token from its own columns of o_proj and "
+    "down_proj, so results depend on tp; in exact arithmetic they do not"
+)
+"""Why a check of the vendor's arithmetic fails under tp."""
 
 
 class Request(NamedTuple):
@@ -34,6 +41,7 @@ class Request(NamedTuple):
     chunk: int | None = None
     draft: int = 0
     border: str = "exact"
+    arithmetic: str = "exact"
 
 
 class Said(NamedTuple):
@@ -43,6 +51,10 @@ class Said(NamedTuple):
     precision: str
     generated: Generated
     checked: Checked | None
+    kinds: tuple[str, ...] = ()
+    """Quantisations of the checkpoint; none: all is float."""
+    reason: str | None = None
+    """What may be the reason of a failed check."""
 
     @property
     def passed(self) -> bool:
@@ -70,6 +82,7 @@ class Said(NamedTuple):
                 "accepted": sum(drafted.accepted[0]),
             }
         )
+        said |= {"quantised": list(self.kinds), "arithmetic": request.arithmetic if self.kinds else None}
         if checked is not None:
             difference = checked.difference if np.isfinite(checked.difference) else None
             said["check"] = {
@@ -77,6 +90,7 @@ class Said(NamedTuple):
                 "largest difference of a logit": difference,
                 "allowed": checked.allowed if np.isfinite(checked.allowed) else None,
                 "first step with another token": checked.other,
+                "reason": self.reason,
             }
         return said
 
@@ -95,6 +109,8 @@ class Said(NamedTuple):
         ]
         if drafted is not None:
             lines.append(_drafts(drafted, self.request.border))
+        if self.kinds:
+            lines.append(f"quantised: {', '.join(self.kinds)}; arithmetic {self.request.arithmetic}")
         if self.checked is not None:
             word = "agrees with one device" if self.checked.passed else "DIFFERS from one device"
             other = "" if self.checked.other is None else f"; another token at step {self.checked.other}"
@@ -102,6 +118,8 @@ class Said(NamedTuple):
                 f"check: {word}, logits differ by at most {self.checked.difference:.1e} "
                 f"({self.checked.allowed:.1e} allowed){other}"
             )
+        if self.reason is not None:
+            lines.append(f"reason: {self.reason}")
         return "\n".join(lines)
 
 
@@ -162,8 +180,13 @@ def run(request: Request, advance: Advance) -> Said:
     if request.is_checked and (request.dtype, request.precision or "float64") != ("float64", "float64"):
         raise InputError("--check is made in float64; leave out --dtype and --precision")
     check_computed(request.dtype)
+    arithmetic = request.arithmetic
+    if arithmetic not in ("exact", "vendor"):
+        raise InputError(f"--arithmetic {arithmetic!r:.60} is unknown; give exact or vendor")
     checkpoint = open_checkpoint(request.model)
-    config = checkpoint.config
+    config, kinds = checkpoint.config, tuple(sorted(set(checkpoint.quantized.values())))
+    if arithmetic != "exact" and not kinds:
+        raise InputError(f"{request.model} is not quantised, so --arithmetic changes nothing; leave it out")
     ids = checked_ids(config, np.array([request.ids]))
     how = setup(
         config,
@@ -171,6 +194,7 @@ def run(request: Request, advance: Advance) -> Said:
         dtype=request.dtype,
         precision=request.precision,
         exchange=request.exchange,
+        arithmetic=arithmetic,
     )
     modules = load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(config)) if request.draft else ()
     weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
@@ -186,7 +210,24 @@ def run(request: Request, advance: Advance) -> Said:
         border=request.border,
         advance=advance,
     )
-    checked = None
+    checked = reason = None
     if request.is_checked:
-        checked = check(config, load(checkpoint, request.dtype), ids, generated)
-    return Said(request, how.attention.precision.name, generated, checked)
+        alone = load(checkpoint, request.dtype)
+        checked = check(config, alone, ids, generated, arithmetic)
+        if kinds and not checked.passed and arithmetic == "vendor" and request.sizes[1] > 1:
+            reason = OWN_MAXIMA
+        elif kinds and not checked.passed:
+            reason = reason_of(count_near_ties(config, alone, text_of(ids, generated), arithmetic))
+    return Said(request, how.attention.precision.name, generated, checked, kinds, reason)
+
+
+def reason_of(found: Near) -> str:
+    """Whether ties may be the reason that a quantised model differs from one device.
+
+    >>> reason_of(Near(0, 96))
+    'none of 96 quantised activations lies within 1e-13 of a tie in rounding, so that is not why'
+    """
+    near = f"of {found.all} quantised activations lies within {NEAR:.0e} of a tie in rounding"
+    if not found.near:
+        return f"none {near}, so that is not why"
+    return f"{found.near} {near}, where the order of sums decides on an integer; check with another prompt"

@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     [
         *("cpjax", "cpjax.errors", "cpjax.deepseek", "cpjax.mesh", "cpjax.rounding", "cpjax.wording"),
-        "cpjax.crosscheck.exact",
+        *("cpjax.crosscheck.exact", "cpjax.deepseek.matrix"),
     ],
     [
         *("cpjax.arrays", "cpjax.mask", "cpjax.precision"),
-        *("cpjax.deepseek.config", "cpjax.deepseek.quantized"),
+        *("cpjax.deepseek.config", "cpjax.deepseek.quantized", "cpjax.deepseek.description"),
     ],
     [
         *("cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"),
         *("cpjax.deepseek.quantized_linear", "cpjax.deepseek.quantized_cut", "cpjax.deepseek.quantizers"),
     ],
-    ["cpjax.attention"],
+    ["cpjax.attention", "cpjax.deepseek.quantized_matrix"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     [
         *("cpjax.exchange", "cpjax.mapping", "cpjax.mindie", "cpjax.shared"),
@@ -42,12 +42,16 @@ LAYERS = [
         *("cpjax.parallel", "cpjax.decode", "cpjax.deepseek.attention"),
         *("cpjax.crosscheck.judge", "cpjax.crosscheck.gradients"),
     ],
-    ["cpjax.deepseek.moe"],
+    ["cpjax.deepseek.moe", "cpjax.deepseek.watched"],
     ["cpjax.deepseek.model"],
-    ["cpjax.deepseek.mtp", "cpjax.deepseek.cache"],
+    ["cpjax.deepseek.mtp", "cpjax.deepseek.cache", "cpjax.deepseek.quantized_ties"],
     ["cpjax.deepseek.names"],
+    ["cpjax.deepseek.sources", "cpjax.deepseek.calibration"],
     ["cpjax.deepseek.checkpoint", "cpjax.deepseek.parallel"],
-    ["cpjax.deepseek.ahead", "cpjax.deepseek.draft", "cpjax.deepseek.module"],
+    [
+        *("cpjax.deepseek.ahead", "cpjax.deepseek.draft", "cpjax.deepseek.module"),
+        "cpjax.deepseek.quantized_checkpoint",
+    ],
     ["cpjax.deepseek.generate"],
     ["cpjax.deepseek.simulate"],
     [
