@@ -74,7 +74,8 @@ are simulated: cp ranks share the tokens, tp ranks the heads, both together the 
 a MindIE deployment.
 
 --sp cuts the cache over the tp ranks as well. --draft N lets the checkpoint's MTP modules guess N tokens for each step,
-which verifies them: the tokens are the same, and how many guesses were right is printed.
+which verifies them: the tokens are the same, and how many guesses were right is printed. --decode-tp N hands the cache
+over to a decode instance of N ranks, as in a disaggregated deployment.
 
 --check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same. With
 --arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results depend on tp
@@ -111,6 +112,10 @@ def generate(
         int | None,
         typer.Option(min=1, help="tokens of the prompt that are prefilled at once; all if not said", metavar="N"),
     ] = None,
+    decode_tp: Annotated[
+        int | None,
+        typer.Option(min=1, help="ranks of a decode instance that takes the cache over; none if not said", metavar="N"),
+    ] = None,
     draft: Annotated[
         int, typer.Option(min=0, help="tokens that MTP modules guess for a step; 0: none", metavar="N")
     ] = 0,
@@ -145,11 +150,13 @@ def generate(
             raise InputError(f"--last-block is {last_block!r:.60}; it must be {LAST.replace('|', ' or ')}")
         sizes, is_sp, remarks = ranks_of(cp, tp, config, shape, is_sp=sp)
         sharing = Sharing(block, is_sp, last_block == "mindie")
-        how = (exchange, dtype, precision, check, chunk, draft, border, arithmetic)
+        how = (exchange, dtype, precision, check, chunk, draft, border, arithmetic, decode_tp)
         request = Request(model, ids, steps, sizes, sharing, *how)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
-        simulate_devices(sizes[0] * sizes[1])
+        if decode_tp and draft:
+            raise InputError("--draft is of the instance that did the prefill; leave out --draft or --decode-tp")
+        simulate_devices(request.devices)
         with jax.enable_x64(dtype == "float64"), progress() as advance:
             said = run(request, advance)
     print(json.dumps(said.as_json(), indent=2, allow_nan=False) if as_json else said.text())

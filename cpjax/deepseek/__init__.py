@@ -16,6 +16,7 @@ Read in this order; a file imports only what stands above it:
     cache         latents of past tokens, cut over the ranks of cp, or of cp and tp
     parallel      prefill with tokens in zigzag over cp, heads over tp, experts over both; decode; on a mesh
     draft         tokens that MTP modules guess, and what of them is accepted
+    handover      the cache of a prefill instance, fetched by a decode instance
     generate      greedy decoding, and the same on one device as a check
     ahead         decoding in which steps are started before the host has read the last one's tokens
     simulate      what `cpjax generate` does

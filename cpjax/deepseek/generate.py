@@ -2,6 +2,7 @@
 
     prompt  ─prefill─▶  latents, first token  ─cut─▶  cache  ─step─▶  next token  ─step─▶  …
     in chunks: each is prefilled with what is cached of those before it
+    disaggregated: the cache is handed over to a decode instance, which has weights and devices of its own
     with drafts: a step takes several tokens (`cpjax.deepseek.draft`), and there are fewer of them
 
 The check is one pass over prompt and tokens together on one device, in which nothing is cut, cached, absorbed or
@@ -33,6 +34,7 @@ from cpjax.deepseek.draft import (
     next_window,
     prefill_modules,
 )
+from cpjax.deepseek.handover import hand_over
 from cpjax.deepseek.model import ModelWeights, forward, logits_of
 from cpjax.deepseek.mtp import MtpWeights
 from cpjax.deepseek.parallel import Setup, checked_ids, decode_step, extended_cache, prefill
@@ -56,6 +58,8 @@ class Generated(NamedTuple):
     seconds: dict[str, float]
     """prefill and first step, with compilation; all further steps together."""
     drafted: Drafted | None = None
+    handed_over: int | None = None
+    """Bytes that each rank of the decode instance has fetched; None: the same instance decoded."""
 
 
 class Checked(NamedTuple):
@@ -89,6 +93,13 @@ class Sharing(NamedTuple):
         return CacheCut(cp * tp if self.is_sp else cp, self.block, capacity, self.is_last_moved)
 
 
+class Decoder(NamedTuple):
+    """A decode instance: its mesh, with cp 1, and the weights on it."""
+
+    setup: Setup
+    weights: ModelWeights
+
+
 def generate(
     setup: Setup,
     weights: ModelWeights,
@@ -100,6 +111,7 @@ def generate(
     modules: tuple[MtpWeights, ...] = (),
     draft: int = 0,
     border: str = "exact",
+    decoder: Decoder | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> Generated:
     """The `steps` tokens that follow a prompt, each the one with the largest logit (of equal ones the first).
@@ -109,12 +121,15 @@ def generate(
       chunk: tokens of the prompt that are prefilled at once; None: all of them.
       modules, draft, border: MTP modules, how many tokens they draft for a step (0: none), and how the tokens that
         follow are found in the prefill (`cpjax.deepseek.draft`). What is generated does not depend on them.
+      decoder: takes the cache over after the prefill, and decodes; None: the same devices do.
       advance: is told how many tokens there are.
 
     Raises:
       InputError: ids that the model does not have; no step, an empty chunk; more tokens than the model has positions
-        for; drafts that the modules cannot make.
+        for; drafts that the modules cannot make, or of a decode instance.
     """
+    if draft and decoder is not None:
+        raise InputError("drafts are made by the instance that did the prefill; leave out the drafts, or the decoder")
     ids = checked_ids(setup.config, ids)
     if steps < 1:
         raise InputError(f"steps is {steps}; it is the number of new tokens, at least 1")
@@ -140,7 +155,12 @@ def generate(
     advance("tokens", 1, steps)
     if who is not None:
         return _with_drafts(who, ids, steps, prompt, seconds, advance)
-    found, cache = [prompt.logits], prompt.cache
+    found, cache, size = [prompt.logits], prompt.cache, None
+    if decoder is not None:
+        started = time.perf_counter()
+        cut, cache, size = hand_over(cut, cache, decoder.setup)
+        setup, weights = decoder
+        seconds["hand-over"] = time.perf_counter() - started
     for step in range(1, steps):
         started = time.perf_counter()
         token = jnp.asarray(found[-1].argmax(axis=1), jnp.int32)
@@ -149,7 +169,7 @@ def generate(
         seconds["first step" if step == 1 else "further steps"] += time.perf_counter() - started
         advance("tokens", step + 1, steps)
     logits = np.stack(found, axis=1)
-    return Generated(logits.argmax(axis=2), logits, seconds)
+    return Generated(logits.argmax(axis=2), logits, seconds, handed_over=size)
 
 
 class _Prompt(NamedTuple):

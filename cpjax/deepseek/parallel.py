@@ -59,8 +59,8 @@ from cpjax.precision import Precision
 AXES = ("cp", "tp")
 
 
-def model_mesh(cp: int, tp: int = 1) -> Mesh:
-    """A mesh with axes "cp" and "tp" over the first cp·tp devices.
+def model_mesh(cp: int, tp: int = 1, first: int = 0) -> Mesh:
+    """A mesh with axes "cp" and "tp" over cp·tp devices, the first of all or those behind `first` others.
 
     >>> dict(model_mesh(2, 2).shape)
     {'cp': 2, 'tp': 2}
@@ -72,12 +72,14 @@ def model_mesh(cp: int, tp: int = 1) -> Mesh:
         if size < 1:
             raise InputError(f"{name} is {size}; it is a number of ranks, at least 1")
     devices = jax.devices()
-    if len(devices) < cp * tp:
+    stop = first + cp * tp
+    if len(devices) < stop:
+        others = f", behind {first} other devices" if first else ""
         raise InputError(
-            f"cp is {cp} and tp {tp}, but JAX sees {len(devices)} device(s); on a CPU call "
-            f"jax.config.update('jax_num_cpu_devices', {cp * tp}) before JAX is first used"
+            f"cp is {cp} and tp {tp}{others}, but JAX sees {len(devices)} device(s); on a CPU call "
+            f"jax.config.update('jax_num_cpu_devices', {stop}) before JAX is first used"
         )
-    return jax.make_mesh((cp, tp), AXES, devices=devices[: cp * tp], axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((cp, tp), AXES, devices=devices[first:stop], axis_types=(AxisType.Auto,) * 2)
 
 
 @dataclass(frozen=True)

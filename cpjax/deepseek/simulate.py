@@ -8,7 +8,7 @@ import numpy as np
 from cpjax.deepseek.checkpoint import Advance, check_computed, load, load_mtp, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import Drafted
-from cpjax.deepseek.generate import Checked, Generated, Sharing, check, generate, text_of
+from cpjax.deepseek.generate import Checked, Decoder, Generated, Sharing, check, generate, text_of
 from cpjax.deepseek.parallel import checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
@@ -42,6 +42,13 @@ class Request(NamedTuple):
     draft: int = 0
     border: str = "exact"
     arithmetic: str = "exact"
+    decode_tp: int | None = None
+    """Ranks of a decode instance of its own; None: the prefill's decode."""
+
+    @property
+    def devices(self) -> int:
+        """Of both instances."""
+        return self.sizes[0] * self.sizes[1] + (self.decode_tp or 0)
 
 
 class Said(NamedTuple):
@@ -70,6 +77,8 @@ class Said(NamedTuple):
         said |= {"last block": "mindie" if request.sharing.is_last_moved else "turn"}
         said |= {"dtype": request.dtype, "precision": self.precision, "prompt": list(request.ids)}
         said |= {"tokens": self.generated.ids[0].tolist(), "seconds": self.generated.seconds, "check": None}
+        fetched = {"tp": request.decode_tp, "bytes a rank": self.generated.handed_over}
+        said["decode instance"] = fetched if request.decode_tp else None
         drafted = self.generated.drafted
         said["draft"] = (
             None
@@ -107,6 +116,11 @@ class Said(NamedTuple):
             f"attention {self.precision}",
             f"prefill of {len(self.request.ids)} tokens {seconds['prefill']:.1f} s (compiled){first}{further}",
         ]
+        if self.generated.handed_over is not None:
+            lines.append(
+                f"handed over to {counted(self.request.decode_tp or 0, 'decode rank')}: each fetched "
+                f"{self.generated.handed_over:,} bytes of latents; {seconds['hand-over']:.1f} s"
+            )
         if drafted is not None:
             lines.append(_drafts(drafted, self.request.border))
         if self.kinds:
@@ -188,16 +202,17 @@ def run(request: Request, advance: Advance) -> Said:
     if arithmetic != "exact" and not kinds:
         raise InputError(f"{request.model} is not quantised, so --arithmetic changes nothing; leave it out")
     ids = checked_ids(config, np.array([request.ids]))
-    how = setup(
-        config,
-        model_mesh(*request.sizes),
-        dtype=request.dtype,
-        precision=request.precision,
-        exchange=request.exchange,
-        arithmetic=arithmetic,
-    )
+    options = {"dtype": request.dtype, "precision": request.precision, "exchange": request.exchange}
+    how = setup(config, model_mesh(*request.sizes), **options, arithmetic=arithmetic)
+    decode = None
+    if request.decode_tp is not None:
+        mesh = model_mesh(1, request.decode_tp, first=request.sizes[0] * request.sizes[1])
+        decode = setup(config, mesh, **options, arithmetic=arithmetic)
     modules = load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(config)) if request.draft else ()
     weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
+    decoder = None
+    if decode is not None:
+        decoder = Decoder(decode, load(checkpoint, request.dtype, mesh=decode.mesh, specs=specs(config)))
     generated = generate(
         how,
         weights,
@@ -208,6 +223,7 @@ def run(request: Request, advance: Advance) -> Said:
         modules=modules,
         draft=request.draft,
         border=request.border,
+        decoder=decoder,
         advance=advance,
     )
     checked = reason = None

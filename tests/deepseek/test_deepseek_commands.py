@@ -47,6 +47,18 @@ def test_a_checkpoint_is_written_once(model, tmp_path):
     assert "config.json is not there" in refused("checkpoint", tmp_path / "x", "--like", tmp_path)
 
 
+def test_a_decode_instance_takes_the_cache_over(model):
+    """On two devices behind those of the prefill."""
+    words = ("generate", model, "--prompt-ids", "5,6,7,8,9", "--cp", "1", "--steps", "3", "--decode-tp", "2")
+    result = run(*words, "--block", "2", "--check", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["check"]["passed"]
+    assert said["decode instance"]["tp"] == 2
+    assert said["decode instance"]["bytes a rank"] > 0
+    assert "leave out --draft or --decode-tp" in refused(*words, "--draft", "1")
+
+
 @pytest.mark.process
 def test_from_nothing_to_tokens(tmp_path):
     """Both commands in processes of their own, under the vendor's example deployment."""

@@ -49,7 +49,7 @@ LAYERS = [
     ["cpjax.deepseek.sources", "cpjax.deepseek.calibration"],
     ["cpjax.deepseek.checkpoint", "cpjax.deepseek.parallel"],
     [
-        *("cpjax.deepseek.ahead", "cpjax.deepseek.draft", "cpjax.deepseek.module"),
+        *("cpjax.deepseek.ahead", "cpjax.deepseek.draft", "cpjax.deepseek.handover", "cpjax.deepseek.module"),
         "cpjax.deepseek.quantized_checkpoint",
     ],
     ["cpjax.deepseek.generate"],
