@@ -18,6 +18,7 @@ SECTIONS = {
         "notebooks/07-break-it",
         "notebooks/08-scale",
         "notebooks/09-fingerprint",
+        "notebooks/10-one-token",
     ),
     "Guides": (
         "docs/install",
