@@ -159,6 +159,7 @@ def malformed(tmp_path):
         "objects": ("x.npy", objects.getvalue()),
         "pickle as npy": ("x.npy", pickle.dumps(Code(trap))),
         "huge header": ("x.npy", npy_with_header("(9223372036854775807, 4, 4, 4)")),
+        "open header": ("x.npy", npy_with_header("(1, 64, 2, 32)").replace(b"}", b" ")),
         "negative": ("x.npy", npy_with_header("(-1, 4, 4, 4)")),
         "code in header": ("x.npy", npy_with_header(f"__import__('os').mkdir('{trap}')")),
         "empty": ("x.npy", b""),
@@ -199,7 +200,7 @@ NAMES = (
     "huge header in a zip", "nothing in a zip", "no array in a zip", "code beside a tensor", "sparse", "float8",
     "nowhere", "no tensor", "truncated torch", "half a torch file", "half a npy", "half a header", "half a npz",
     "half a safetensors", "half a safetensors header", "nothing in a safetensors", "huge safetensors shape",
-    "structured", "complex", "bytes", "version",
+    "structured", "complex", "bytes", "version", "open header",
 )  # fmt: skip
 
 
@@ -217,6 +218,7 @@ def test_malformed_dumps_end_in_one_line_and_execute_nothing(tmp_path, arrays, c
     assert said.exit_code == 2, (case, said.output)
     assert said.output.startswith("cpjax: --value"), (case, said.output)
     assert said.output.count("\n") == 1, (case, said.output)
+    assert "(('" not in said.output  # words, and no tuple of an exception's arguments
     assert not (tmp_path / "executed").exists(), case
 
 

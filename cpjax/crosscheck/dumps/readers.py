@@ -112,7 +112,9 @@ def names_in(path: Path) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__)[:120]
+    """In words: of an exception with several arguments, as TokenError, the first."""
+    said = str(error.args[0]) if len(error.args) > 1 and str(error) == str(error.args) else str(error)
+    return (next(iter(said.splitlines()), "") or type(error).__name__)[:120]
 
 
 def _check_file(path: Path) -> None:
