@@ -472,6 +472,7 @@ EXPLAINED = {
     "sampling.ROWS": "costs memory",
     "sampling.LEAST_ROWS": "costs time",
     "statistic.LEAST_PROBABILITY": "a z-score of 37 is beyond LIMIT, as are those of its double and its half",
+    "verdict.APPROXIMATE_EXP": "words: from where on the sentence has no second cause",
     "verdict.MOST_NAMES": "words: how many names a sentence has",
     "verdict.TELLING": "words: below it the mean is not told",
     "evidence.BEYOND": "words: what lies beyond its bound is not told as 100 % of it",
@@ -520,6 +521,16 @@ def test_sums_that_are_cut_off_move_as_far_as_their_terms_say(regime, of_lse):
         error = result.lse - rows.lse if of_lse else result.out - rows.out
         together, size = together + float((error * mean).sum()), size + float((mean**2).sum())
     assert 0.5 < together / size < 1.5
+
+
+@pytest.mark.parametrize(
+    ("profile", "size", "has_second"),
+    [("flash_fp16", 8e-5, True), ("flash_fp16", 2e-4, False), ("float32", 1e-6, False)],
+)
+def test_a_scale_as_little_off_as_approximate_exponentials_has_a_second_cause(profile, size, has_second):
+    one = Regime(bench(profile).problem, profile).verdict(wrong(profile, "scale", 0.0, size), with_lse=False)
+    assert one.failed_tests == ("scale",)
+    assert [("approximate exponentials" in reason) for reason in one.reasons] == [has_second]
 
 
 @pytest.mark.parametrize("module", MODULES)

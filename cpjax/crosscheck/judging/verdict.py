@@ -39,6 +39,9 @@ EXPLAINED = 0.5
 TELLING = 1.05
 """RMS(error / σ) from which on it is told; below, some rows stand out and the mean says nothing of them."""
 
+APPROXIMATE_EXP = 1e-4
+"""Words: kernels in half precision may approximate exp this well; a scale off by less cannot be told from that."""
+
 MOST_NAMES = 8
 """Heads, chunks or ranks that a sentence names: words, which no test pins."""
 
@@ -188,7 +191,8 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
     enough = EXPLAINED * _excess(table) if failures else 0.0
     directed: list[Failure] = []
     if not abs(scale_z_score) <= SCALE_LIMIT and _gain(scale) >= enough:
-        directed.append(("scale", _scale_sentence(scale_error, scale_z_score)))
+        is_half = problem.precision.probability in ("float16", "bfloat16")
+        directed.append(("scale", _scale_sentence(scale_error, scale_z_score, is_half=is_half)))
     directed += _keys(evidence, enough)
     failures += [(name, None) for name, _ in directed] if failures else directed
     failures += _bfloat16(evidence)
@@ -340,11 +344,14 @@ def _scale_score(evidence: Evidence) -> Score:
     return Score(*(np.asarray(column) for column in (table.scale_value.sum(), variance, *columns)))
 
 
-def _scale_sentence(error: float, z_score: float) -> str:
-    return (
+def _scale_sentence(error: float, z_score: float, *, is_half: bool) -> str:
+    said = (
         f"the errors of all rows together are those of a scale {100 * error:+.2g} % off, too little to be seen in one "
         f"row ({_beside(abs(z_score), SCALE_LIMIT)})"
     )
+    if is_half and abs(error) < APPROXIMATE_EXP:
+        said += "; approximate exponentials, as in PyTorch's FP16 and BF16 kernels for CPUs, look the same"
+    return said
 
 
 def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:
