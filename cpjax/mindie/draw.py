@@ -1,4 +1,4 @@
-"""All cards in one picture: a row per cp rank, a column per tp rank. Needs the extra cpjax[notebooks], matplotlib."""
+"""All cards in one picture: a row per cp rank, a column per tp rank. Needs the extra cpjax[draw], matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def figure_of(layout: Layout, title: str) -> Any:
         from matplotlib.figure import Figure
         from matplotlib.patches import FancyBboxPatch
     except ImportError:
-        raise InputError('drawing needs matplotlib; pip install "cpjax[notebooks]"') from None
+        raise InputError('drawing needs matplotlib; pip install "cpjax[draw]"') from None
     sizes = layout.sizes
     rows, columns = sizes.dp * sizes.cp, sizes.tp
     figure = Figure(figsize=(0.6 + 1.45 * columns, 1.1 + 1.35 * rows), layout="constrained")
