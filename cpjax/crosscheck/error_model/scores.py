@@ -29,9 +29,10 @@ def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     """Sections 3.5 and 3.6."""
     if not a.has_rounded_scores:
         yield _scores(a, _computed_variance(a))
-        yield _factor(a)
+        of_scale = _of_scale(a)
+        yield _factor(a, *of_scale)
         if a.has_half_factors:
-            yield _cut_off(a)
+            yield _cut_off(a, *of_scale)
         return
     spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a) * a.rows.slope
     raw = (a.rows.slope * a.scale_size * a.score.spacing(a.rows.product / a.scale_size)) ** 2 / 12
@@ -114,17 +115,16 @@ def _scores(a: Arithmetic, variance: Float[np.ndarray, "R S"]) -> Term:
     return Term("scores", "3.5", out, variance_of_sum(moved, a.score_ties), is_common=True, along=along)
 
 
-def _factor(a: Arithmetic) -> Systematic:
+def _factor(a: Arithmetic, of_out: Float[np.ndarray, "R V"], of_lse: Float[np.ndarray, " R"]) -> Systematic:
     """The number that multiplies q·k, rounded once for all keys and rows."""
-    of_out, of_lse = _of_scale(a)
     size = OF_SCALE * a.eps
     # It is as likely to be anywhere in its range.
     return Systematic("factor of q·k", "3.5", size * np.abs(of_out), typical=1 / np.sqrt(3), lse=size * np.abs(of_lse))
 
 
-def _cut_off(a: Arithmetic) -> Systematic:
+def _cut_off(a: Arithmetic, of_out: Float[np.ndarray, "R V"], of_lse: Float[np.ndarray, " R"]) -> Systematic:
     """Products of half inputs are added by matrix units, which cut off: as with a scale that is too small."""
-    of_out, of_lse = (float(a.cut_off(a.head_dim)) * x for x in _of_scale(a))
+    of_out, of_lse = (float(a.cut_off(a.head_dim)) * x for x in (of_out, of_lse))
     return Systematic(
         "products cut off",
         "3.5",

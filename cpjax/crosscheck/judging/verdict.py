@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cpjax.crosscheck.error_model.arithmetic import HALVES
 from cpjax.crosscheck.judging.asked import asked_of
 from cpjax.crosscheck.judging.evidence import Evidence, RowTable
 from cpjax.crosscheck.judging.problem import Problem
@@ -191,7 +192,7 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
     enough = EXPLAINED * _excess(table) if failures else 0.0
     directed: list[Failure] = []
     if not abs(scale_z_score) <= SCALE_LIMIT and _gain(scale) >= enough:
-        is_half = problem.precision.probability in ("float16", "bfloat16")
+        is_half = problem.precision.probability in HALVES
         directed.append(("scale", _scale_sentence(scale_error, scale_z_score, is_half=is_half)))
     directed += _keys(evidence, enough)
     failures += [(name, None) for name, _ in directed] if failures else directed
