@@ -34,8 +34,7 @@ from cpjax.deepseek.description import (
 from cpjax.deepseek.model import ModelWeights
 from cpjax.deepseek.mtp import MtpWeights
 from cpjax.deepseek.names import BIAS, mtp_of, mtp_shapes, shapes
-from cpjax.deepseek.quantized_cut import quantized_specs
-from cpjax.deepseek.quantized_matrix import is_quantized
+from cpjax.deepseek.quantized_matrix import specs_of_stored
 from cpjax.deepseek.sources import Source, sources_of, stacked
 from cpjax.errors import InputError
 
@@ -179,9 +178,7 @@ def _loaded(checkpoint: Checkpoint, sources: Any, dtype: str, mesh: Mesh | None,
     leaves, structure = jax.tree.flatten(sources, is_leaf=is_source)
     where = [PartitionSpec()] * len(leaves)
     if specs is not None:
-        each = lambda spec, x: quantized_specs(x, spec) if is_quantized(x) else spec  # noqa: E731
-        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-        where = jax.tree.leaves(jax.tree.map(each, specs, sources, is_leaf=is_spec), is_leaf=is_spec)
+        where = jax.tree.leaves(specs_of_stored(specs, sources), is_leaf=lambda x: isinstance(x, PartitionSpec))
     if mesh is not None:
         for source, spec in zip(leaves, where, strict=True):
             _check_cut(checkpoint, source, spec, mesh)

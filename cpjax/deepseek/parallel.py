@@ -44,9 +44,8 @@ from cpjax.deepseek.model import (
 from cpjax.deepseek.moe import MoeWeights, experts_of, mlp, route
 from cpjax.deepseek.mtp import Drafting, MtpWeights, draft
 from cpjax.deepseek.names import cut_axis, mtp_of, weights_of
-from cpjax.deepseek.quantized_cut import quantized_specs
 from cpjax.deepseek.quantized_linear import Arithmetic
-from cpjax.deepseek.quantized_matrix import is_quantized, ready
+from cpjax.deepseek.quantized_matrix import ready, specs_of_stored
 from cpjax.errors import InputError
 from cpjax.exchange.blocks import finished
 from cpjax.exchange.decode import decode_attention
@@ -169,8 +168,7 @@ def cache_axes(setup: Setup, cut: CacheCut) -> tuple[str, ...]:
 
 def specs_of(weights: ModelWeights, config: DeepseekConfig) -> ModelWeights:
     """`specs` for these weights: of a quantised one there is a spec for everything that is stored."""
-    each = lambda spec, weight: quantized_specs(weight, spec) if is_quantized(weight) else spec  # noqa: E731
-    return jax.tree.map(each, specs(config), weights, is_leaf=lambda x: isinstance(x, P))
+    return specs_of_stored(specs(config), weights)
 
 
 def prefill(

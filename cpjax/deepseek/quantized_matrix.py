@@ -14,13 +14,15 @@ each rank takes the largest of its own columns, so integers and results depend o
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.tree_util import GetAttrKey, register_dataclass, tree_map_with_path
 from jaxtyping import Array, Float
 
 from cpjax.deepseek.matrix import Matrix
 from cpjax.deepseek.quantized import DynamicW4A8, DynamicW8A8, Quantized, StaticW8A8
-from cpjax.deepseek.quantized_cut import bias_once
+from cpjax.deepseek.quantized_cut import bias_once, quantized_specs
 from cpjax.deepseek.quantized_linear import Arithmetic, quantized_linear
 
 SUMMANDS = {"o_proj", "down_proj"}
@@ -53,6 +55,20 @@ def is_quantized(x: Any) -> bool:
     True
     """
     return isinstance(x, StaticW8A8 | DynamicW8A8 | DynamicW4A8)
+
+
+def specs_of_stored(specs: Any, weights: Any) -> Any:
+    """Specs of matrices, with those of everything that is stored wherever a matrix is quantised.
+
+    Args:
+      specs: a tree of PartitionSpec, as `ModelWeights`.
+      weights: the same tree of weights, or of whatever has their shapes.
+    """
+
+    def one(spec: PartitionSpec, weight: Any) -> Any:
+        return quantized_specs(weight, spec) if is_quantized(weight) else spec
+
+    return jax.tree.map(one, specs, weights, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def ready(weights: Any, arithmetic: Arithmetic = "exact", axis_name: str | None = None) -> Any:

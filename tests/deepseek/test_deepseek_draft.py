@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
+from tiny_deepseek import float64_compiled_fast, random_checkpoint
 
 from cpjax.deepseek import draft as drafting
 from cpjax.deepseek import generate as generating
 from cpjax.deepseek import parallel
 from cpjax.deepseek.ahead import decode_ahead
 from cpjax.deepseek.attention import attend_on_one_device, linear, rms_norm
-from cpjax.deepseek.checkpoint import load, load_mtp, open_checkpoint, write_random
+from cpjax.deepseek.checkpoint import load, load_mtp
 from cpjax.deepseek.config import SMALL
 from cpjax.deepseek.draft import following
 from cpjax.deepseek.generate import Sharing, check, generate, on_one_device
@@ -44,18 +45,13 @@ STEPS = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    """And programs that are compiled faster than they run: each one runs a few times only."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(True):
+    with float64_compiled_fast():
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("draft") / "model"
-    write_random(folder, TINY, seed=1)
-    return open_checkpoint(folder)
+    return random_checkpoint(tmp_path_factory, TINY, 1)
 
 
 def quieter(layer, by):

@@ -1,17 +1,14 @@
 """Disaggregated: prefill on some devices, the cache handed over, decode on others; the tokens are one device's."""
 
-from dataclasses import replace
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
+from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
 
 from cpjax.deepseek import handover
 from cpjax.deepseek.cache import CacheCut
-from cpjax.deepseek.checkpoint import load, open_checkpoint, write_random
-from cpjax.deepseek.config import SMALL
+from cpjax.deepseek.checkpoint import load
 from cpjax.deepseek.generate import on_one_device
 from cpjax.deepseek.handover import Fetched, hand_over
 from cpjax.deepseek.parallel import decode_step, extended_cache, model_mesh, prefill, setup, specs
@@ -19,25 +16,18 @@ from cpjax.errors import InputError
 from cpjax.mindie.deployment import Sizes
 from cpjax.mindie.link import transfers
 
-TINY = replace(SMALL, vocab_size=97, hidden_size=48, num_hidden_layers=2, n_routed_experts=8)
-IDS = np.random.default_rng(0).integers(0, 97, (2, 21))
 LENGTHS = [13, 4]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    """And programs that are compiled faster than they run: each one runs a few times only."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(True):
+    with float64_compiled_fast():
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("handover") / "model"
-    write_random(folder, TINY, seed=2)
-    return open_checkpoint(folder)
+    return random_checkpoint(tmp_path_factory, TINY, 2)
 
 
 @pytest.fixture(scope="module")

@@ -1,42 +1,31 @@
 """SP: the cache of latents cut over cp and tp together, and MindIE's placement of a prompt's last block."""
 
-from dataclasses import replace
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
+from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
 
 from cpjax.deepseek import cache as caching
 from cpjax.deepseek import parallel
 from cpjax.deepseek.cache import CacheCut
-from cpjax.deepseek.checkpoint import load, open_checkpoint, write_random
-from cpjax.deepseek.config import SMALL
+from cpjax.deepseek.checkpoint import load
 from cpjax.deepseek.generate import on_one_device
 from cpjax.deepseek.model import logits_of
 from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.partition import Blocks
 
-TINY = replace(SMALL, vocab_size=97, hidden_size=48, num_hidden_layers=2, n_routed_experts=8)
-IDS = np.random.default_rng(0).integers(0, 97, (2, 21))
-
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    """And programs that are compiled faster than they run: each one runs a few times only."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(True):
+    with float64_compiled_fast():
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sp") / "model"
-    write_random(folder, TINY, seed=2)
-    return open_checkpoint(folder)
+    return random_checkpoint(tmp_path_factory, TINY, 2)
 
 
 @pytest.fixture(scope="module")
