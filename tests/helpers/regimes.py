@@ -145,18 +145,18 @@ def large_scores() -> Regime:
 
 @cache
 def distant_keys() -> Regime:
-    """3,000 keys with scores near 0, in one cell, lie 8 below a sink: together they have half the weight.
+    """3,000 keys with scores in one cell lie 8 below a sink: together they have half the weight.
 
-    Their errors are one error; |s| and |q||k| are small for them, only the distance is not. They are not equal, so that
-    sums do not count as repeated, and are added in pairs, because their sum would be off as if they were.
+    Their errors are one error; |s| and |q||k| are small for them, only the distance is not. Each p is a whole number of
+    spacings of the sum, which is below 2: it loses nothing when it is added, and sums do not drift.
     """
     some = rng(7)
-    key = np.concatenate([np.full((ROWS, 1), 8.003), some.uniform(0, 2.0**-16, (ROWS, 3000))], axis=1)
-    key[:, 0] += some.uniform(0, 1, ROWS)
+    p = some.integers(2400, 2780, (ROWS, 1)) * 2.0**-23
+    key = np.concatenate([-np.log(p), some.uniform(-1, 1, (ROWS, 3000)) * 2.0**-20], axis=1)
     value = np.concatenate([np.full((ROWS, 1, 4), 1.0), np.full((ROWS, 3000, 4), -1.0)], axis=1)
     key, value = alone(key[:, :, None], value, -60.0)
     arithmetic = replace(ARITHMETIC["float32"], summation="pairwise")
-    return Regime(rows_of(some.uniform(0.99, 1, (ROWS, 1)), key, value), "float32", arithmetic=arithmetic)
+    return Regime(rows_of(np.ones((ROWS, 1)), key, value), "float32", arithmetic=arithmetic)
 
 
 @cache
@@ -225,14 +225,37 @@ def few_keys() -> Regime:
 
 
 @cache
-def long_sums(count: int, *, equal: bool, profile: str = "float32") -> Regime:
-    """`count` terms of one size and sign, added one after the other; `equal` ones err by the same each time."""
-    some = rng(11, count, int(equal))
-    scores = np.full((ROWS, count), -0.35) if equal else some.uniform(-0.5, -0.1, (ROWS, count))
-    scores = scores + some.uniform(-0.01, 0.01, (ROWS, 1))
-    scores[:, 0] = 0
-    value = np.full((ROWS, count, 4), 1.0) * some.uniform(1, 2, (ROWS, 1, 4))
-    return Regime(one_row(scores, value, dtype=profile), profile)
+def long_sums(count: int, profile: str = "float32") -> Regime:
+    """`count` terms of one sign and many sizes, added one after the other in one accumulator."""
+    some = rng(11, count)
+    scores = some.uniform(-0.5, -0.1, (ROWS, count))
+    value = some.uniform(1, 2, (ROWS, count, 4))
+    key, value = alone(scores[:, :, None], value, -200.0)
+    arithmetic = replace(ARITHMETIC[profile], tile=count)
+    return Regime(rows_of(np.ones((ROWS, 1)), key, value, dtype=profile), profile, arithmetic=arithmetic)
+
+
+@cache
+def drifting_sums(spread: float) -> Regime:
+    """1,000 keys whose p lies a quarter of a spacing of their sum off a multiple of it, within `spread` spacings."""
+    some = rng(17, int(100 * spread))
+    step = 2.0**8 * 2.0**-23  # the sum is 1 + 1000 · 0.37
+    p = (np.round(0.37 / step) + 0.25 + some.uniform(-0.5, 0.5, (ROWS, 1000)) * spread) * step
+    scores = np.log(np.concatenate([np.ones((ROWS, 1)), p], axis=1))
+    key, value = alone(scores[:, :, None], some.uniform(1, 2, (ROWS, 1001, 4)), -200.0)
+    arithmetic = replace(ARITHMETIC["float32"], tile=1001)
+    return Regime(rows_of(np.ones((ROWS, 1)), key, value), "float32", arithmetic=arithmetic)
+
+
+@cache
+def drifting_products(share: float) -> Regime:
+    """10,000 keys with p = 1, whose sum is exact. So many of their values are one number with the last bits set."""
+    some = rng(18, int(100 * share))
+    value = some.uniform(0.5, 1, (ROWS, 10_000, 4))
+    value[:, : int(10_000 * share)] = np.nextafter(np.float32(0.7), np.float32(1))
+    key, value = alone(np.zeros((ROWS, 10_000, 1)), value, -200.0)
+    arithmetic = replace(ARITHMETIC["float32"], tile=10_000)
+    return Regime(rows_of(np.ones((ROWS, 1)), key, value), "float32", arithmetic=arithmetic)
 
 
 @cache
@@ -270,18 +293,6 @@ def many_small_merges() -> Regime:
     some = rng(15)
     scores = some.uniform(-0.1, 0.1, (ROWS, 512)) - np.log(512)
     return Regime(one_row(scores, some.standard_normal((ROWS, 512, 1)), cp=16), "float32")
-
-
-@cache
-def nearly_equal(step: float) -> Regime:
-    """Scores that are all different, the next one always `step` lower, and yet one number in float32."""
-    some = rng(17)
-    key = np.stack([np.full((ROWS, 2000), -0.35), np.tile(np.arange(2000) * -step, (ROWS, 1))], axis=2)
-    key[:, :, 0] -= some.uniform(0, 0.1, (ROWS, 1))
-    key[:, 0] = 0
-    value = np.full((ROWS, 2000, 4), 1.0) * some.uniform(1, 2, (ROWS, 1, 4))
-    arithmetic = replace(ARITHMETIC["float32"], summation="pairwise")
-    return Regime(rows_of(np.ones((ROWS, 2)), key, value), "float32", arithmetic=arithmetic)
 
 
 @cache

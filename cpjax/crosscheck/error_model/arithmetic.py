@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
+from cpjax.crosscheck.error_model.drift import product_drift, row_sum_drift
 from cpjax.crosscheck.error_model.ties import Ties, score_ties_of, ties_of
 from cpjax.crosscheck.exact.attention import Rows
 from cpjax.crosscheck.exact.formats import FORMATS, Format
@@ -98,10 +99,22 @@ class Arithmetic:
         """|scale|, or 1 where it is 0 and every score is exact."""
         return abs(self.scale) or 1.0
 
-    @property
-    def depth(self) -> float:
-        """Additions one after the other in a sum over the keys, as assumed (§5): a tile, then the tiles."""
-        return KEY_TILE + self.rows.seen.shape[1] / KEY_TILE
+    @cached_property
+    def drift(self) -> Float[np.ndarray, " R"]:
+        """The share by which row sums are off because their terms err alike (§3.7)."""
+        share = row_sum_drift(self.rows, FORMATS[self.precision.compute])
+        return (share * self.rows.chunk_weight).sum(axis=1)
+
+    @cached_property
+    def product_drift(self) -> Float[np.ndarray, "R V"]:
+        """Of sums of p·v, in units of the output."""
+        return product_drift(self.rows, FORMATS[self.precision.compute])
+
+    @cached_property
+    def depth(self) -> Float[np.ndarray, " R"]:
+        """Unit roundoffs of a sum over the keys (§5): of a tile, then of the tiles, and of terms that err alike."""
+        tiled = KEY_TILE + self.rows.seen.shape[1] / KEY_TILE
+        return tiled + self.drift / self.eps
 
     @cached_property
     def seen_keys(self) -> Int[np.ndarray, " R"]:

@@ -113,13 +113,14 @@ class Bound:
             chunk_out = np.where(share > 0, np.abs(rows.chunk_part) / share, 0.0)
         chunks = a.chunk_count[:, None]
         merges = np.maximum(chunks - (2 if a.carry == a.out else 1), 0)
+        of_sums = (OF_SUMS * (a.depth + a.head_dim) * a.eps)[:, None]
         of_weights = OF_WEIGHT * a.eps * (a.lse_size[:, None] + WEIGHT_SIZE) * chunks * a.weighted_size
         # One key: nothing but the last rounding. One chunk: its own rounding is the last one.
         several_keys, several_chunks = (a.seen_keys > 1)[:, None], chunks > 1
         return {
             "probabilities": of_p / least,
             "scores": several_keys * (moved @ rows.size + moved.sum(axis=1, keepdims=True) * np.abs(rows.out)) / least,
-            "sums": several_keys * (OF_SUMS * (a.depth + a.head_dim) * a.eps * a.weighted_size) / least,
+            "sums": several_keys * (of_sums * a.weighted_size + a.product_drift) / least,
             "outputs of chunks": several_chunks * (share * (a.out.u * chunk_out + a.out.tiny / 2)).sum(axis=1),
             "outputs of merges": several_chunks * merges * (a.carry.u * a.largest_running + a.carry.tiny / 2),
             "weights of the merge": several_chunks * several_keys * of_weights,

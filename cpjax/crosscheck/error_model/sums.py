@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from cpjax.crosscheck.error_model.arithmetic import Arithmetic
 from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term, column_by_column
@@ -14,8 +14,8 @@ from cpjax.precision import KEY_TILE
 OF_TERM = 4.0
 """Unit roundoffs of Σ A|v| that exponentials and products make."""
 
-INDEPENDENT, EQUAL = 0.25, 0.25
-"""Unit roundoffs: times √n for n additions that round independently, times n for equal terms, which round alike."""
+OF_ADDITION = 0.25
+"""Unit roundoffs, times √n, of a sum of n terms one after the other."""
 
 OF_MERGE, MERGE_SIZE = 2.0, 2.0
 """A merge's weight is off by so many unit roundoffs of |lse| and this."""
@@ -34,6 +34,7 @@ def sum_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
         "exponentials and products", "3.7", exponentials, along=lambda d: iter([column_by_column(exponentials, d)])
     )
     yield _row_sums(a)
+    yield _alike(a)
     yield _merge_weights(a)
     yield _merge_totals(a)
     yield _absorbed(a)
@@ -42,25 +43,33 @@ def sum_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     yield from _underflow(a)
 
 
-def sum_sigma(a: Arithmetic) -> Float[np.ndarray, " R"]:
-    """Relative error of a sum of positive terms, one after the other in a tile, and then of the tiles."""
-    n, tiles = np.minimum(a.seen_keys, KEY_TILE), a.seen_keys / KEY_TILE
-    of_tile = np.where(a.ties.is_repeated, EQUAL * n, INDEPENDENT * np.sqrt(n))
-    return a.eps * np.where(a.seen_keys > 1, of_tile + INDEPENDENT * np.sqrt(tiles), 0.0)
-
-
 def _row_sums(a: Arithmetic) -> Term:
-    """Numerator and row sum. The latter's error moves all outputs of a row together."""
-    sigma = sum_sigma(a)
-    size = np.where(a.ties.is_repeated[:, None], a.weighted_size, np.abs(a.rows.out))
-    out = 2 * (sigma[:, None] * size) ** 2
+    """Numerator and row sum. The latter's error moves all outputs of a row together.
+
+    As many additions follow one another as a chunk has keys; sums of different chunks err independently.
+    """
+    depth = np.sqrt((a.rows.chunk_weight**2 * _keys_of_chunks(a)).sum(axis=1)) + np.sqrt(a.chunk_count)
+    sigma = OF_ADDITION * a.eps * np.where(a.seen_keys > 1, depth, 0.0)
+    out = 2 * (sigma[:, None] * a.rows.out) ** 2
 
     def along(direction: Direction) -> Iterator[Float[np.ndarray, " R"]]:
         yield (sigma * (direction.per_out * a.rows.out).sum(axis=1)) ** 2
-        yield column_by_column(out, direction)
+        yield column_by_column(out / 2, direction)
 
     lse = (np.where(a.seen_keys > 1, OF_TERM * a.eps, 0.0) + sigma) ** 2
     return Term("row sums", "3.7", out, lse, along=along)
+
+
+def _alike(a: Arithmetic) -> Systematic:
+    """Terms that are nearly equal: of the row sum, in all outputs and in lse; of the products of some columns."""
+    return Systematic(
+        "terms that err alike", "3.7", a.product_drift + a.drift[:, None] * np.abs(a.rows.out), lse=a.drift
+    )
+
+
+def _keys_of_chunks(a: Arithmetic) -> Int[np.ndarray, "R C"]:
+    """Keys that a row sees of each chunk."""
+    return np.add.reduceat(a.rows.seen.astype(int), a.rows.edges[:-1], axis=1)
 
 
 def _merge_weights(a: Arithmetic) -> Term:
@@ -121,7 +130,7 @@ def _absorbed(a: Arithmetic) -> Systematic:
 
 def _cut_off(a: Arithmetic) -> Systematic:
     """p·v of each chunk, added by matrix units, is too small by up to so much; a product alone is exact."""
-    keys = np.add.reduceat(a.rows.seen.astype(int), a.rows.edges[:-1], axis=1)
+    keys = _keys_of_chunks(a)
     share = np.where(keys > 1, a.cut_off(keys), 0.0)
     part = share[..., None] * a.rows.chunk_part
     # As likely to be anywhere in its range; lse has no part in it.

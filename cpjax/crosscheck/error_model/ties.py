@@ -15,9 +15,6 @@ CELLS = 2.0**14
 """Scores that agree after multiplication with this and rounding count as equal. In FP16 the spacing of p in (1/2, 1) is
 2^-11, so p's rounding error changes by less than an eighth of a spacing inside one cell."""
 
-EXACT = 2.0**-30
-"""Scores closer than this are equal for float32, whose sums then repeat the same rounding."""
-
 FURTHEST = 2.0**16
 """Keys farther than this below the maximum have probability 0 in every format."""
 
@@ -58,8 +55,6 @@ class Ties:
     key: Int[np.ndarray, " n"]
     starts: Int[np.ndarray, " g"]
     """Where each group begins in the list."""
-    is_repeated: Bool[np.ndarray, " R"]
-    """Of all rows, those in which more than one key in ten has exactly the score of another."""
 
     @property
     def row_starts(self) -> Int[np.ndarray, " r"]:
@@ -123,18 +118,18 @@ def score_ties_of(rows: Rows, digits: int) -> Ties:
 
 def _ties(place: Float[np.ndarray, "R S"], seen: Bool[np.ndarray, "R S"], cell: Callable) -> Ties:
     """Groups of equal `cell(place)`, in the rows in which more than one key in ten shares its cell with another."""
-    place = np.where(seen, place, np.inf)  # hidden keys come last
-    order = np.argsort(place, axis=1)
-    place = np.take_along_axis(place, order, axis=1)
     count = seen.sum(axis=1)
+    # Few rows have many: cells alone are sorted faster than the order of the keys is found. Hidden keys come last.
+    cells = np.sort(np.where(seen, cell(np.where(seen, place, 0.0)), np.inf), axis=1)
+    repeated = (cells[:, 1:] == cells[:, :-1]) & np.isfinite(cells[:, 1:])
+    at = np.flatnonzero(repeated.sum(axis=1) > MANY * count)
+    place, count = np.where(seen[at], place[at], np.inf), count[at]
+    order = np.argsort(place, axis=1)
     listed = np.arange(place.shape[1]) < count[:, None]
-    place = np.where(listed, place, 0.0)
+    place = np.where(listed, np.take_along_axis(place, order, axis=1), 0.0)
     begins = ~(np.diff(cell(place), axis=1, prepend=np.nan) == 0)
-    equal = np.diff(place, axis=1, prepend=np.nan) < EXACT
-    at = np.flatnonzero((~begins & listed).sum(axis=1) > MANY * count)
-    is_repeated = (equal & listed).sum(axis=1) > MANY * count
-    row, rank = np.nonzero(listed[at])
-    return Ties(at, row, order[at[row], rank], np.flatnonzero(begins[at[row], rank]), is_repeated)
+    row, rank = np.nonzero(listed)
+    return Ties(at, row, order[row, rank], np.flatnonzero(begins[row, rank]))
 
 
 def variance_of(

@@ -1,0 +1,101 @@
+"""Additions that err alike, because their terms are nearly equal (§3.7).
+
+A running sum is a number of the compute format, and so a multiple of its spacing. What an addition loses is what the
+term lies off a multiple of this spacing: it depends on the term, not on the sum. Terms of many sizes lose as often as
+they gain. Terms within a part of a spacing of each other all lose the same, and the sum drifts.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from cpjax.crosscheck.exact.attention import Rows
+from cpjax.crosscheck.exact.formats import Format
+
+HALVINGS = 4
+"""Spacings that are tried: that of the whole sum, and of partial sums of half, a quarter and an eighth of it."""
+
+CHANCE = 2.0
+"""What terms of many sizes lose is random, and has a term of its own: so many standard deviations are no drift."""
+
+RANDOM = 0.2
+"""Spacings: losses of terms of many sizes deviate by 1/√12 = 0.29; of fewer, finer spacings are tried as well."""
+
+ALIKE = 3.0
+"""Spacings: products of one value with p of a larger deviation are of many sizes, and are not looked at."""
+
+WINDOW = 16
+"""Spacings within which this deviation is measured: a few terms that are far from the others change it little."""
+
+FEW_VALUES = 0.1
+"""Share of the values of a column that are one number, from which on its products are looked at."""
+
+SAMPLE = 512
+"""Values of a column that are compared to find whether many are one number."""
+
+
+def row_sum_drift(rows: Rows, fmt: Format) -> Float[np.ndarray, "R C"]:
+    """The most that each chunk's sum of p = exp(s − M_c), made in `fmt`, drifts, as a share of it."""
+    share = np.zeros(rows.chunk_weight.shape)
+    for chunk, (start, stop) in enumerate(pairwise(rows.edges)):
+        if stop - start > 1:
+            share[:, chunk] = _drift(np.exp(rows.below[:, start:stop]), fmt)
+    return share
+
+
+def product_drift(rows: Rows, fmt: Format) -> Float[np.ndarray, "R V"]:
+    """By how much sums of p·v are off at most where the p are alike and many values equal; in units of the output."""
+    moved = np.zeros_like(rows.out)
+    for start, stop in pairwise(rows.edges):
+        size = rows.size[start:stop]
+        some = np.flatnonzero(_has_few_values(size))
+        if not len(some):
+            continue
+        p, weight = np.exp(rows.below[:, start:stop]), rows.weight[:, start:stop]
+        step = fmt.spacing(np.maximum(p.sum(axis=1), 1.0))
+        at = np.flatnonzero(_lost(p, WINDOW * step)[1] < ALIKE * step)
+        distinct, which = np.unique(size[:, some], axis=1, return_inverse=True)
+        drift = [_drift(p[at][:, one > 0] * one[one > 0], fmt) * (weight[at] @ one) for one in distinct.T]
+        moved[np.ix_(at, some)] += np.stack(drift, axis=1)[:, which]
+    return moved
+
+
+def _drift(term: Float[np.ndarray, "r s"], fmt: Format) -> Float[np.ndarray, " r"]:
+    """The most that a sum of these terms, one after the other, drifts, as a share of it.
+
+    If the largest term comes first, all additions are made to a sum of the final size. If the sum grows evenly, each
+    binade has its share of them, and its own spacing.
+    """
+    total = term.sum(axis=1)
+    total = np.where(total > 0, total, 1.0)
+    step, binade = fmt.spacing(total), 2.0 ** np.floor(np.log2(total))
+    drift, deviation = _lost(term, step)
+    # Terms of many sizes are of as many, and more, in finer spacings.
+    at = np.flatnonzero((drift > 0) | (deviation < RANDOM * step))
+    grown = (1 - binade / total) * drift
+    for halving in range(1, HALVINGS):
+        grown[at] += (binade / total)[at] / 2**halving * _lost(term[at], step[at] / 2**halving)[0]
+    return np.where((term > 0).sum(axis=1) > 1, np.maximum(drift, grown), 0.0) / total
+
+
+def _lost(
+    term: Float[np.ndarray, "r s"], step: Float[np.ndarray, " r"]
+) -> tuple[Float[np.ndarray, " r"], Float[np.ndarray, " r"]]:
+    """What the terms lose together beyond chance, added to sums of this spacing; the deviation of what one loses."""
+    count = np.maximum((term > 0).sum(axis=1), 1)
+    loss = term / step[:, None]
+    loss -= np.rint(loss)
+    lost = loss.sum(axis=1)
+    deviation = np.sqrt(np.maximum(np.einsum("rs,rs->r", loss, loss) / count - (lost / count) ** 2, 0.0))
+    return np.maximum(np.abs(lost) - CHANCE * np.sqrt(count) * deviation, 0.0) * step, deviation * step
+
+
+def _has_few_values(size: Float[np.ndarray, "s V"]) -> Bool[np.ndarray, " V"]:
+    """Of each column, whether many of the numbers that are not 0 are one number."""
+    some = np.sort(size[:: max(len(size) // SAMPLE, 1)], axis=0)
+    place = np.arange(len(some))[:, None]
+    is_first = np.diff(some, axis=0, prepend=-1.0) != 0
+    length = place - np.maximum.accumulate(np.where(is_first, place, 0), axis=0) + 1
+    most = np.where(some > 0, length, 0).max(axis=0)
+    return most > np.maximum(FEW_VALUES * (some > 0).sum(axis=0), 1)

@@ -1,0 +1,57 @@
+"""A plain loop that adds one key after the other to one accumulator: it is correct, and however long, it must pass."""
+
+import numpy as np
+import pytest
+
+from cpjax.crosscheck import judge
+from cpjax.crosscheck.judging.statistic import SLACK
+
+QUERIES, HEAD_DIM, SCALE = 8, 64, 0.125
+
+
+def drawn(keys: int, scores: float, values: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, key and value in float32: scores of so small a deviation, values near 1, one value, or one for half."""
+    some = np.random.default_rng([keys, int(1e7 * scores)])
+    query = scores * some.standard_normal((1, QUERIES, 1, HEAD_DIM))
+    key = some.standard_normal((1, keys, 1, HEAD_DIM))
+    value = 1 + 0.3 * some.standard_normal((1, keys, 1, 8))
+    if values != "many":
+        value[:, : keys // (1 if values == "one" else 2)] = 1.3
+    query, key, value = (x.astype(np.float32) for x in (query, key, value))
+    return query, key, value
+
+
+def loop(query: np.ndarray, key: np.ndarray, value: np.ndarray, lost: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """softmax(q kᵀ scale) v, maximum first; the key `lost` is left out."""
+    score = query[0, :, 0] @ key[0, :, 0].T * np.float32(SCALE)
+    most = score.max(axis=1, keepdims=True)
+    p = np.exp(score - most)
+    total, product = np.zeros((QUERIES, 1), np.float32), np.zeros((QUERIES, value.shape[3]), np.float32)
+    for j in range(key.shape[1]):
+        if j != lost:
+            total += p[:, j : j + 1]
+            product += p[:, j : j + 1] * value[0, j]
+    return (product / total)[None, :, None], (most + np.log(total))[None, :, :]
+
+
+def judged(query: np.ndarray, key: np.ndarray, value: np.ndarray, out: np.ndarray, lse: np.ndarray | None):
+    return judge(query, key, value, out, lse, scale=SCALE, is_causal=False, cp=1, layout="contiguous")
+
+
+@pytest.mark.parametrize("values", ["many", "one", "half"])
+@pytest.mark.parametrize("scores", [0.0, 1e-6, 1e-5, 1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("keys", [300, 4096, 9000])
+def test_a_correct_loop_passes_however_long_and_however_alike_its_terms(keys, scores, values):
+    query, key, value = drawn(keys, scores, values)
+    out, lse = loop(query, key, value)
+    verdict = judged(query, key, value, out, lse)
+    assert verdict.passed, verdict.reasons
+    assert verdict.lse_z < SLACK**0.5
+    assert not verdict.z > SLACK**0.5  # NaN where every output must be exact
+    assert judged(query, key, value, out, None).passed
+
+
+@pytest.mark.parametrize("scores", [1e-2, 0.3])
+def test_a_lost_key_is_seen_all_the_same(scores):
+    query, key, value = drawn(4096, scores, "many")
+    assert not judged(query, key, value, *loop(query, key, value, lost=1000)).passed
