@@ -20,7 +20,7 @@ from cpjax.trial.cuda import card
 from cpjax.trial.cuda import run as cuda_run
 from cpjax.trial.cuda.report import table as cuda_table
 from cpjax.trial.emulators import PROFILES
-from cpjax.trial.false_alarms import SETS, Outcome, is_alarm, outcomes, rate_bound, table
+from cpjax.trial.false_alarms import SETS, is_alarm, outcomes, rate_bound, table
 
 Item = TypeVar("Item")
 
@@ -52,15 +52,7 @@ def false_alarms(
     if set_ == "held-out" and (reason := activations.missing()):
         error_console.print(f"without trained activations: {reason}", markup=False, highlight=False, soft_wrap=True)
     started = time.monotonic()
-    seen: list[Outcome] = []
-    # SIGINT is ignored by what a shell starts in the background; SIGTERM is not.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        seen.extend(_progress(outcomes(set_, seed, count, workers), count, "judged"))
-    except KeyboardInterrupt:
-        error_console.print(f"interrupted after {len(seen):,} of {count:,} results; the report is about these")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    seen = _until_stopped(_progress(outcomes(set_, seed, count, workers), count, "judged"), count)
     seconds = time.monotonic() - started
     alarms = sorted((one for one in seen if is_alarm(one)), key=lambda one: one.number)
     rows, judged = table(seen), sum(one.judgeable for one in seen)
@@ -102,18 +94,20 @@ def of_foreign_kernels(
     """Judge correct results of kernels that are not ours. Exit status: 0 none called wrong, 1 some, 2 bad input.
 
     The judge is told what an honest user would say. Kernels whose package is not installed are left out, and named.
+    Ctrl-C, or a termination signal, ends it early with a report about the results that were judged.
     """
     _must_not_exist(out)
     if absent := foreign_kernels.missing():
         error_console.print(f"left out, not installed: {', '.join(absent)}", markup=False, highlight=False)
     started = time.monotonic()
-    seen = list(_progress(foreign.outcomes(seed, count, workers), count, "judged"))
+    seen = _until_stopped(_progress(foreign.outcomes(seed, count, workers), count, "judged"), count)
     seconds = time.monotonic() - started
     alarms = sorted((one for one in seen if one.judgeable and not one.passed), key=lambda one: one.number)
     rows = foreign.table(seen)
     report = {
         "seed": seed,
-        "count": count,
+        "count": len(seen),
+        "asked_for": count,
         "seconds": round(seconds, 1),
         "left_out": absent,
         "rows": [row._asdict() for row in rows],
@@ -176,10 +170,14 @@ def of_gradients(
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Judge correct and faulty gradients. Exit status: 0 no correct ones called wrong, 1 some, 2 bad input."""
+    """Judge correct and faulty gradients. Exit status: 0 no correct ones called wrong, 1 some, 2 bad input.
+
+    Ctrl-C, or a termination signal, ends the emulators' part early; the others follow, and the report is about what was
+    judged.
+    """
     _must_not_exist(out)
     started = time.monotonic()
-    seen = list(_progress(gradients.outcomes(seed, count, workers), count, "emulators"))
+    seen = _until_stopped(_progress(gradients.outcomes(seed, count, workers), count, "emulators"), count)
     seen += _progress(gradients.foreign(seed, of_kernels), of_kernels, "kernels")
     some = [one for profile in gradients.JUDGED_IN for one in gradients.faults(profile, keys, seed)]
     alarms = [one for one in seen if one.judgeable and not one.passed]
@@ -242,6 +240,20 @@ def _progress(items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console) as progress:
         yield from progress.track(items, total=total, description=what)
+
+
+def _until_stopped(items: Iterable[Item], total: int) -> list[Item]:
+    """All items, or those that are there when Ctrl-C or a termination signal comes."""
+    seen: list[Item] = []
+    # SIGINT is ignored by what a shell starts in the background; SIGTERM is not.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        seen.extend(items)
+    except KeyboardInterrupt:
+        error_console.print(f"interrupted after {len(seen):,} of {total:,} results; the report is about these")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return seen
 
 
 def _must_not_exist(path: Path | None) -> None:
