@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--write", action="store_true", help="store the fresh outputs of the cells that are stale")
+    parser.add_argument("--write", action="store_true", help="store what comes out; not if a cell raises")
     asked = parser.parse_args(arguments)
     stale = 0
     for path in asked.notebooks:
@@ -67,12 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{path}: {verdict}, executed in {time.monotonic() - start:.0f} s", flush=True)
         for cell, what in found:
             print(f"  {path.name}, cell {cell}: {what}", flush=True)
-        if asked.write:
+        is_broken = any("raised" in what for _, what in found)
+        if asked.write and not is_broken:
             replace_stale(stored, fresh)
             stored.metadata[PROCESSOR] = processor()
             nbformat.write(stored, path)
-            # What raised in the cell is stored so that it can be seen, but it is no output to keep.
-            stale += sum("raised" in what for _, what in found)
         else:
             stale += len(found)
     if stale:

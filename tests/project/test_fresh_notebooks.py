@@ -174,6 +174,9 @@ def test_the_command_finds_and_mends_a_stale_notebook(tmp_path, capsys):
     path.write_text(path.read_text().replace("6 * 7", "6 / 0"))
     assert fresh_notebooks.main([str(path)]) == 1
     assert "raised ZeroDivisionError: division by zero" in capsys.readouterr().out
+    before = path.read_text()
+    assert fresh_notebooks.main(["--write", str(path)]) == 1
+    assert path.read_text() == before
 
 
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
