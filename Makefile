@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help check test deep crosscheck lint notebooks lab docs bench inspect plan mutation trial dist clean
+.PHONY: help check test deep crosscheck lint notebooks fresh lab docs bench inspect plan mutation trial dist clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -66,8 +66,12 @@ lint: $(READY)  ## style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-notebooks: $(READY)  ## execute every notebook
-	$(BIN)/jupyter-execute notebooks/*.ipynb
+notebooks fresh: export JAX_PLATFORMS = cpu
+notebooks: $(READY)  ## execute every notebook; what is stored in it must be what comes out
+	$(BIN)/python tools/fresh_notebooks.py notebooks/*.ipynb
+
+fresh: $(READY)  ## execute every notebook and store what comes out
+	$(BIN)/python tools/fresh_notebooks.py --write notebooks/*.ipynb
 
 lab: $(LAB)  ## the notebooks in a browser
 	$(BIN)/jupyter lab notebooks

@@ -9,6 +9,7 @@ FRONT = "README"
 
 SECTIONS = {
     "The book": (
+        "notebooks/00-why-split",
         "notebooks/01-the-path",
         "notebooks/02-online-softmax",
         "notebooks/03-layouts",
@@ -19,6 +20,9 @@ SECTIONS = {
         "notebooks/08-scale",
         "notebooks/09-fingerprint",
         "notebooks/10-one-token",
+        "notebooks/11-exchanges",
+        "notebooks/12-backward-ring",
+        "notebooks/13-latent",
     ),
     "Guides": (
         "docs/install",
@@ -74,15 +78,6 @@ EVERY = (FRONT, *(page for listed in SECTIONS.values() for page in listed))
 def toctree() -> str:
     """The sections as MyST directives, to be added to the front page, which shows none of them itself."""
     return "\n\n".join(
-        "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *map(_entry, pages), "```"])
+        "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *(f"/{page}" for page in pages), "```"])
         for caption, pages in SECTIONS.items()
     )
-
-
-def _entry(page: str) -> str:
-    """A line of a toctree. A chapter of the book bears its number: not all titles of notebooks have one."""
-    folder, _, name = page.rpartition("/")
-    if folder != "notebooks":
-        return f"/{page}"
-    number, _, words = name.partition("-")
-    return f"{int(number)}. {words.replace('-', ' ').capitalize()} </{page}>"

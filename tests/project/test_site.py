@@ -43,10 +43,55 @@ def test_every_page_is_listed_once():
     assert all(len(files(page)) == 1 for page in named)
 
 
+BOOK = list(pages.SECTIONS["The book"])
+
+
+def markdown(page: str) -> list[str]:
+    """The text cells of a chapter."""
+    cells = json.loads(files(page)[0].read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+
+
+def title(page: str) -> str:
+    """Number and words of a chapter's title."""
+    return markdown(page)[0].split("\n")[0].removeprefix("# ")
+
+
 def test_the_book_is_in_order():
-    book = list(pages.SECTIONS["The book"])
-    assert book == sorted(book)
-    assert all(f"{number}. " in pages.toctree() for number in range(1, len(book) + 1))
+    assert sorted(BOOK) == BOOK
+    for number, page in enumerate(BOOK):
+        assert page.startswith(f"notebooks/{number:02}-")
+        assert re.fullmatch(rf"{number}\. \S.*", title(page))
+
+
+@pytest.mark.parametrize("page", BOOK)
+def test_a_chapter_ends_with_links_to_its_neighbours(page):
+    number = BOOK.index(page)
+    others = {"Previous": number - 1, "Next": number + 1}
+    links = [
+        f"{word}: [{title(BOOK[other])}]({BOOK[other].removeprefix('notebooks/')}.ipynb)"
+        for word, other in others.items()
+        if 0 <= other < len(BOOK)
+    ]
+    contents = "[Contents](../docs/README.md#the-book)"
+    links.insert(0 if number == 0 else 1, contents)
+    assert markdown(page)[-1] == " · ".join(links)
+    assert "## The book\n" in (ROOT / "docs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", BOOK)
+def test_a_chapter_has_exercises_with_solutions(page):
+    text = "\n".join(markdown(page))
+    exercises = text[text.index("## Exercises") :]
+    assert re.search(r"(?m)^1\. ", exercises)
+    assert re.search(r"(?m)^2\. ", exercises)
+    assert "<summary>Solutions</summary>" in text
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
+def test_the_contents_list_every_chapter():
+    linked = re.findall(r"(?m)^\| \[([^]]+)\]\(\.\./(notebooks/.+)\.ipynb\)", (ROOT / "docs" / "README.md").read_text())
+    assert linked == [(title(page), page) for page in BOOK]
 
 
 def test_the_index_lists_every_page_of_docs():
@@ -54,12 +99,10 @@ def test_the_index_lists_every_page_of_docs():
     assert sorted(linked) == sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "README")
 
 
-@pytest.mark.parametrize("page", pages.SECTIONS["The book"])
+@pytest.mark.parametrize("page", BOOK)
 def test_links_of_notebooks_lead_somewhere(page):
     path = files(page)[0]
-    cells = json.loads(path.read_text())["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    links = re.findall(r"\]\(([^)#\s]+)", text)
+    links = re.findall(r"\]\(([^)#\s]+)", "\n".join(markdown(page)))
     assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
 
 
