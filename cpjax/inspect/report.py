@@ -55,7 +55,7 @@ def _title(seen: Inspection) -> str:
     words = (
         f"{shape.tokens:,} tokens",
         f"{counted(shape.heads, 'head')} {shape.head_dim}/{shape.value_dim}",
-        *(shape.dtype, shape.partition, shape.exchange, "causal" if shape.causal else "full"),
+        *(shape.dtype, shape.partition, shape.exchange, shape.attend, "causal" if shape.causal else "full"),
         f"{seen.schedule.cycles:,} estimated cycles",
     )
     return f"{seen.program}, {seen.topology.name}, cp {seen.cp}: {', '.join(words)}"

@@ -98,6 +98,11 @@ def test_without_the_compiler_the_command_names_the_extra(arguments, why, monkey
         (["--draw", "step.pdf"], "step.pdf must end in .svg or .png"),
         (["--draw", "{there}"], "is there already"),
         (["--backward", "--latent"], "two programs"),
+        (
+            ["--latent", "--attend", "splash"],
+            "attend is 'splash'; a latent's keys and values are made inside the block",
+        ),
+        (["--attend", "flash"], "unknown attend 'flash'; known are tiles, splash"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_compiled(arguments, why, monkeypatch, tmp_path):
