@@ -1,10 +1,10 @@
 """The block as cuDNN's fused attention for GPUs of NVIDIA, which JAX calls.
 
-It computes scores, maximum and sum in float32, and rounds probabilities and `out` to the dtype of its inputs. It is
-handed scale · query, for cuDNN's own scale is a constant, and ours is an operand of the compiled program: profiles
-`scaled_query_fp16` and `scaled_query_bf16`.
+It computes scores, maximum and sum in float32, and rounds probabilities and `out` to the dtype of its inputs: so says
+the card of cuDNN's kernel on an H200 (docs/fingerprint.md). It is handed scale · query, for cuDNN's own scale is a
+constant, and ours is an operand of the compiled program: profiles `scaled_query_fp16` and `scaled_query_bf16`.
 
-Never run: nobody who wrote this had a GPU. It is lowered for CUDA in a test.
+This block was never run, for there was no GPU; a test lowers it for CUDA.
 """
 
 from jaxtyping import Array, Float

@@ -123,6 +123,7 @@ def test_splash_is_compiled_inside_the_ring(splash):
     """Of bfloat16 at 192/128: each shard is sent once to every other rank, in the loop while kernels compute."""
     shard = 2 * HEADS * (192 + 128) * 1024 // CP + places(1024)
     assert sent(splash["transfers"]) == (CP - 1) * shard
+    assert splash["kernels"] > 0
     (loop,) = (x for x in splash["loops"] if x["products"])
     assert loop["trips"] == CP - 2
     inside = [x for x in splash["transfers"] if x["runs"] == loop["trips"]]

@@ -54,6 +54,7 @@ def test_the_sentences():
     assert "4.0 MiB at the peak" in said[2]
     other = findings(inspection(WRAPPED))
     assert other[0] == "Beside permutes it has 2 all-gather, 1 all-reduce."
+    assert any("It has 1 kernel, of whose cycles the compiler has no estimate" in line for line in other)
     unknown = findings(inspection(printed([Loop([Permute(4, True)], 3, how="unknown")])))
     assert any("cycles are too few" in line for line in unknown)
     assert not any("cycles are too few" in line for line in said)
