@@ -207,5 +207,6 @@ def test_cudnn_is_lowered_for_cuda(causal, masks, monkeypatch):
     assert Counter(found for call in calls for found in re.findall(r"mask_type\W+22: \W+22(\w+)\\22", call)) == masks
     for call in calls:
         assert re.search(r"fmha_scale\W+22: 1.0", call), "queries are scaled before"
-        assert re.search(r"-> \(tensor<1x4x8x64xf16>, tensor<1x4x8xf32>, ", call), "lse is not rounded"
+        assert re.search(r"-> \(tensor<1x4x8x64xf16>, tensor<1x4x8xf32>, ", call), "lse is float32"
+    assert not re.search(r"tensor<1x(4x8|8x4)xf32>\) -> tensor<1x(4x8|8x4)xf16>", text), "and stays so"
     assert {str(x.dtype) for x in jax.tree.leaves(traced.out_info)} == {"float16", "float32"}
