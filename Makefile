@@ -92,6 +92,7 @@ bench: $(READY)  ## speed beside PyTorch's fused kernel, the matrix products alo
 inspect: export PYTHONPATH = .venv/tpu
 inspect: $(TPU)  ## what the TPU compiler makes of rings on 4 to 256 chips: the figures of docs/scale.md
 	$(BIN)/python tools/scale.py build/inspect
+	$(BIN)/python tools/clock.py v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1
 
 plan: $(READY)  ## the pictures, tables and errors of docs/plan.md; nothing is measured
 	rm -f docs/plan-deepseek.svg docs/plan-llama.svg

@@ -10,11 +10,14 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from cpjax.attention import checked_scale
+from cpjax.blocks.chosen import block_of
 from cpjax.errors import InputError
 from cpjax.exchange.device import EXCHANGES, ORDERS
 from cpjax.mask import Tokens
+from cpjax.partition.contiguous import Contiguous
 from cpjax.partition.packing import padded_lengths
 from cpjax.partition.sequence import SequencePartition
+from cpjax.partition.zigzag import Zigzag
 from cpjax.precision import Precision
 
 
@@ -196,6 +199,43 @@ def check_precision(precision: Precision) -> None:
     """Refuse float64 where JAX would silently compute in float32."""
     if precision.compute == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise InputError("precision float64 needs float64 in JAX; call jax.config.update('jax_enable_x64', True) first")
+
+
+def check_kernel(
+    attend: str,
+    mesh: Mesh | AbstractMesh,
+    partition: SequencePartition,
+    lengths: tuple[int, ...] | None,
+    q_tokens: Tokens | None,
+    kv_tokens: Tokens | None,
+) -> None:
+    """Refuse what a platform's block cannot compute of a whole text; `check_block` refuses the rest.
+
+    Raises:
+      InputError: another platform; shards that are no runs of one text, or may be none.
+    """
+    block = block_of(attend)
+    here = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    if here not in block.platforms:
+        raise InputError(
+            f"attend={attend!r} is for devices of {' and '.join(block.platforms)}, and the mesh is of {here}; leave "
+            f"attend out there"
+        )
+    if not isinstance(partition, Contiguous | Zigzag):
+        raise InputError(
+            f"partition is {partition.name!r}, whose shards are no runs of the text, so that no pair of them is whole, "
+            f"hidden or a causal triangle; attend={attend!r} takes zigzag and contiguous"
+        )
+    if lengths is not None:
+        raise InputError(
+            f"lengths are given; attend={attend!r} computes one text a batch row: leave lengths or attend out"
+        )
+    for name, places in (("q_tokens", q_tokens), ("kv_tokens", kv_tokens)):
+        if places is not None:
+            raise InputError(
+                f"{name} are given; the masks of attend={attend!r} are compiled into it, so tokens must be 0, 1, 2, … "
+                f"of one text: leave {name} out (a causal mask hides pads at the end), or leave attend out"
+            )
 
 
 def check_sink(sink: Any, heads: int) -> None:

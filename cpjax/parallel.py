@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from cpjax.attention import Attention, Computation
+from cpjax.blocks.chosen import DEFAULT, block_of
 from cpjax.checks import (
     check_axes,
+    check_kernel,
     check_mesh,
     check_order,
     check_packed,
@@ -35,7 +37,7 @@ from cpjax.checks import (
 )
 from cpjax.errors import InputError
 from cpjax.exchange.blocks import delivered
-from cpjax.exchange.device import attention_on_device
+from cpjax.exchange.device import attention_on_device, check_block
 from cpjax.exchange.moving import moved, places
 from cpjax.inputs import check_inputs
 from cpjax.mapping import mapped
@@ -47,7 +49,7 @@ from cpjax.partition.names import sequence_of
 from cpjax.partition.packing import packed_order, packed_tokens
 from cpjax.partition.partition import Partition
 from cpjax.partition.sequence import SequencePartition
-from cpjax.precision import Precision, precision_of, scale_in
+from cpjax.precision import Precision, scale_in
 
 
 def context_parallel_attention(
@@ -65,6 +67,7 @@ def context_parallel_attention(
     in_partition_order: bool = False,
     lengths: Sequence[int] | Any = None,
     exchange: str = "ring",
+    attend: str = DEFAULT,
     mask: Mask | None = None,
     scale: Any = None,
     softcap: float | None = None,
@@ -95,12 +98,17 @@ def context_parallel_attention(
       lengths: a packed batch: real lengths of the requests, each padded on its own to a multiple of 2·cp
         (`cpjax.partition.packing.pack`) and laid out on its own. Places of the tokens follow from them.
       exchange: how keys meet queries, a name of `cpjax.exchange.device.EXCHANGES`.
+      attend: computes one block of queries and keys. "tiles" is the readable one, which defines what is right.
+        "splash" is JAX's kernel for TPUs (on a CPU interpreted, for tests), "cudnn" cuDNN's for GPUs of NVIDIA. These
+        two take zigzag or contiguous texts without places or lengths, runs of a multiple of 128 tokens (splash), a
+        causal or full mask, no softcap; the derivative is that of the readable block (docs/jax.md).
       mask: None is causal.
       scale: None is 1/√H. It is an operand: another number compiles nothing, and a traced one has a derivative.
       softcap: logits become softcap · tanh(logit / softcap).
       sink: per query head, the logit of one more key with value 0 that every query sees, pads included.
       precision: a profile or its name; None follows from the dtype of the arrays: float16 flash_fp16, bfloat16
-        flash_bf16, float32 and float64 what they say. float64 needs `jax_enable_x64`.
+        flash_bf16, float32 and float64 what they say; with "splash" and "cudnn" scaled_query_fp16 and
+        scaled_query_bf16, for these are handed scale · q. float64 needs `jax_enable_x64`.
       computation: mask, scale, softcap, sink, precision, partition and order in one value, which `judge` takes too;
         what it says must not be said by a keyword.
 
@@ -134,13 +142,16 @@ def context_parallel_attention(
     check_inputs(query, key, value, q_tokens, kv_tokens)
     one = sequence_of(words["partition"] or "zigzag", cp)
     check_mesh(query, key, mesh, axis_name, head_axis, batch_axis, one, exchange, manual)
-    precision = precision_of(words["precision"], query.dtype)
+    precision = block_of(attend).precision(words["precision"], query.dtype)
     check_precision(precision)
     check_sink(words["sink"], query.shape[2])
     scale = check_scale(query.shape[-1] ** -0.5 if words["scale"] is None else words["scale"])
     if isinstance(scale, float):
         scale = np.asarray(scale_in(precision, scale), precision.compute)
     attention = Attention(mask=words["mask"] or Mask(), scale=1.0, precision=precision, softcap=words["softcap"])
+    if block_of(attend).is_kernel:
+        check_kernel(attend, mesh, one, lengths, q_tokens, kv_tokens)
+        check_block(attend, query, key, value, attention, exchange, one.chunks_per_rank, 1 if manual else cp)
     how = _How(
         None if manual else mesh,
         axis_name,
@@ -150,6 +161,7 @@ def context_parallel_attention(
         in_partition_order,
         lengths,
         exchange,
+        attend,
         attention,
         (query.shape[1] * parts, key.shape[1] * parts),
     )
@@ -199,6 +211,7 @@ class _How(NamedTuple):
     in_partition_order: bool
     lengths: tuple[int, ...] | None
     exchange: str
+    attend: str
     attention: Attention
     """Its scale is an operand."""
     shape: tuple[int, int]
@@ -211,7 +224,9 @@ def _run(how: _How, *operands):
         return _on_device(how, *operands)
     place, array = P(how.batch_axis, how.axis_name), P(how.batch_axis, how.axis_name, how.head_axis)
     specs = (array, array, array, place, place, P(how.head_axis), P())
-    return mapped(partial(_on_device, how), how.mesh, specs, array)(*operands)
+    # JAX's kernels do not say over which axes their results vary.
+    checked = not block_of(how.attend).is_kernel
+    return mapped(partial(_on_device, how), how.mesh, specs, array, check_vma=checked)(*operands)
 
 
 def _on_device(how: _How, query, key, value, q_tokens, kv_tokens, sink, scale) -> Partial:
@@ -233,6 +248,7 @@ def _on_device(how: _How, query, key, value, q_tokens, kv_tokens, sink, scale) -
         exchange=how.exchange,
         chunks=how.partition.chunks_per_rank,
         sink=sink,
+        attend=how.attend,
     )
     return moved(delivered(result, how.attention.precision), tuple(step.back() for step in q_moves), axis_name)
 

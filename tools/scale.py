@@ -22,12 +22,14 @@ class Case(NamedTuple):
     tokens: int
     given_order: bool = False
     draw: bool = False
+    attend: str = "tiles"
 
     @property
     def name(self) -> str:
         """As a file is called."""
         order = "-given-order" if self.given_order else ""
-        return f"{self.program}-{self.topology.replace(':', '-')}-{self.tokens}{order}"
+        program = self.program if self.attend == "tiles" else self.attend
+        return f"{program}-{self.topology.replace(':', '-')}-{self.tokens}{order}"
 
 
 K = 1024
@@ -43,6 +45,10 @@ CASES = (
     Case("latent", "v5e:4x4", 128 * K),
     Case("forward", "v6e:8x8", 128 * K),
     Case("forward", "tpu7x:2x2x1", 128 * K),
+    *(
+        Case("forward", name, 128 * K, attend="splash")
+        for name in ("v5e:4x4", "v5e:8x8", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x2x1")
+    ),
 )
 
 HEAD = (
@@ -65,7 +71,7 @@ def row(said: dict, given_order: bool) -> str:
     link = max((x["link_cycles"] or 0) for x in large)
     foreign = {name: n for name, n in said["collectives"].items() if name != "collective-permute"}
     cells = (
-        said["program"],
+        said["program"] + (", splash" if said.get("attend") == "splash" else ""),
         said["topology"] + (", as numbered" if given_order else ""),
         f"{said['tokens'] // K}K",
         said["cp"],
@@ -98,7 +104,7 @@ def main() -> None:
         if arguments.only not in case.name:
             continue
         if not kept.exists():
-            shape = Shape(case.tokens, in_partition_order=case.program == "latent")
+            shape = Shape(case.tokens, attend=case.attend, in_partition_order=case.program == "latent")
             seen = inspect(case.program, topology(case.topology, case.given_order), shape)
             if case.draw:
                 picture.unlink(missing_ok=True)

@@ -49,6 +49,9 @@ def inspect(
         str,
         typer.Option(metavar="ring|ring_both_ways|gather|pass_query|all_to_all", help="how keys meet queries"),
     ] = "ring",
+    attend: Annotated[
+        str, typer.Option(metavar="tiles|splash", help="what computes a block; cycles of splash are not estimated")
+    ] = "tiles",
     in_partition_order: Annotated[
         bool, typer.Option("--in-partition-order", help="arrays are the ranks' shards already: none is moved before")
     ] = False,
@@ -71,7 +74,7 @@ def inspect(
         from cpjax.errors import InputError
         from cpjax.inspect.draw import draw
         from cpjax.inspect.inspection import inspect as inspected
-        from cpjax.inspect.programs import Shape
+        from cpjax.inspect.programs import Shape, check_program
         from cpjax.inspect.report import report
 
         if backward and latent:
@@ -88,11 +91,13 @@ def inspect(
             causal,
             partition,
             exchange,
+            attend,
             in_partition_order or latent,
             latent_dim,
             rope_dim,
         )
         program = "backward" if backward else "latent" if latent else "forward"
+        check_program(program, shape)
         with progress() as advance:
             seen = inspected(program, of.topology(topology, given_order), shape, advance)
         if picture is not None:

@@ -13,6 +13,7 @@ from math import prod
 
 HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
+END = re.compile(r"^\}(?:$|, )")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 TILE = re.compile(r"T\(([\d,]+)\)")
 RECORD = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
@@ -63,17 +64,33 @@ def parse(text: str) -> Program:
         raise ValueError("the program's text is not scheduled: its first line must say is_scheduled=true")
     computations: dict[str, list[Instruction]] = {}
     entry, inside = None, None
-    for line in lines:
+    for line in _whole(lines):
         if (head := HEAD.match(line)) is not None:
             inside = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif END.match(line):
             inside = None
         elif inside is not None and (start := LINE.match(line)) is not None:
             inside.append(_instruction(line[start.end() :], start[2], start[1] is not None))
     if entry is None:
         raise ValueError("the program's text has no ENTRY computation")
     return Program(entry, {name: tuple(body) for name, body in computations.items()}, _stacks(lines))
+
+
+def _whole(lines: list[str]) -> Iterator[str]:
+    """The lines, an instruction in one: the attributes of a Pallas kernel have line breaks in them."""
+    held = None
+    for line in lines:
+        if HEAD.match(line) or LINE.match(line) or END.match(line):
+            if held is not None:
+                yield held
+            held = line if LINE.match(line) else None
+            if held is None:
+                yield line
+        elif held is not None:
+            held += " " + line
+    if held is not None:
+        yield held
 
 
 def logical_bytes(shape: str) -> int:

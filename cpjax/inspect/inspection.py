@@ -77,6 +77,7 @@ class Inspection:
             "transfers": transfers,
             "loops": [asdict(loop) for loop in self.schedule.loops],
             "cycles": self.schedule.cycles,
+            "kernels": self.schedule.kernels,
             "peak_bytes": self.memory.peak,
             "memory_bytes": asdict(self.memory),
             "compile_seconds": round(self.compile_seconds, 2),

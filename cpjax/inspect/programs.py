@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cpjax.attention import Attention
+from cpjax.blocks.chosen import DEFAULT, block_of
 from cpjax.errors import InputError
 from cpjax.latent import HEADLESS, UpProjection, latent_attention_on_device
 from cpjax.mask import Mask, Tokens
@@ -40,6 +41,7 @@ class Shape:
     causal: bool = True
     partition: str = "zigzag"
     exchange: str = "ring"
+    attend: str = DEFAULT
     in_partition_order: bool = False
     latent: int = 512
     """C, of the latent program only: what keys and values are made from."""
@@ -47,16 +49,30 @@ class Shape:
     """R, of the latent program only: of head_dim, the part that all heads share."""
 
 
-def lowered(program: str, shape: Shape, devices: tuple[Any, ...]) -> jax.stages.Lowered:
-    """A program for these devices, ready to compile.
+def check_program(program: str, shape: Shape) -> None:
+    """Refuse what no topology has.
 
     Raises:
-      InputError: an unknown program; shapes that the function refuses.
+      InputError: an unknown program, dtype or block; a block that does not compute the program.
     """
     if program not in PROGRAMS:
         raise InputError(f"unknown program {program!r}; known are {', '.join(PROGRAMS)}")
     if shape.dtype not in DTYPES:
         raise InputError(f"dtype is {shape.dtype!r}; the TPU compiler takes {', '.join(DTYPES)}")
+    if block_of(shape.attend).is_kernel and program == "latent":
+        raise InputError(
+            f"attend is {shape.attend!r}; a latent's keys and values are made inside the block, which only "
+            f"{DEFAULT!r} does: leave attend or the latent out"
+        )
+
+
+def lowered(program: str, shape: Shape, devices: tuple[Any, ...]) -> jax.stages.Lowered:
+    """A program for these devices, ready to compile.
+
+    Raises:
+      InputError: as `check_program`; shapes that the function refuses.
+    """
+    check_program(program, shape)
     mesh = Mesh(np.array(devices), ("cp",), axis_types=(AxisType.Auto,))
     return _latent(shape, mesh) if program == "latent" else _public(shape, mesh, program == "backward")
 
@@ -68,6 +84,7 @@ def _public(shape: Shape, mesh: Mesh, backward: bool) -> jax.stages.Lowered:
         mesh=mesh,
         partition=shape.partition,
         exchange=shape.exchange,
+        attend=shape.attend,
         in_partition_order=shape.in_partition_order,
         mask=Mask(is_causal=shape.causal),
     )

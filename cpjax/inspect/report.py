@@ -44,8 +44,11 @@ def findings(seen: Inspection) -> list[str]:
     )
     if any(loop.trips is None for loop in schedule.loops):
         said.append("A loop's bound is computed, so it counts as one trip: cycles are too few.")
-    if any(work.kind == "kernel" for works in schedule.steps.values() for work in works):
-        said.append("There are kernels, of whose cycles the compiler has no estimate: cycles are too few.")
+    if schedule.kernels:
+        said.append(
+            f"It has {counted(schedule.kernels, 'kernel')}, of whose cycles the compiler has no estimate: cycles are "
+            "too few, of the program and of what transfers enclose."
+        )
     said.append(f"Compiled in {seen.compile_seconds:.1f} s; its text has {seen.text_bytes / 1e6:.2f} MB.")
     return said
 
@@ -55,7 +58,7 @@ def _title(seen: Inspection) -> str:
     words = (
         f"{shape.tokens:,} tokens",
         f"{counted(shape.heads, 'head')} {shape.head_dim}/{shape.value_dim}",
-        *(shape.dtype, shape.partition, shape.exchange, "causal" if shape.causal else "full"),
+        *(shape.dtype, shape.partition, shape.exchange, shape.attend, "causal" if shape.causal else "full"),
         f"{seen.schedule.cycles:,} estimated cycles",
     )
     return f"{seen.program}, {seen.topology.name}, cp {seen.cp}: {', '.join(words)}"

@@ -105,6 +105,8 @@ class Schedule:
     cycles: int
     steps: dict[str, tuple[Work, ...]]
     """Work of the computations that send something, in order."""
+    kernels: int
+    """Instructions that are kernels written by hand, wherever they stand; their cycles are not estimated."""
 
     @property
     def step(self) -> str | None:
@@ -135,7 +137,9 @@ class _Reader:
         counts = Counter(
             kind for body in self.program.computations.values() for line in body if (kind := _kind(line.opcode))
         )
-        return Schedule(dict(counts), tuple(transfers), tuple(loops), self.cycles.total(self.program.entry), steps)
+        kernels = sum(is_kernel(line) for body in self.program.computations.values() for line in body)
+        total = self.cycles.total(self.program.entry)
+        return Schedule(dict(counts), tuple(transfers), tuple(loops), total, steps, kernels)
 
     def _walk(self, computation: str, runs: int, depth: int) -> Iterator[tuple[str, int, int]]:
         """Each computation that is a list of steps (no fusion), how often it runs, and how many loops are around it."""
@@ -169,7 +173,7 @@ class _Reader:
                 runs,
                 _pairs(line),
                 line.opcode.endswith("-start"),
-                tuple(work for _, work in timeline[place + 1 : end] if work.cycles or work.kind == "kernel"),
+                tuple(work for _, work in timeline[place + 1 : end] if work.cycles or work.products),
                 computation,
                 clock[place],
                 clock[end],

@@ -48,7 +48,9 @@ RATES = {
 
 A link: the published interconnect bandwidth of a chip, over its links: four on a 2-D torus, six on a 3-D one. A clock:
 the published bfloat16 peak over two operations for each of the chip's 128×128 multipliers, of which v5e has four units,
-v4 and v5p eight. Of newer chips the number of units is not on these pages, so nothing is said.
+v4 and v5p eight. Of newer chips no clock follows from what is published, so nothing is said: for v6e the page "TPU v6e"
+has two units of 256×256, with which 918 TFLOP/s would be 3.5 GHz, but by the compiler's own cycles a chip multiplies
+faster than two such units can (docs/scale.md); of TPU7x no page says the number of units.
 """
 
 

@@ -91,11 +91,13 @@ SPECIFICATION = (
 INNER = {
     "exchange.blocks": {"fold", "finished", "delivered", "pieces", "to_next", "to_previous"},
     "checks": {
-        *("check_axes", "check_mesh", "check_not_manual", "check_order", "check_packed", "check_precision"),
-        *("check_scale", "check_sink", "checked_lengths", "current_mesh", "manual_axes", "ranks"),
+        *("check_axes", "check_kernel", "check_mesh", "check_not_manual", "check_order", "check_packed"),
+        *("check_precision", "check_scale", "check_sink", "checked_lengths", "current_mesh", "manual_axes", "ranks"),
     },
     "blocks.tiles": {"rounded_scale", "scores", "accumulate", "finish", "where_seen"},
     "blocks.tiles_backward": {"attend_backward"},
+    "blocks.cudnn": {"attend_cudnn"},  # it needs a GPU
+    "exchange.device": {"check_block"},
     "exchange.ring_backward": {"ring_backward"},
     "exchange.all_to_all": {"to_few_heads", "to_few_tokens"},
 }

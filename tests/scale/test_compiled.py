@@ -50,6 +50,12 @@ def latent():
     return cpjax_inspect("--tokens", 1024, "--latent", "--latent-dim", LATENT, "--rope-dim", ROPE)
 
 
+@pytest.fixture(scope="module")
+def splash():
+    heads = ("--head-dim", 192, "--value-dim", 128, "--dtype", "bfloat16")
+    return cpjax_inspect("--tokens", 1024, "--in-partition-order", "--attend", "splash", *heads)
+
+
 def sent(transfers):
     return sum(x["bytes"] * x["runs"] for x in transfers)
 
@@ -59,14 +65,14 @@ def places(tokens):
     return 2 * 4 * tokens // CP
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "latent"])
+@pytest.mark.parametrize("name", ["forward", "backward", "latent", "splash"])
 def test_there_is_no_collective_but_permutes(name, request):
     said = request.getfixturevalue(name)
     assert set(said["collectives"]) == {"collective-permute"}
     assert said["collectives"]["collective-permute"] == len({x["name"] for x in said["transfers"]})
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "latent"])
+@pytest.mark.parametrize("name", ["forward", "backward", "latent", "splash"])
 def test_every_transfer_is_asynchronous(name, request):
     assert all(x["asynchronous"] for x in request.getfixturevalue(name)["transfers"])
 
@@ -111,6 +117,20 @@ def test_derivatives_travel_and_shards_at_most_once_more(backward):
 def test_of_a_latent_only_the_latent_travels(latent):
     shard = 4 * (LATENT + ROPE) * 1024 // CP + places(1024)
     assert sent(latent["transfers"]) == (CP - 1) * shard
+
+
+def test_splash_is_compiled_inside_the_ring(splash):
+    """Of bfloat16 at 192/128: each shard is sent once to every other rank, in the loop while kernels compute."""
+    shard = 2 * HEADS * (192 + 128) * 1024 // CP + places(1024)
+    assert sent(splash["transfers"]) == (CP - 1) * shard
+    assert splash["kernels"] > 0
+    (loop,) = (x for x in splash["loops"] if x["products"])
+    assert loop["trips"] == CP - 2
+    inside = [x for x in splash["transfers"] if x["runs"] == loop["trips"]]
+    assert sum(x["bytes"] for x in inside) == shard
+    for transfer in inside:
+        assert transfer["encloses_attention"]
+        assert {work["kind"] for work in transfer["encloses"] if work["multiplies"]} <= {"kernel", "conditional"}
 
 
 def test_memory_per_chip_is_that_of_its_shards(forward):

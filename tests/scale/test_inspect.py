@@ -54,6 +54,7 @@ def test_the_sentences():
     assert "4.0 MiB at the peak" in said[2]
     other = findings(inspection(WRAPPED))
     assert other[0] == "Beside permutes it has 2 all-gather, 1 all-reduce."
+    assert any("It has 1 kernel, of whose cycles the compiler has no estimate" in line for line in other)
     unknown = findings(inspection(printed([Loop([Permute(4, True)], 3, how="unknown")])))
     assert any("cycles are too few" in line for line in unknown)
     assert not any("cycles are too few" in line for line in said)
@@ -98,6 +99,11 @@ def test_without_the_compiler_the_command_names_the_extra(arguments, why, monkey
         (["--draw", "step.pdf"], "step.pdf must end in .svg or .png"),
         (["--draw", "{there}"], "is there already"),
         (["--backward", "--latent"], "two programs"),
+        (
+            ["--latent", "--attend", "splash"],
+            "attend is 'splash'; a latent's keys and values are made inside the block",
+        ),
+        (["--attend", "flash"], "unknown attend 'flash'; known are tiles, splash"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_compiled(arguments, why, monkeypatch, tmp_path):

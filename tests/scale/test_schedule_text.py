@@ -242,6 +242,32 @@ def test_other_collectives_and_kernels_are_told():
     assert schedule.transfers[0].encloses_attention
 
 
+# As libtpu prints a Pallas kernel: its metadata has line breaks, and a line that begins with } belongs to it.
+PALLAS = """HloModule f, is_scheduled=true
+
+%host (p: f32[4]) -> f32[4] {
+  ROOT %p = f32[4]{0} parameter(0)
+}, execution_thread="host"
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %s = (f32[4]{0}, f32[4]{0}) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+  %k = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="splash"}, backend_config={"estimated_cycles":"7"}
+  ROOT %d = f32[4]{0} collective-permute-done(%s)
+}"""
+
+
+def test_an_instruction_may_have_line_breaks():
+    program = parse(PALLAS)
+    assert [line.name for line in program.computations["main"]] == ["p", "s", "k", "d"]
+    assert program.computations["main"][2].number("estimated_cycles") == 7
+    assert program.computations["main"][3].root
+    (transfer,) = read(program).transfers
+    assert (transfer.asynchronous, transfer.encloses_attention, transfer.cycles_enclosed) == (True, True, 7)
+
+
 STACKS = """HloModule f, is_scheduled=true
 
 FileNames
