@@ -8,6 +8,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.cuts import part_of
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_GROWTH, LARGEST_OUT, LARGEST_SQUARE, LEAST_SPACING, LEAST_SUM
+from cpjax.crosscheck.diagnosis.masks import is_cached
 from cpjax.crosscheck.diagnosis.parts import merged_wrongly
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled, with_term
 from cpjax.crosscheck.diagnosis.sample import Sample
@@ -104,9 +105,12 @@ class Measured:
             variance = variance * share[:, None] ** 2 + STORED * self._spacing(out) ** 2
         if fault.noise:
             variance = noisier(model, expected.sigma**2, fault.number)
+        lse_sigma = expected.lse_sigma
         if fault.lse and not fault.merge:
             lse = changed_lse(model.rows, fault)
-        return self._score(fault, out, variance, lse, expected.lse_sigma)
+            if fault.lse == "sum itself":  # which errs by so much times itself
+                lse_sigma = lse_sigma * np.maximum(1.0, lse)
+        return self._score(fault, out, variance, lse, lse_sigma)
 
     def _rows_cut(self, cut: str) -> Rows:
         """The rows with other parts in the place of chunks; several faults ask for each cut."""
@@ -117,7 +121,7 @@ class Measured:
     def _cut_anew(self, cut: str) -> Rows:
         sample = self.sample
         segment = np.asarray(self.problem.kv_tokens.segment)[sample.batch]
-        part = part_of(cut, sample.chunk, segment)
+        part = part_of(cut, sample.chunk, segment, is_cached(self.problem, sample.batch))
         return attention_rows(sample.query, sample.key, sample.value, sample.seen, part, sample.scale, sample.logits)
 
     def screen(self, faults: list[Fault]) -> list[Fault]:

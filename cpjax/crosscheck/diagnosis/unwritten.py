@@ -3,8 +3,10 @@
 import numpy as np
 from jaxtyping import Bool
 
+from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.places import numbers
-from cpjax.crosscheck.diagnosis.sample import out_suspects
+from cpjax.crosscheck.diagnosis.predict import exact_model
+from cpjax.crosscheck.diagnosis.sample import out_suspects, sample_of
 from cpjax.crosscheck.judging.evidence import RowTable
 from cpjax.crosscheck.judging.problem import Problem
 from cpjax.wording import counted, is_are
@@ -18,6 +20,32 @@ def unwritten_rows(table: RowTable, out: np.ndarray) -> Bool[np.ndarray, " R"]:
     rows = out[table.batch, table.position, table.head]
     same = np.isfinite(rows[:, 0]) & (rows == rows[:, :1]).all(axis=1)
     return out_suspects(table) & same & ((rows[:, 0] == 0) | (rows.shape[1] >= LEAST_COLUMNS))
+
+
+def sees_nothing(
+    fault: Fault, problem: Problem, table: RowTable, rows: Bool[np.ndarray, " R"], out: np.ndarray
+) -> bool:
+    """Whether under this fault none of these rows sees a key, so that zeros are what it gives."""
+    if fault.limits:
+        return all(_is_below(fault, problem, int(table.batch[i]), int(table.position[i])) for i in np.flatnonzero(rows))
+    groups = np.stack([table.batch, table.head // problem.group, problem.q_chunk[table.position]], axis=1)
+    for group in np.unique(groups[rows], axis=0):
+        some = np.flatnonzero(rows & (groups == group).all(axis=1))
+        if not np.isneginf(exact_model(sample_of(problem, table, some, out), problem, fault).rows.lse).all():
+            return False
+    return True
+
+
+def _is_below(fault: Fault, problem: Problem, batch: int, at: int) -> bool:
+    """Whether a row comes before as many keys as a row of its request lacks."""
+    position, segment = (np.asarray(x)[batch] for x in problem.q_tokens)
+    kv_position = np.asarray(problem.kv_tokens.position)[batch][np.asarray(problem.kv_tokens.segment)[batch] == segment[at]]
+    lacks = [
+        int(position[place]) + 1 - limit
+        for (b, place), limit in fault.limits
+        if b == batch and segment[place] == segment[at]
+    ]
+    return bool(lacks) and int(position[at]) - int(kv_position.min()) < max(lacks)
 
 
 def said(problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarray, " R"]) -> list[str]:
