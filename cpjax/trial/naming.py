@@ -1,4 +1,4 @@
-"""How often is the cause right? Reported faults in many settings, judged and diagnosed: what the sentences say, counted.
+"""How often is the cause right? Reported faults in many settings are diagnosed: what the sentences say, counted.
 
 The answer to one fault is the worst of its sentences:
 
@@ -32,7 +32,6 @@ from cpjax.trial.unnamed_faults import UNNAMED
 
 OUTCOMES = ("wrong", "unknown", "in part", "among equals", "alone")
 UNSEEN = ("within rounding", "changes no bit")
-NAMED = ("alone", "among equals")
 
 EQUALS = re.compile(r"^one of \d+ that the outputs cannot tell apart: ")
 
@@ -66,9 +65,9 @@ def tasks_of(faults: Sequence[str], settings: Sequence[str], seeds: Sequence[int
     ]
 
 
-def answers(tasks: Sequence[Task], workers: int) -> Iterator[Answer]:
-    """Of each task whose fault is possible in its setting, in any order."""
-    yield from (answer for answer in each(answer_to, tasks, workers, chunk=4) if answer is not None)
+def answers(tasks: Sequence[Task], workers: int) -> Iterator[Answer | None]:
+    """Of each task, in any order; None of a fault that its setting cannot have."""
+    return each(answer_to, tasks, workers, chunk=4)
 
 
 def answer_to(task: Task) -> Answer | None:
@@ -161,4 +160,18 @@ def table(found: Sequence[Answer], key: str) -> dict[str, Counter]:
     return counts
 
 
-__all__ = ["NAMED", "OUTCOMES", "REPORTED", "SETTINGS", "UNNAMED", "UNSEEN", "Answer", "Task", "answers", "table", "tasks_of"]
+def counts(found: Sequence[Answer]) -> Counter:
+    """All outcomes."""
+    return Counter(answer.outcome for answer in found)
+
+
+def summary(found: Sequence[Answer]) -> str:
+    """In a sentence: how many, how many of them could be seen, and what was said of these."""
+    count = counts(found)
+    visible = [answer for answer in found if answer.outcome not in UNSEEN]
+    said = ", ".join(f"{name} {count[name]:,}" for name in OUTCOMES)
+    where = sum(answer.told_where for answer in visible)
+    return (
+        f"{len(found):,} faults: {count['changes no bit']:,} change no bit, {count['within rounding']:,} are within "
+        f"rounding; of {len(visible):,} that can be seen: {said}; where is told of {where:,}."
+    )

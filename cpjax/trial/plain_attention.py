@@ -1,7 +1,7 @@
 """Attention in plain NumPy, one array a head, in which anything may be changed: what `reported_faults` breaks.
 
     s_c   = scale · q·k, softcap, − slope · distance, + bias      rounded to `score`, of part c of the keys
-    out_c = Σ w e^(s − m) v / Σ w e^(s − m)                       e^… rounded to `probability`, out_c to the block's format
+    out_c = Σ w e^(s − m) v / Σ w e^(s − m)                       e^… rounded to `probability`, out_c to `block`
     lse_c = m + ln Σ w e^(s − m)
 
 and the parts are merged one after the other, rounded to `carry`. Nothing here is imported from the judge.
@@ -31,6 +31,9 @@ class Join(NamedTuple):
     rescales: bool = True
 
 
+RIGHT_JOIN = Join()
+
+
 @dataclass(frozen=True)
 class Work:
     """What a kernel computes with. Keys and values stand once for each query head, so that each may have its own."""
@@ -52,7 +55,7 @@ class Work:
     sink: Float[np.ndarray, " N"] | None = None
     alibi: Float[np.ndarray, "B N"] | None = None
     bias: Float[np.ndarray, "B N T S"] | None = None
-    join: Join = Join()
+    join: Join = RIGHT_JOIN
     accumulator: str = "float32"
     """Format of the running sum of e^… v, which takes eight keys at a time."""
 
@@ -143,9 +146,7 @@ def _summed(p: np.ndarray, work: Work) -> Float[np.ndarray, "B T N V"]:
     so_far = np.zeros((*p.shape[:1], p.shape[2], p.shape[1], work.value.shape[3]), F)
     for first in range(0, p.shape[3], 8):
         eight = slice(first, first + 8)
-        so_far = rounded(
-            so_far + np.einsum("bnts,bsnv->btnv", p[..., eight], work.value[:, eight]), work.accumulator
-        )
+        so_far = rounded(so_far + np.einsum("bnts,bsnv->btnv", p[..., eight], work.value[:, eight]), work.accumulator)
     return so_far
 
 

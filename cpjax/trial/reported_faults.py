@@ -84,7 +84,9 @@ def _in_parts(case: Case) -> Work:
         part = (index >= PREFIX).astype(int)
     else:
         part = index % 4 if layout in ("packed", "decode") else index * 4 // TOKENS
-    return replace(case.work, part=part, order=np.broadcast_to(np.arange(part.max() + 1), (len(case.work.order), part.max() + 1)))
+    return replace(
+        case.work, part=part, order=np.broadcast_to(np.arange(part.max() + 1), (len(case.work.order), part.max() + 1))
+    )
 
 
 def wrong_base(case: Case, is_natural: bool) -> Made:
@@ -183,7 +185,10 @@ def unwritten(case: Case, fill: float) -> Made:
 
 def all_zero(case: Case) -> Made:
     """Nothing was written."""
-    return Made(Result(np.zeros_like(case.right.out), np.zeros_like(case.right.lse)), _name("zero everywhere: it was never written|as if never written"))
+    return Made(
+        Result(np.zeros_like(case.right.out), np.zeros_like(case.right.lse)),
+        _name("zero everywhere: it was never written|as if never written"),
+    )
 
 
 def batch_exchanged(case: Case) -> Made | None:
@@ -192,7 +197,9 @@ def batch_exchanged(case: Case) -> Made | None:
         return None
     rows = np.arange(case.setting.batch)
     rows[:2] = 1, 0
-    return Made(Result(*(x[rows] for x in case.right)), _name("Batch rows are exchanged: row 0 has the outputs of row 1"))
+    return Made(
+        Result(*(x[rows] for x in case.right)), _name("Batch rows are exchanged: row 0 has the outputs of row 1")
+    )
 
 
 def requests_exchanged(case: Case) -> Made | None:
@@ -211,7 +218,9 @@ def heads_exchanged(case: Case) -> Made | None:
         return None
     heads = np.arange(case.setting.heads)
     heads[:2] = 1, 0
-    return Made(Result(*(x[:, :, heads] for x in case.right)), _name("Heads are exchanged: head 0 has the outputs of head 1"))
+    return Made(
+        Result(*(x[:, :, heads] for x in case.right)), _name("Heads are exchanged: head 0 has the outputs of head 1")
+    )
 
 
 def ranks_exchanged(case: Case) -> Made | None:
@@ -310,7 +319,10 @@ def top_left(case: Case) -> Made | None:
     """Queries after a prefix take themselves for the first tokens."""
     if case.setting.layout != "prefix":
         return None
-    return Made(_limited(case, np.full((1, TOKENS - PREFIX), -PREFIX)), _name(f"the causal mask is shifted by -{PREFIX}:|the causal mask was aligned top-left"))
+    return Made(
+        _limited(case, np.full((1, TOKENS - PREFIX), -PREFIX)),
+        _name(f"the causal mask is shifted by -{PREFIX}:|the causal mask was aligned top-left"),
+    )
 
 
 def mask_absent(case: Case) -> Made | None:
@@ -345,10 +357,8 @@ def mask_in_blocks(case: Case) -> Made | None:
 
 def window_applied(case: Case) -> Made | None:
     """A window that nobody stated."""
-    if case.setting.layout == "decode":
-        size = int(case.rng.integers(8, 60))
-    else:
-        size = int(case.rng.integers(4, 30))
+    least, most = (8, 60) if case.setting.layout == "decode" else (4, 30)
+    size = int(case.rng.integers(least, most))
     near = case.work.distance < size
     return Made(case.with_(seen=case.work.seen & near), _name(rf"a window of {size} was applied"))
 
@@ -385,7 +395,10 @@ def prefix_dropped(case: Case) -> Made | None:
         return None
     return Made(
         case.with_(seen=case.work.seen & (np.arange(TOKENS) >= PREFIX)),
-        _name(rf"the keys before the first query \(a cached prefix\) were dropped|{PREFIX} keys 0 to {PREFIX - 1} were lost"),
+        _name(
+            r"the keys before the first query \(a cached prefix\) were dropped"
+            rf"|{PREFIX} keys 0 to {PREFIX - 1} were lost"
+        ),
     )
 
 
@@ -412,7 +425,10 @@ def key_weighted(case: Case, weight: float) -> Made:
     """One key lost or counted twice."""
     at = int(case.rng.integers(8, 40))
     words = "lost" if weight == 0 else "counted twice"
-    return Made(case.with_(weight=np.where(np.arange(TOKENS) == at, weight, 1.0)), _name(f"key {at} was(?:re)? {words}|key {at} were {words}"))
+    return Made(
+        case.with_(weight=np.where(np.arange(TOKENS) == at, weight, 1.0)),
+        _name(f"key {at} was(?:re)? {words}|key {at} were {words}"),
+    )
 
 
 def stale_block(case: Case) -> Made:
@@ -429,13 +445,21 @@ def stale_block(case: Case) -> Made:
 def keys_of_another(case: Case) -> Made | None:
     """Keys of the next key/value head, with the right values."""
     heads = _other_heads(case)
-    return None if heads is None else Made(case.with_(key=case.work.key[:, :, heads]), _name(r"the keys of key/value head \d+ were used"))
+    return (
+        None
+        if heads is None
+        else Made(case.with_(key=case.work.key[:, :, heads]), _name(r"the keys of key/value head \d+ were used"))
+    )
 
 
 def values_of_another(case: Case) -> Made | None:
     """Values of the next key/value head, with the right keys."""
     heads = _other_heads(case)
-    return None if heads is None else Made(case.with_(value=case.work.value[:, :, heads]), _name(r"the values of key/value head \d+ were used"))
+    return (
+        None
+        if heads is None
+        else Made(case.with_(value=case.work.value[:, :, heads]), _name(r"the values of key/value head \d+ were used"))
+    )
 
 
 def _other_heads(case: Case) -> np.ndarray | None:
@@ -473,7 +497,9 @@ def scaled(case: Case, factor: float, words: str) -> Made:
 def scaled_by_any(case: Case) -> Made:
     """The scale off by 3 to 100 per cent."""
     factor = float(np.exp(case.rng.choice([-1, 1]) * case.rng.uniform(0.03, 0.7)))
-    return Made(case.with_(scale=case.work.scale * factor), (Name(r"the scale is ([\d.e+-]+) times the stated one", factor),))
+    return Made(
+        case.with_(scale=case.work.scale * factor), (Name(r"the scale is ([\d.e+-]+) times the stated one", factor),)
+    )
 
 
 def averaged(case: Case) -> Made:
@@ -493,7 +519,9 @@ def slopes(heads: int) -> np.ndarray:
 
 
 def _slopes_of(problem: Problem) -> np.ndarray:
-    return np.broadcast_to(slopes(problem.query.shape[2]).astype(np.float32), (len(problem.query), problem.query.shape[2]))
+    return np.broadcast_to(
+        slopes(problem.query.shape[2]).astype(np.float32), (len(problem.query), problem.query.shape[2])
+    )
 
 
 def alibi_applied(case: Case) -> Made:

@@ -81,7 +81,11 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
         segment = np.asarray(problem.kv_tokens.segment)[0]
         cached = is_cached(problem, wrong[0].sample.batch)
         everywhere += base_faults(problem.kv_chunk, segment, cached, has_lse=lse is not None)
-    everywhere += [*run_faults([*wrong[: SAMPLES - len(beside)], *beside]), *data_faults(problem), *logit_faults(problem)]
+    everywhere += [
+        *run_faults([*wrong[: SAMPLES - len(beside)], *beside]),
+        *data_faults(problem),
+        *logit_faults(problem),
+    ]
     everywhere += extra_terms(wrong)
     limits = row_mask([*wrong, *beside])
     everywhere += [] if limits is None else [limits]

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from cpjax.crosscheck.diagnosis.dictionary import FITTED, RARE, Fault
 from cpjax.crosscheck.diagnosis.masks import thresholds
-from cpjax.crosscheck.diagnosis.measure import MOST_Z, Measured
+from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.scan import row_misfit
 
 FAMILY = "limit"
@@ -24,6 +24,9 @@ SAMPLES = 8
 
 MOST_RANKS = 16
 """Numbers of ranks whose local lengths are tried."""
+
+ROUGH = 4.0
+"""z beyond which no limit explains a row, roughly, by the σ of the right result; what is found is scored exactly."""
 
 EQUAL = 6.0
 """2 ln(likelihood) within which rules are equals."""
@@ -49,7 +52,7 @@ def row_mask(wrong: list[Measured]) -> Fault | None:
             if not len(numbers):
                 return None
             misfit = row_misfit(one, threshold[row], row, numbers)
-            if not misfit.min() <= MOST_Z**2:
+            if not misfit.min() <= ROUGH**2:
                 return None
             place = (one.sample.batch, int(one.sample.position[row]))
             before = rows.get(place)
@@ -57,10 +60,11 @@ def row_mask(wrong: list[Measured]) -> Fault | None:
     found = [rows[place] for place in sorted(rows)]
     wanted = np.array([row.wanted for row in found])
     best = np.array([row.best for row in found])
-    if any(np.isfinite(_misfit(found, wanted + off)) for off in np.unique(best - wanted)):
-        return None  # the same in every row: a shifted mask
+    shifted = min(_misfit(found, wanted + off) for off in np.unique(best - wanted))
     ruled = [(rule, saw, misfit) for rule, saw in _rules(found, best) if np.isfinite(misfit := _misfit(found, saw))]
     keys = wrong[0].problem.key.shape[1]
+    if np.isfinite(shifted) and not any(misfit < shifted - EQUAL for _, _, misfit in ruled):
+        return None  # the same in every row: a shifted mask
     if not ruled:
         cost = RARE + FITTED + 2 * np.log(keys) * len(found)
         limits = tuple((row.place, row.best) for row in found)
@@ -90,7 +94,7 @@ class _Row:
         """Of this many keys, times the columns; infinite where they do not explain the row."""
         at = int(np.searchsorted(self.numbers, limit, side="right")) - 1
         misfit = float(self.misfit[at]) if at >= 0 else np.inf
-        return misfit * self.one.sample.value.shape[1] if misfit <= MOST_Z**2 * self.heads else np.inf
+        return misfit * self.one.sample.value.shape[1] if misfit <= ROUGH**2 * self.heads else np.inf
 
     @property
     def best(self) -> int:

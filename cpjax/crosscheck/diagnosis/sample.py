@@ -143,7 +143,7 @@ def samples(problem: Problem, table: RowTable, out: np.ndarray, lse: np.ndarray 
 def samples_of_requests(
     problem: Problem, table: RowTable, out: np.ndarray, lse: np.ndarray | None, others: list[Sample]
 ) -> list[Sample]:
-    """A few wrong rows of each request, and batch row, of which the other samples have none: what is said must hold there.
+    """A few wrong rows of each request and batch row of which the other samples have none: what is said must hold.
 
     Of the key/value head of the other samples, where it has wrong rows.
     """

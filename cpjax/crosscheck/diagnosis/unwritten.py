@@ -39,7 +39,9 @@ def sees_nothing(
 def _is_below(fault: Fault, problem: Problem, batch: int, at: int) -> bool:
     """Whether a row comes before as many keys as a row of its request lacks."""
     position, segment = (np.asarray(x)[batch] for x in problem.q_tokens)
-    kv_position = np.asarray(problem.kv_tokens.position)[batch][np.asarray(problem.kv_tokens.segment)[batch] == segment[at]]
+    kv_position = np.asarray(problem.kv_tokens.position)[batch][
+        np.asarray(problem.kv_tokens.segment)[batch] == segment[at]
+    ]
     lacks = [
         int(position[place]) + 1 - limit
         for (b, place), limit in fault.limits
