@@ -22,6 +22,7 @@ import numpy as np
 
 from cpjax.crosscheck import judge
 from cpjax.crosscheck.diagnosis.words import UNKNOWN
+from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.crosscheck.run.workers import each
 from cpjax.trial.emulators import PROFILES
 from cpjax.trial.faults import changes
@@ -97,7 +98,7 @@ def case_in(fault: Reported, setting: Setting, task: Task) -> Case:
     return case_of(setting, problem, PROFILES[setting.profile], rng)
 
 
-def verdict_on(case: Case, result: Result, *, with_lse: bool):
+def verdict_on(case: Case, result: Result, *, with_lse: bool) -> Verdict:
     """The judge's."""
     p, lse = case.problem, result.lse if with_lse else None
     more = {"precision": case.setting.profile, "order": case.setting.order}

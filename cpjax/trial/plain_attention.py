@@ -117,7 +117,7 @@ def scores(work: Work) -> Float[np.ndarray, "B N T S"]:
     """The logits, before the mask."""
     fmt = work.arithmetic.score
     s = rounded(np.einsum("btnh,bsnh->bnts", work.query, work.key), fmt)
-    s = rounded(s * F(work.scale), fmt)
+    s = rounded(s * rounded(np.asarray(work.scale, F), fmt), fmt)
     if work.softcap is not None:
         s = rounded(F(work.softcap) * np.tanh(s / F(work.softcap)), fmt)
     if work.alibi is not None:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpjax.trial.emulators import Arithmetic
 from cpjax.trial.plain_attention import Join, Work, attend, work_of
 from cpjax.trial.problem import Problem, Result, places
 from cpjax.trial.settings import DIM, PREFIX, REQUESTS, TOKENS, Setting
@@ -45,7 +46,7 @@ class Case:
     right: Result
     rng: np.random.Generator
 
-    def with_(self, **changes) -> Result:
+    def with_(self, **changes: Any) -> Result:
         """What is computed with these changes."""
         return attend(replace(self.work, **changes))
 
@@ -62,7 +63,7 @@ class Reported:
     states: Callable[[Problem, np.random.Generator], Problem] = lambda problem, rng: problem
 
 
-def case_of(setting: Setting, problem: Problem, arithmetic, rng: np.random.Generator) -> Case:
+def case_of(setting: Setting, problem: Problem, arithmetic: Arithmetic, rng: np.random.Generator) -> Case:
     """With the right result."""
     work = work_of(problem, arithmetic, setting.order)
     return Case(setting, problem, work, attend(work), rng)

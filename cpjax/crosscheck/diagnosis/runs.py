@@ -70,7 +70,7 @@ class _Table:
         self.sums = _running(np.where(sample.seen[..., None], pull, 0.0))
         self.all_mass, self.all_sums = _running(weight[..., None])[..., 0], _running(pull)
         self.seen = sample.seen
-        self.seen_count = _running(sample.seen[..., None].astype(int))[..., 0]
+        self.seen_count = _running(sample.seen[..., None].astype(float))[..., 0].astype(int)
         self.sigma = one.sigma[:, ::step]
         # A sink is in the sum, whatever keys are.
         sink = np.broadcast_to(sample.sink_mass, (len(sample.out),))
