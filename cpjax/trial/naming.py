@@ -21,6 +21,7 @@ from zlib import crc32
 import numpy as np
 
 from cpjax.crosscheck import judge
+from cpjax.crosscheck.diagnosis.unwritten import SAW_NOTHING
 from cpjax.crosscheck.diagnosis.words import UNKNOWN
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.crosscheck.run.workers import each
@@ -135,8 +136,8 @@ def outcome(sentences: Sequence[str], names: Sequence[Name]) -> str:
 
 
 def only_where(sentence: str) -> bool:
-    """Which rows are wrong, or hold a NaN: no cause."""
-    return sentence.startswith(("Wrong is ", "Wrong are ", "At batch "))
+    """Which rows are wrong, hold a NaN, or are zero for whatever reason: no cause."""
+    return sentence.startswith(("Wrong is ", "Wrong are ", "At batch ")) or SAW_NOTHING in sentence
 
 
 def tells_where(sentence: str) -> bool:

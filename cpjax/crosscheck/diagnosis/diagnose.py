@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis import words
 from cpjax.crosscheck.diagnosis.cause import EQUAL, SAME, Cause, cause_of, without_twins
+from cpjax.crosscheck.diagnosis.columns import wrong_columns
 from cpjax.crosscheck.diagnosis.denominator import extra_terms
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.everywhere import data_faults, global_faults, global_masks, logit_faults, precisions
@@ -52,14 +53,14 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
     nobody = unwritten_rows(evidence.rows, out)
     if nobody.any():
         table = replace(evidence.rows, unjudged=evidence.rows.unjudged | nobody)
-        sentences = unwritten(problem, evidence.rows, out, nobody)
         if not suspects(table).any():
-            return Diagnosis(sentences, unknown)
+            return Diagnosis(unwritten(problem, evidence.rows, out, nobody, saw_nothing=False), unknown)
         rest = diagnose(problem, replace(evidence, rows=table), out, lse)
         # A row that loses all its keys is zero: what explains the other rows may explain these.
         if rest.common and all(sees_nothing(fault, problem, evidence.rows, nobody, out) for fault in rest.common):
             return rest
         named = rest.common or any(cause.faults for cause in rest.causes)
+        sentences = unwritten(problem, evidence.rows, out, nobody, saw_nothing=not named)
         first, then = (rest.sentences, sentences) if named else (sentences, rest.sentences)
         return replace(rest, sentences=[*first, *(f"Besides: {sentence}" for sentence in then)])
     measured = [Measured(sample, problem) for sample in samples(problem, evidence.rows, out, lse)]
@@ -100,6 +101,8 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
     common = _common(everywhere, fits, causes, measured, wrong)
     chosen = common or causes
     sentences = words.causes(problem, chosen)
+    if not any(cause.faults for cause in chosen):
+        scope = [*scope, *wrong_columns(wrong)]
     return Diagnosis([*sentences, *scope], weights, causes, tuple(f for c in common[:1] for f in c.faults))
 
 

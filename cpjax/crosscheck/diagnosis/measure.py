@@ -106,8 +106,7 @@ class Measured:
             out, lse, growth = merged_wrongly(self._rows_cut(fault.cut), fault)
             variance = variance * growth[:, None] ** 2
         if fault.extra:
-            out, lse, share = with_term(model.rows, self.sample.head, fault.extra)
-            variance = variance * share[:, None] ** 2 + STORED * self._spacing(out) ** 2
+            return self._with_term(fault)
         if fault.noise:
             variance = noisier(model, expected.sigma**2, fault.number)
         lse_sigma = expected.lse_sigma
@@ -116,6 +115,15 @@ class Measured:
             if fault.lse == "sum itself":  # which errs by so much times itself
                 lse_sigma = lse_sigma * np.maximum(1.0, lse)
         return self._score(fault, out, variance, lse, lse_sigma)
+
+    def _with_term(self, fault: Fault) -> Fit:
+        """The fit of one more term in the sums. It is stored once more: without the term that must explain less."""
+        out, lse, share = with_term(self.model.rows, self.sample.head, fault.extra)
+        more = STORED * self._spacing(out) ** 2
+        variance, lse_sigma = self.expected.sigma**2, self.expected.lse_sigma
+        fit = self._score(fault, out, variance * share[:, None] ** 2 + more, lse, lse_sigma)
+        without = self._score(RIGHT, self.model.rows.out, variance + more, self.model.rows.lse, lse_sigma)
+        return fit if fit.deviance < without.deviance else replace(fit, is_even=False)
 
     def _rows_cut(self, cut: str) -> Rows:
         """The rows with other parts in the place of chunks; several faults ask for each cut."""

@@ -15,6 +15,9 @@ LEAST_COLUMNS = 2
 """Columns from which on equal numbers in all of them tell something."""
 
 
+SAW_NOTHING = "as if never written, or as if they saw no key"
+
+
 def unwritten_rows(table: RowTable, out: np.ndarray) -> Bool[np.ndarray, " R"]:
     """Rows whose `out` is wrong and the same finite number in every column. A wrong lse alone makes none of them."""
     rows = out[table.batch, table.position, table.head]
@@ -50,14 +53,21 @@ def _is_below(fault: Fault, problem: Problem, batch: int, at: int) -> bool:
     return bool(lacks) and int(position[at]) - int(kv_position.min()) < max(lacks)
 
 
-def said(problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarray, " R"]) -> list[str]:
-    """A sentence for each number that stands in such rows: how many, and where."""
+def said(
+    problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarray, " R"], *, saw_nothing: bool
+) -> list[str]:
+    """A sentence for each number that stands in such rows: how many, and where.
+
+    Args:
+      saw_nothing: rows of zeros may be rows that saw no key.
+    """
     first = out[table.batch, table.position, table.head][:, 0].astype(np.float64)
     sentences = []
     for number in np.unique(first[rows])[:LEAST_COLUMNS]:
         here = rows & (first == number)
         batch, position, head = (x[here] for x in (table.batch, table.position, table.head))
         what = "zero" if number == 0 else f"{number:g} in every column"
+        why = SAW_NOTHING if number == 0 and saw_nothing else "as if never written"
         where = [f"position{'s' * (len(np.unique(position)) > 1)} {numbers(position)}"]
         if len(np.unique(head)) < problem.query.shape[2]:
             where.append(f"head{'s' * (len(np.unique(head)) > 1)} {numbers(head)}")
@@ -65,7 +75,7 @@ def said(problem: Problem, table: RowTable, out: np.ndarray, rows: Bool[np.ndarr
             where.append(f"batch {numbers(batch)}")
         count = int(here.sum())
         sentences.append(
-            f"{counted(count, 'row')} of out {is_are(count)} {what}, as if never written: {', '.join(where)}"
+            f"{counted(count, 'row')} of out {is_are(count)} {what}, {why}: {', '.join(where)}"
             f"{_of_requests(problem, batch, position)}."
         )
     return sentences
