@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis import words
-from cpjax.crosscheck.diagnosis.cause import EQUAL, SAME, Cause, cause_of, without_twins
+from cpjax.crosscheck.diagnosis.cause import EQUAL, LEAST_GAIN, SAME, Cause, cause_of, without_twins
 from cpjax.crosscheck.diagnosis.columns import wrong_columns
 from cpjax.crosscheck.diagnosis.denominator import extra_terms
 from cpjax.crosscheck.diagnosis.dictionary import Fault
@@ -140,7 +140,7 @@ def _common(
             continue
         gain = sum(one.right.deviance for one in measured)
         total = sum(fit.deviance - fault.cost for fit in [*of_fault.values(), *others]) + fault.cost
-        if total < gain - EQUAL:
+        if total < gain - LEAST_GAIN:
             found.append((total, fault, max(fit.z for fit in of_fault.values())))
     if not found:
         return ()
@@ -181,9 +181,9 @@ def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float
 
 
 def _special(problem: Problem, out: np.ndarray) -> str | None:
-    """What needs no model: nothing written, heads or ranks exchanged."""
+    """What needs no model: heads, requests or ranks exchanged."""
     if not out[problem.is_judged].any():
-        return "out is zero everywhere: it was never written."
+        return None
     if axes_exchanged(problem, out):
         return words.AXES
     batch = batch_from(problem, out)
