@@ -19,7 +19,7 @@ from cpjax.crosscheck.diagnosis.scan import row_misfit
 FAMILY = "limit"
 """Keys of the row's request up to a position: the row sees the keys at positions below the number."""
 
-SAMPLES = 8
+SAMPLES = 32
 """Wrong query chunks that are looked at."""
 
 MOST_RANKS = 16
