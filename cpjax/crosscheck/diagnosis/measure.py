@@ -21,6 +21,9 @@ from cpjax.crosscheck.judging.statistic import effective_dof
 MOST_Z = 2.0
 """A fault whose residual is larger than this many standard deviations explains nothing."""
 
+MOST_NOISE_Z = 1.45
+"""The same of noise of a fitted size: sizes a factor of two apart are tried, and the nearest leaves √2 at most."""
+
 FAR = 20.0
 """With more standard deviations than this in the median row, roughly computed, a fault is not computed exactly."""
 
@@ -66,7 +69,7 @@ class Fit:
     @property
     def explains(self) -> bool:
         """No residual is left."""
-        return self.z <= MOST_Z and self.is_even
+        return self.z <= (MOST_NOISE_Z if self.fault.noise else MOST_Z) and self.is_even
 
 
 class Measured:
