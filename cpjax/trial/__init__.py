@@ -8,6 +8,8 @@
     other_logits problems with softcap, sink, ALiBi slopes, bias
     faults       wrong results, one named function each
     rivals       the acceptance rules of others, on the same results
+    localise     how often the diagnosis names the place of a fault
+    naming       how often it names the cause: reported_faults and unnamed_faults in settings, by a plain_attention
 
 `python -m cpjax.trial --help` runs them; docs/trial.md has the figures.
 """

@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cpjax.crosscheck.files.atomic import atomic_write
 from cpjax.errors import InputError
-from cpjax.trial import activations, detection, foreign, foreign_kernels, gradients, tables
+from cpjax.trial import activations, detection, foreign, foreign_kernels, gradients, naming, tables
 from cpjax.trial.cuda import card
 from cpjax.trial.cuda import run as cuda_run
 from cpjax.trial.cuda.report import table as cuda_table
@@ -198,6 +198,58 @@ def of_gradients(
         for one in alarms[:20]:
             print(f"  number {one.number}, {one.who}, {one.kind}, {one.profile}: {', '.join(one.failed_tests)}")
     sys.exit(1 if alarms else 0)
+
+
+@app.command("named", epilog="Example: python -m cpjax.trial named --setting text --setting packed --workers 2")
+def of_names(
+    without_entry: Annotated[bool, typer.Option(help="Faults that the dictionary does not have.")] = False,
+    fault: Annotated[list[str] | None, typer.Option(help="Only this fault; may be repeated.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="Only this setting; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of each fault in each setting.")] = 1,
+    every: Annotated[int, typer.Option(min=1, help="Only one in so many.")] = 1,
+    seed: Seed = 0,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Diagnose reported faults in many settings: is the name right? Exit status: 0 none wrong, 1 some, 2 bad input.
+
+    Ctrl-C, or a termination signal, ends it early with a report about the faults that were diagnosed.
+    """
+    _must_not_exist(out)
+    faults, settings = list(naming.UNNAMED if without_entry else naming.REPORTED), list(naming.SETTINGS)
+    for option, asked, known in (("--fault", fault, faults), ("--setting", setting, settings)):
+        for one in asked or []:
+            if one not in known:
+                raise InputError(f"{option} is {one!r}; it must be one of: {'; '.join(known)}")
+    tasks = naming.tasks_of(fault or faults, setting or settings, range(seed, seed + seeds))[::every]
+    started = time.monotonic()
+    seen: list[naming.Answer] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        seen.extend(x for x in _progress(naming.answers(tasks, workers), len(tasks), "diagnosed") if x is not None)
+    except KeyboardInterrupt:
+        error_console.print(f"interrupted after {len(seen):,} faults; the report is about these")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    seen.sort(key=lambda one: one.task)
+    wrong = [one for one in seen if one.outcome == "wrong"]
+    report = {
+        "seed": seed,
+        "seconds": round(time.monotonic() - started, 1),
+        "counts": naming.counts(seen),
+        "by_fault": naming.table(seen, "fault"),
+        "by_setting": naming.table(seen, "setting"),
+        "answers": [{**one._asdict(), "task": one.task._asdict()} for one in seen],
+    }
+    _write(out, report)
+    if as_json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        print(f"{tables.named(seen, 'fault')}\n\n{tables.named(seen, 'setting')}\n\n{naming.summary(seen)}")
+        for one in wrong:
+            print(f"  wrong: {one.task}: {' '.join(one.sentences)}")
+    sys.exit(1 if wrong else 0)
 
 
 @app.command("cuda", epilog="Example: python -m cpjax.trial cuda --folder found --seconds 240 --workers 16")

@@ -38,9 +38,6 @@ CHUNK = 16
 ENOUGH = 3
 """From `out` alone, a query chunk that sees one key/value chunk shows no weight, one that sees two their ratio."""
 
-
-FORCED = 100
-
 FEW = ", few chunks"
 
 
@@ -167,9 +164,9 @@ def count_one(task: tuple[int, bool, str, Place, int, float]) -> dict[str, str]:
     return said
 
 
-def count_correct(task: tuple[int, int, float]) -> Counter:
-    """A correct result, judged; one in `FORCED` is diagnosed all the same, as if it had failed: is a fault named?"""
-    cp, seed, logits = task
+def count_correct(task: tuple[int, int, float, int]) -> Counter:
+    """A correct result, judged; one in so many is diagnosed all the same, as if it had failed: is a fault named?"""
+    cp, seed, logits, forced_every = task
     rng = np.random.default_rng(seed)
     profile, order = str(rng.choice(["flash_fp16", "ring_mla_fp16", "float32"])), str(rng.choice(["ring", "gather"]))
     p = problem(seed, cp=cp, is_causal=bool(rng.integers(2)), logits=logits)
@@ -178,7 +175,7 @@ def count_correct(task: tuple[int, int, float]) -> Counter:
     given = lse if rng.random() < 0.5 else None
     said = judge(p.query, p.key, p.value, out, given, **p.judge_arguments(), precision=profile, order=order)
     count = Counter(failed=int(not said.passed), diagnoses=len(said.diagnosis))
-    if seed % FORCED == 0:
+    if seed % forced_every == 0:
         forced = diagnose_anyway(p, out, given, profile, order).sentences
         count += Counter(forced=1, named=sum(not sentence.startswith(UNKNOWN) for sentence in forced))
     return count
@@ -209,12 +206,13 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     every: Annotated[int, typer.Option(min=1, help="Only one in so many of the faults.")] = 1,
     correct: Annotated[int, typer.Option(min=0, help="Judge so many correct results instead.")] = 0,
+    forced: Annotated[int, typer.Option(min=1, help="Of the correct results one in so many is diagnosed.")] = 100,
     workers: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Count, and print JSON lines: what was not localised, then the counts. Example: … localise --cp 2 --logits 4."""
     sizes, logits = cp or [2, 4, 8], logits or [1.0, 4.0]
     if correct:
-        draws = [(sizes[i % len(sizes)], seed + i, logits[i % len(logits)]) for i in range(correct)]
+        draws = [(sizes[i % len(sizes)], seed + i, logits[i % len(logits)], forced) for i in range(correct)]
         total = {name: 0 for name in ("failed", "diagnoses", "forced", "named")}
         for count in each(count_correct, draws, workers, chunk=8):
             total |= {name: total[name] + count[name] for name in total}

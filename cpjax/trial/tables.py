@@ -8,6 +8,7 @@ from cpjax.trial import foreign as foreign_trial
 from cpjax.trial import gradients as gradients_trial
 from cpjax.trial.detection import Caught, Setting
 from cpjax.trial.false_alarms import Row
+from cpjax.trial.naming import OUTCOMES, UNSEEN, Answer, table
 from cpjax.trial.rivals import RULES
 
 
@@ -50,6 +51,17 @@ def foreign(rows: Sequence[foreign_trial.Row]) -> str:
         return [*row[:3], *(f"{x:,}" for x in row[3:6]), *(f"{x:.2f}" for x in row[6:])]
 
     return markdown(head, map(line, rows))
+
+
+def named(found: Sequence[Answer], by: str) -> str:
+    """One line per fault, or per setting: how many, and what was said of them."""
+    columns = (*UNSEEN[::-1], *OUTCOMES[::-1])
+    counts = table(found, by)
+    rows = (
+        [name, f"{sum(of.values()):,}", *(f"{of[x]:,}" if of[x] else "" for x in columns)]
+        for name, of in counts.items()
+    )
+    return markdown((by, "all", *columns), rows)
 
 
 def detection(found: Sequence[Caught], profile: str, keys: int) -> str:

@@ -250,6 +250,10 @@ def foreign_rows(out, rng):
     out[0, 40:56] = rng.standard_normal((16, N, H)) * 0.3
 
 
+COLUMNS = {column: "is column 5", element: "is column 7", tile: "are columns 8–15"}
+"""What is said of columns, where some are right."""
+
+
 @pytest.mark.parametrize("has_lse", [True, False], ids=["with lse", "out only"])
 @pytest.mark.parametrize("change", [column, element, row, tile, noise_in_a_head, foreign_rows])
 def test_what_has_no_entry_is_unknown_and_no_cause_is_told(change, has_lse):
@@ -259,9 +263,11 @@ def test_what_has_no_entry_is_unknown_and_no_cause_is_told(change, has_lse):
     verdict = said((out, lse), {}, has_lse)
     assert verdict.diagnosis[0].startswith("It is wrong, and no fault of the dictionary explains it"), verdict.diagnosis
     assert np.isfinite(verdict.hard_ratio)
-    if change is not column:
-        assert len(verdict.diagnosis) == 2, "where it is wrong"
-        assert verdict.diagnosis[1].startswith(("Wrong are ", "Wrong is 1 "))
+    where = list(verdict.diagnosis[1:])
+    if change in COLUMNS:
+        assert where.pop() == f"Wrong {COLUMNS[change]} only, of {H}."
+    assert len(where) == (change is not column), verdict.diagnosis
+    assert all(sentence.startswith(("Wrong are ", "Wrong is 1 ")) for sentence in where)
 
 
 def test_the_worst_output_is_the_worst():

@@ -18,6 +18,10 @@ SAME = 1e-6
 EQUAL = 6.0
 """Faults whose 2 ln(likelihood) differs by less are equals: the better one is not twenty times likelier."""
 
+LEAST_GAIN = 20.0
+"""2 ln(likelihood) by which a fault, its price paid, must explain more than a right result would: e^10 times likelier,
+so that of 10,000 right results none is explained by a fault. Of what is wrong it is mostly thousands."""
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -48,7 +52,7 @@ def cause_of(one: Measured, problem: Problem, everywhere: list[Fit]) -> Cause:
     fits = [one.fit(fault) for fault in one.screen(faults)[:BEST]] + everywhere
     explains = sorted((fit for fit in fits if fit.explains), key=lambda fit: fit.deviance)
     # What was there without a fault must be worse by more than its price, or the verdict failed for another reason.
-    explains = [fit for fit in explains if fit.deviance < one.right.deviance - EQUAL]
+    explains = [fit for fit in explains if fit.deviance < one.right.deviance - LEAST_GAIN]
     if not explains:
         return Cause(one.sample.q_chunk, (), float("nan"), one.right.z, 0.0)
     best = explains[0]

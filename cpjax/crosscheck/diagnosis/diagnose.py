@@ -6,19 +6,28 @@ import numpy as np
 from jaxtyping import Float
 
 from cpjax.crosscheck.diagnosis import words
-from cpjax.crosscheck.diagnosis.cause import EQUAL, SAME, Cause, cause_of, without_twins
+from cpjax.crosscheck.diagnosis.cause import EQUAL, LEAST_GAIN, SAME, Cause, cause_of, without_twins
+from cpjax.crosscheck.diagnosis.columns import wrong_columns
 from cpjax.crosscheck.diagnosis.denominator import extra_terms
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.everywhere import data_faults, global_faults, global_masks, logit_faults, precisions
 from cpjax.crosscheck.diagnosis.fitted import requests_of, with_numbers
+from cpjax.crosscheck.diagnosis.masks import is_cached
 from cpjax.crosscheck.diagnosis.measure import MOST_Z, Fit, Measured
 from cpjax.crosscheck.diagnosis.parts import base_faults
-from cpjax.crosscheck.diagnosis.permutation import axes_exchanged, batch_from, chunks_from, heads_from, kv_heads_from
+from cpjax.crosscheck.diagnosis.permutation import (
+    axes_exchanged,
+    batch_from,
+    chunks_from,
+    heads_from,
+    kv_heads_from,
+    requests_from,
+)
 from cpjax.crosscheck.diagnosis.row_masks import row_mask
-from cpjax.crosscheck.diagnosis.runs import run_faults
-from cpjax.crosscheck.diagnosis.sample import out_suspects, samples, suspects
+from cpjax.crosscheck.diagnosis.runs import SAMPLES, run_faults
+from cpjax.crosscheck.diagnosis.sample import out_suspects, samples, samples_of_requests, suspects
 from cpjax.crosscheck.diagnosis.unwritten import said as unwritten
-from cpjax.crosscheck.diagnosis.unwritten import unwritten_rows
+from cpjax.crosscheck.diagnosis.unwritten import sees_nothing, unwritten_rows
 from cpjax.crosscheck.diagnosis.weights import chunk_weights
 from cpjax.crosscheck.judging.evidence import Evidence
 from cpjax.crosscheck.judging.problem import Problem
@@ -38,49 +47,71 @@ class Diagnosis:
 def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndarray | None) -> Diagnosis:
     """What went wrong in a result that failed its verdict. Looks at a few rows of each query chunk."""
     unknown = np.full((int(problem.q_chunk.max()) + 1, int(problem.kv_chunk.max()) + 1), np.nan)
+    special = _special(problem, out) if out_suspects(evidence.rows).any() else None
+    if special is not None:
+        return Diagnosis([special, *words.scope(problem, evidence.rows, suspects(evidence.rows), out, lse)], unknown)
     nobody = unwritten_rows(evidence.rows, out)
     if nobody.any():
         table = replace(evidence.rows, unjudged=evidence.rows.unjudged | nobody)
-        sentences = unwritten(problem, evidence.rows, out, nobody)
         if not suspects(table).any():
-            return Diagnosis(sentences, unknown)
+            return Diagnosis(unwritten(problem, evidence.rows, out, nobody, saw_nothing=False), unknown)
         rest = diagnose(problem, replace(evidence, rows=table), out, lse)
         # A row that loses all its keys is zero: what explains the other rows may explain these.
+        if rest.common and all(sees_nothing(fault, problem, evidence.rows, nobody, out) for fault in rest.common):
+            return rest
         named = rest.common or any(cause.faults for cause in rest.causes)
+        sentences = unwritten(problem, evidence.rows, out, nobody, saw_nothing=not named)
         first, then = (rest.sentences, sentences) if named else (sentences, rest.sentences)
         return replace(rest, sentences=[*first, *(f"Besides: {sentence}" for sentence in then)])
     measured = [Measured(sample, problem) for sample in samples(problem, evidence.rows, out, lse)]
     weights = unknown.copy()
     for one in measured:
         weights[one.sample.q_chunk] = chunk_weights(one)
-    scope = words.scope(problem, evidence.rows, suspects(evidence.rows), out)
+    scope = words.scope(problem, evidence.rows, suspects(evidence.rows), out, lse)
     wrong = [one for one in measured if one.sample.is_wrong] or measured
-    special = _special(problem, out) if out_suspects(evidence.rows).any() else None
-    if special is not None:
-        return Diagnosis([special, *scope], unknown)
-    if scope and scope[0].endswith(words.BROKEN_END) and not any(one.sample.is_wrong for one in measured):
+    if scope and words.tells_broken(scope[0]) and not any(one.sample.is_wrong for one in measured):
         return Diagnosis(scope, weights)
     if not measured:
         return Diagnosis([words.UNKNOWN, *scope], weights)
+    samples_beside = samples_of_requests(problem, evidence.rows, out, lse, [one.sample for one in wrong])
+    beside = [Measured(sample, problem) for sample in samples_beside]
     everywhere = [*global_masks(problem, requests_of(wrong)), *with_numbers(wrong)]
     everywhere += global_faults(problem, has_lse=lse is not None, suspects=_keys(evidence, measured))
     everywhere += _precisions(problem, wrong)
     if problem.sink is None:  # with one, every rank's parts may or may not have it
         segment = np.asarray(problem.kv_tokens.segment)[0]
-        everywhere += base_faults(problem.kv_chunk, segment, has_lse=lse is not None)
-    everywhere += [*run_faults(wrong), *data_faults(problem), *logit_faults(problem)]
+        cached = is_cached(problem, wrong[0].sample.batch)
+        everywhere += base_faults(problem.kv_chunk, segment, cached, has_lse=lse is not None)
+    everywhere += [
+        *run_faults([*wrong[: SAMPLES - len(beside)], *beside]),
+        *data_faults(problem),
+        *logit_faults(problem),
+    ]
     everywhere += extra_terms(wrong)
-    limits = row_mask(wrong)
+    limits = row_mask([*wrong, *beside])
     everywhere += [] if limits is None else [limits]
     everywhere = list({_label(fault): fault for fault in reversed(everywhere)}.values())
     fits: dict[str, dict[int, Fit]] = {}
     for fault in everywhere:
         fits[_label(fault)] = {one.sample.q_chunk: one.fit(fault) for one in wrong}
+    kv_head = wrong[0].sample.kv_head
+    everywhere = [fault for fault in everywhere if _holds_beside(fault, fits[_label(fault)], beside, kv_head)]
+    fits = {_label(fault): fits[_label(fault)] for fault in everywhere}
     causes = tuple(cause_of(one, problem, [of[one.sample.q_chunk] for of in fits.values()]) for one in wrong)
     common = _common(everywhere, fits, causes, measured, wrong)
     chosen = common or causes
     sentences = words.causes(problem, chosen)
+    if not any(cause.faults for cause in chosen):
+        scope = [*scope, *wrong_columns(wrong)]
     return Diagnosis([*sentences, *scope], weights, causes, tuple(f for c in common[:1] for f in c.faults))
+
+
+def _holds_beside(fault: Fault, fits: dict[int, Fit], beside: list[Measured], kv_head: int) -> bool:
+    """Whether a fault explains the wrong rows of other requests too, as far as it says something of them."""
+    if fault.extra or fault.limits or not any(fit.explains for fit in fits.values()):
+        return True
+    of_a_head = fault.keys_of >= 0 or fault.values_of >= 0
+    return all(one.fit(fault).explains for one in beside if not of_a_head or one.sample.kv_head == kv_head)
 
 
 def _precisions(problem: Problem, wrong: list[Measured]) -> list[Fault]:
@@ -109,7 +140,7 @@ def _common(
             continue
         gain = sum(one.right.deviance for one in measured)
         total = sum(fit.deviance - fault.cost for fit in [*of_fault.values(), *others]) + fault.cost
-        if total < gain - EQUAL:
+        if total < gain - LEAST_GAIN:
             found.append((total, fault, max(fit.z for fit in of_fault.values())))
     if not found:
         return ()
@@ -150,14 +181,17 @@ def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float
 
 
 def _special(problem: Problem, out: np.ndarray) -> str | None:
-    """What needs no model: nothing written, heads or ranks exchanged."""
+    """What needs no model: heads, requests or ranks exchanged."""
     if not out[problem.is_judged].any():
-        return "out is zero everywhere: it was never written."
+        return None
     if axes_exchanged(problem, out):
         return words.AXES
     batch = batch_from(problem, out)
     if batch is not None:
         return words.batch_rows(batch)
+    requests = requests_from(problem, out)
+    if requests is not None:
+        return words.requests(requests)
     heads = heads_from(problem, out)
     if heads is not None:
         return words.heads(heads)

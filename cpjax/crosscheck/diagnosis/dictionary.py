@@ -92,11 +92,12 @@ def chunk_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
     sets = pairs_of(sample, problem)
     few = 2 * np.log(max(len(sets), 1))
     seen = {int(c) for c in sample.visible_chunks}
+    # Of one chunk, a mask that is there or not is the causal mask, which `everywhere` has.
     for chunks in sets:
         yield Fault("dropped", chunks, changes=tuple((c, Block(c, "visible", 0.0)) for c in chunks), cost=few)
         yield Fault("doubled", chunks, changes=tuple((c, Block(c, "visible", 2.0)) for c in chunks), cost=few)
     for c in sorted(seen):
-        if _extent(sample, c) == "all":
+        if count > 1 and _extent(sample, c) == "all":
             yield Fault("masked", (c,), changes=((c, Block(c, "triangle")),), cost=few + NARROW)
     many = 2 * np.log(max(len(seen) * count, 1)) + NARROW
     for slot in sorted(seen):
@@ -112,7 +113,7 @@ def chunk_faults(sample: Sample, problem: Problem) -> Iterator[Fault]:
         if {a, b} & seen and (a == sample.own or b == sample.own) and {a, b} <= seen:
             changes = ((a, Block(b, _extent(sample, a))), (b, Block(a, _extent(sample, b))))
             yield Fault("exchanged", (a, b), (b, a), changes, cost=many)
-    if problem.mask.is_causal:
+    if problem.mask.is_causal and count > 1:
         for slot in set(range(count)) - (seen - {sample.own}):
             kind = "unmasked" if slot == sample.own else "shown"
             yield Fault(

@@ -70,7 +70,10 @@ def global_masks(problem: Problem, requests: set[int]) -> Iterator[Fault]:
             yield Fault(kind, mask=family, number=0.0, cost=USUAL)
     if not problem.mask.is_causal:
         yield Fault("causal mask applied", mask="shift", number=0.0, cost=USUAL)
-    yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=ODD)
+    if int(problem.kv_chunk.max()) > 0:
+        yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=ODD)
+    elif problem.query.shape[1] != problem.key.shape[1]:
+        yield Fault("causal mask top-left", mask="chunks", number=0.0, cost=ODD)
     if problem.query.shape[1] == problem.key.shape[1]:
         for count in COUNTS:
             yield Fault(

@@ -93,6 +93,11 @@ def before_of(kv_segment: np.ndarray, number: int) -> int:
     return int(earlier[-1]) if len(earlier) else -2
 
 
+def is_cached(problem: Problem, batch: int) -> Bool[np.ndarray, " S"]:
+    """The keys of one batch row that stand before every query of their request."""
+    return np.asarray(problem.kv_tokens.position)[batch] < first_query(problem)[batch]
+
+
 def first_query(problem: Problem) -> np.ndarray:
     """For every key the least position of a query of its request, `[B, S]`."""
     q_position, q_segment = (np.asarray(x) for x in problem.q_tokens)

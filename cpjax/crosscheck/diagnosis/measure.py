@@ -8,6 +8,7 @@ import numpy as np
 from cpjax.crosscheck.diagnosis.cuts import part_of
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_GROWTH, LARGEST_OUT, LARGEST_SQUARE, LEAST_SPACING, LEAST_SUM
+from cpjax.crosscheck.diagnosis.masks import is_cached
 from cpjax.crosscheck.diagnosis.parts import merged_wrongly
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled, with_term
 from cpjax.crosscheck.diagnosis.sample import Sample
@@ -19,6 +20,9 @@ from cpjax.crosscheck.judging.statistic import effective_dof
 
 MOST_Z = 2.0
 """A fault whose residual is larger than this many standard deviations explains nothing."""
+
+MOST_NOISE_Z = 1.45
+"""The same of noise of a fitted size: sizes a factor of two apart are tried, and the nearest leaves √2 at most."""
 
 FAR = 20.0
 """With more standard deviations than this in the median row, roughly computed, a fault is not computed exactly."""
@@ -65,7 +69,7 @@ class Fit:
     @property
     def explains(self) -> bool:
         """No residual is left."""
-        return self.z <= MOST_Z and self.is_even
+        return self.z <= (MOST_NOISE_Z if self.fault.noise else MOST_Z) and self.is_even
 
 
 class Measured:
@@ -91,6 +95,11 @@ class Measured:
         if known and not fault.changes and not fault.precision and (far := self._far(fault)) is not None:
             return far
         model = self.model if plain else exact_model(self.sample, self.problem, fault)
+        if not plain and not fault.precision and self._is_far(model.rows):
+            return replace(
+                self._score(fault, model.rows.out, self.expected.sigma**2, model.rows.lse, self.expected.lse_sigma),
+                z=float("inf"),
+            )
         expected = self.expected if plain else model.expected()
         out, lse, variance = model.rows.out, model.rows.lse, expected.sigma**2
         if fault.unrescaled:
@@ -100,13 +109,24 @@ class Measured:
             out, lse, growth = merged_wrongly(self._rows_cut(fault.cut), fault)
             variance = variance * growth[:, None] ** 2
         if fault.extra:
-            out, lse, share = with_term(model.rows, self.sample.head, fault.extra)
-            variance = variance * share[:, None] ** 2 + STORED * self._spacing(out) ** 2
+            return self._with_term(fault)
         if fault.noise:
             variance = noisier(model, expected.sigma**2, fault.number)
+        lse_sigma = expected.lse_sigma
         if fault.lse and not fault.merge:
             lse = changed_lse(model.rows, fault)
-        return self._score(fault, out, variance, lse, expected.lse_sigma)
+            if fault.lse == "sum itself":  # which errs by so much times itself
+                lse_sigma = lse_sigma * np.maximum(1.0, lse)
+        return self._score(fault, out, variance, lse, lse_sigma)
+
+    def _with_term(self, fault: Fault) -> Fit:
+        """The fit of one more term in the sums. It is stored once more: without the term that must explain less."""
+        out, lse, share = with_term(self.model.rows, self.sample.head, fault.extra)
+        more = STORED * self._spacing(out) ** 2
+        variance, lse_sigma = self.expected.sigma**2, self.expected.lse_sigma
+        fit = self._score(fault, out, variance * share[:, None] ** 2 + more, lse, lse_sigma)
+        without = self._score(RIGHT, self.model.rows.out, variance + more, self.model.rows.lse, lse_sigma)
+        return fit if fit.deviance < without.deviance else replace(fit, is_even=False)
 
     def _rows_cut(self, cut: str) -> Rows:
         """The rows with other parts in the place of chunks; several faults ask for each cut."""
@@ -117,7 +137,7 @@ class Measured:
     def _cut_anew(self, cut: str) -> Rows:
         sample = self.sample
         segment = np.asarray(self.problem.kv_tokens.segment)[sample.batch]
-        part = part_of(cut, sample.chunk, segment)
+        part = part_of(cut, sample.chunk, segment, is_cached(self.problem, sample.batch))
         return attention_rows(sample.query, sample.key, sample.value, sample.seen, part, sample.scale, sample.logits)
 
     def screen(self, faults: list[Fault]) -> list[Fault]:
@@ -154,6 +174,13 @@ class Measured:
         if not np.median(each) > FAR**2:
             return None
         return replace(self._score(fault, out, variance, lse, self.expected.lse_sigma), z=float("inf"))
+
+    def _is_far(self, rows: Rows) -> bool:
+        """Whether exact outputs are so far from what was handed over that no error model is needed to tell."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            growth = np.clip(np.nan_to_num(np.exp(self.model.rows.lse - rows.lse), nan=1.0), 1.0, LARGEST_GROWTH)
+        variance = (self.expected.sigma * growth[:, None]) ** 2 + STORED * self._spacing(rows.out) ** 2
+        return bool(np.median(((self.sample.out - rows.out) ** 2 / variance).mean(axis=1)) > FAR**2)
 
     @cached_property
     def sigma(self) -> np.ndarray:

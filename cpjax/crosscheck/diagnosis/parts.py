@@ -12,7 +12,7 @@ Where the parts are not known, those that are usual are tried: runs, and tokens 
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.diagnosis.cuts import COUNTS, part_of, pattern
 from cpjax.crosscheck.diagnosis.dictionary import RARE, Fault
@@ -26,9 +26,13 @@ HEAVY = 0.01
 """A part with less weight than this does not decide how much larger the roundings have become."""
 
 
-def base_faults(chunk: Int[np.ndarray, " S"], segment: Int[np.ndarray, " S"], *, has_lse: bool) -> Iterator[Fault]:
+def base_faults(
+    chunk: Int[np.ndarray, " S"], segment: Int[np.ndarray, " S"], is_cached: Bool[np.ndarray, " S"], *, has_lse: bool
+) -> Iterator[Fault]:
     """Merges in the wrong base, of the chunks of the partition, or of parts that nobody named."""
     cuts: dict[bytes, str] = {pattern(chunk): "chunks"} if len(np.unique(chunk)) > 1 else {}
+    if is_cached.any():
+        cuts.setdefault(pattern(part_of("prefix", chunk, segment, is_cached)), "prefix")
     for cut in (f"{kind} {count}" for kind in ("interleaved", "runs") for count in COUNTS):
         cuts.setdefault(pattern(part_of(cut, chunk, segment)), cut)
     cost = RARE + 2 * float(np.log(2 * len(cuts)))

@@ -39,6 +39,20 @@ def batch_from(problem: Problem, out: np.ndarray) -> Int[np.ndarray, " B"] | Non
     return _permutation(out[:, at, 0].astype(np.float64), exact)
 
 
+def requests_from(problem: Problem, out: np.ndarray) -> dict[int, int] | None:
+    """For each request of a packed row the request whose outputs it has, if some have those of others."""
+    for b, segment in enumerate(np.asarray(problem.q_tokens.segment)):
+        requests = np.unique(segment[segment >= 0])
+        if not 2 <= len(requests) <= MOST_HEADS:
+            continue
+        own = [_late(np.flatnonzero((segment == request) & problem.is_judged[b])) for request in requests]
+        exact = np.stack([_exact(problem, b, at, 0) for at in own])
+        source = _permutation(np.stack([out[b, at, 0].astype(np.float64) for at in own]), exact)
+        if source is not None:
+            return {int(requests[i]): int(requests[j]) for i, j in enumerate(source)}
+    return None
+
+
 def axes_exchanged(problem: Problem, out: np.ndarray) -> bool:
     """Whether `out` is right if its memory is taken for `[B, N, T, V]`."""
     batch, length, heads, dim = out.shape

@@ -8,7 +8,7 @@ the block at a it is Q_S − block_a + block_c. So one table of running sums ans
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_LOG
@@ -69,12 +69,23 @@ class _Table:
         self.mass = _running(np.where(sample.seen, weight, 0.0)[..., None])[..., 0]
         self.sums = _running(np.where(sample.seen[..., None], pull, 0.0))
         self.all_mass, self.all_sums = _running(weight[..., None])[..., 0], _running(pull)
-        self.seen_count = _running(sample.seen[..., None].astype(float))[..., 0]
+        self.seen = sample.seen
+        self.seen_count = _running(sample.seen[..., None].astype(float))[..., 0].astype(int)
         self.sigma = one.sigma[:, ::step]
         # A sink is in the sum, whatever keys are.
         sink = np.broadcast_to(sample.sink_mass, (len(sample.out),))
         self.total = self.mass[:, -1:] + sink[:, None]
         self.left = self.sums[:, -1:] - (sink[:, None] * sample.out[:, ::step])[:, None]
+
+    def part_seen(self, slots: Int[np.ndarray, " n"], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which keys of each slot a row sees, from the first to before the last, and whether they are such a run.
+
+        A causal mask shows the beginning of a slot, a request that begins in it the end.
+        """
+        count = self.seen_count[:, slots + size] - self.seen_count[:, slots]
+        begins, ends = self.seen[:, slots], self.seen[:, slots + size - 1]
+        first = np.where(begins, 0, size - count)
+        return first, first + count, begins | ends | (count == 0)
 
     def misfit(
         self,
@@ -141,14 +152,13 @@ def _best_block(tables: list[_Table]) -> tuple[tuple[int, int, int], int] | None
         tried += len(slots)
         misfit = np.zeros(len(slots))
         for table in tables:
-            seen = table.seen_count[:, slots + size] - table.seen_count[:, slots]
-            is_plain = (seen == size) | (seen == 0)  # of rows that see a part of the slot these sums say nothing
-            change = table.all_sums[:, sources + size] - table.all_sums[:, sources]
+            first, last, is_run = table.part_seen(slots, size)
+            rows = np.arange(len(first))[:, None]
+            change = table.all_sums[rows, sources + last] - table.all_sums[rows, sources + first]
             change = change - (table.sums[:, slots + size] - table.sums[:, slots])
-            mass = table.all_mass[:, sources + size] - table.all_mass[:, sources]
+            mass = table.all_mass[rows, sources + last] - table.all_mass[rows, sources + first]
             mass = mass - (table.mass[:, slots + size] - table.mass[:, slots])
-            sees = seen == size
-            misfit += table.misfit(np.where(sees[..., None], change, 0.0), np.where(sees, mass, 0.0), is_plain)
+            misfit += table.misfit(change, mass, is_run)
         best = int(misfit.argmin())
         found.append((float(misfit[best]), (int(slots[best]), int(slots[best]) + size, int(sources[best]))))
     return (min(found)[1], tried) if found else None

@@ -23,6 +23,9 @@ ELEMENTS = 2**21
 LEAST_ROWS = 4
 """But at least so many."""
 
+REQUEST_ROWS, MOST_REQUESTS = 4, 4
+"""Rows of a request, and requests, that are looked at besides."""
+
 SUSPECT = 4.0
 """A row or a chunk whose errors have a larger z-score is taken to be wrong."""
 
@@ -117,9 +120,7 @@ def samples(problem: Problem, table: RowTable, out: np.ndarray, lse: np.ndarray 
 
     Rows with a NaN or an infinity are left out: they show where it happened, but not what.
     """
-    usable = ~table.unjudged & np.isfinite(out[table.batch, table.position, table.head]).all(axis=1)
-    if lse is not None:
-        usable &= np.isfinite(lse[table.batch, table.position, table.head])
+    usable = _is_finite(table, out, lse)
     chunk, wrong = problem.q_chunk[table.position], suspects(table)
     kv_head = table.head // problem.group
     best = _most(table.batch, kv_head, wrong & usable)
@@ -137,6 +138,44 @@ def samples(problem: Problem, table: RowTable, out: np.ndarray, lse: np.ndarray 
         is_wrong = bool((of_chunk & wrong).any()) or _stands_out(table, of_chunk)
         found.append(_sample(problem, table, rows, out, lse, int(q_chunk), is_wrong=is_wrong))
     return found
+
+
+def samples_of_requests(
+    problem: Problem, table: RowTable, out: np.ndarray, lse: np.ndarray | None, others: list[Sample]
+) -> list[Sample]:
+    """A few wrong rows of each request and batch row of which the other samples have none: what is said must hold.
+
+    Of the key/value head of the other samples, where it has wrong rows.
+    """
+    wrong = suspects(table) & _is_finite(table, out, lse)
+    segment = np.asarray(problem.q_tokens.segment)[table.batch, table.position]
+    looked_at = {(one.batch, int(at)) for one in others for at in one.position}
+    places = set(zip(table.batch[wrong].tolist(), table.position[wrong].tolist(), strict=True)) & looked_at
+    known = {(b, int(np.asarray(problem.q_tokens.segment)[b, at])) for b, at in places}
+    found: list[Sample] = []
+    for b, request in sorted(set(zip(table.batch[wrong].tolist(), segment[wrong].tolist(), strict=True)) - known):
+        rows = np.flatnonzero(wrong & (table.batch == b) & (segment == request))
+        kv_head = table.head[rows] // problem.group
+        best = others[0].kv_head if others and (kv_head == others[0].kv_head).any() else kv_head[0]
+        rows = rows[kv_head == best]
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), REQUEST_ROWS)).astype(int)]
+        chunk = int(problem.q_chunk[table.position[rows[-1]]])
+        rows = rows[problem.q_chunk[table.position[rows]] == chunk]
+        found.append(_sample(problem, table, rows, out, lse, chunk, is_wrong=True))
+        if len(found) == MOST_REQUESTS:
+            break
+    return found
+
+
+def sample_of(problem: Problem, table: RowTable, rows: Int[np.ndarray, " n"], out: np.ndarray) -> Sample:
+    """These rows, of one batch row, key/value head and query chunk; without their lse."""
+    return _sample(problem, table, rows, out, None, int(problem.q_chunk[table.position[rows[0]]]), is_wrong=True)
+
+
+def _is_finite(table: RowTable, out: np.ndarray, lse: np.ndarray | None) -> Bool[np.ndarray, " R"]:
+    place = (table.batch, table.position, table.head)
+    finite = np.isfinite(out[place]).all(axis=1)
+    return ~table.unjudged & finite & (True if lse is None else np.isfinite(lse[place]))
 
 
 def _most(batch: np.ndarray, kv_head: np.ndarray, rows: np.ndarray) -> tuple[int, int]:

@@ -34,6 +34,8 @@ FP16_MAX = 65504.0
 
 BROKEN_END = "with a NaN or an infinity."
 
+BROKEN_LSE = "lse is NaN or infinite"
+
 
 def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
     """One sentence for each kind of cause, those with a place first; chunks with the same cause share one."""
@@ -170,7 +172,11 @@ LOGITS = {
     "bias ignored": "the bias was not added",
 }
 
-CUTS = {"interleaved": "tokens dealt to {} ranks in turn", "runs": "{} runs of the tokens"}
+CUTS = {
+    "interleaved": "tokens dealt to {} ranks in turn",
+    "runs": "{} runs of the tokens",
+    "prefix": "the cached tokens and those of the queries",
+}
 
 
 def _merge(fault: Fault) -> str:
@@ -217,6 +223,9 @@ def _mask(fault: Fault) -> str:
         "causal mask absent": "no causal mask was applied",
         "causal mask applied": "a causal mask was applied where there should be none",
         "causal mask in every chunk": "a causal mask was applied in every chunk, by the index in the chunk",
+        "causal mask top-left": (
+            "the causal mask was aligned top-left: query i sees the first i + 1 keys, whatever the positions are"
+        ),
         "causal mask in every block": (
             f"a causal mask was applied in each of {fault.mask.rpartition(' ')[2]} equal blocks, by its own index"
         ),
@@ -233,7 +242,9 @@ def _count(k: int, what: str) -> str:
     return f"{k} {what}{'s' * (k > 1)}"
 
 
-def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray) -> list[str]:
+def scope(
+    problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out: np.ndarray, lse: np.ndarray | None
+) -> list[str]:
     """Which rows are wrong, where not all are; and where a NaN or an infinity first is."""
     broken = np.asarray(~np.isfinite(out[table.batch, table.position, table.head]).all(axis=1))
     sentences = []
@@ -243,6 +254,8 @@ def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out:
         count = int(broken.sum())
         sentences.append(f"At {where} is the {'only row' if count == 1 else f'first of {count:,} rows'} {BROKEN_END}")
         sentences += _overflow(problem, table, broken)
+    elif lse is not None:
+        sentences += _lse_nan(table, lse)
     if wrong.any() and not wrong.all():
         parts = []
         for name, label in (("batch", table.batch), ("head", table.head)):
@@ -262,6 +275,24 @@ def scope(problem: Problem, table: RowTable, wrong: Bool[np.ndarray, " R"], out:
             count = int(wrong.sum())
             sentences.append(f"Wrong {is_are(count)} {count:,} of {len(wrong):,} judged rows: {', '.join(parts)}.")
     return sentences
+
+
+def tells_broken(sentence: str) -> bool:
+    """Whether a sentence of the scope says that something is no number."""
+    return sentence.endswith(BROKEN_END) or sentence.startswith(BROKEN_LSE)
+
+
+def _lse_nan(table: RowTable, lse: np.ndarray) -> list[str]:
+    """Which rows have an lse that is NaN or +∞; of what sees nothing, −∞ is right."""
+    given = lse[table.batch, table.position, table.head]
+    rows = (np.isnan(given) | np.isposinf(given)) & ~table.unjudged
+    if not rows.any():
+        return []
+    i, count = int(np.flatnonzero(rows)[0]), int(rows.sum())
+    which = "of 1 row" if count == 1 else f"of {count:,} rows"
+    first = "" if count == 1 else "the first "
+    where = f"batch {table.batch[i]}, position {table.position[i]}, head {table.head[i]}"
+    return [f"{BROKEN_LSE} {which} whose out is finite: {first}at {where}."]
 
 
 def _overflow(problem: Problem, table: RowTable, broken: Bool[np.ndarray, " R"]) -> list[str]:
@@ -304,6 +335,13 @@ def batch_rows(source: np.ndarray) -> str:
     moved = np.flatnonzero(source != np.arange(len(source)))
     pairs = ", ".join(f"row {i} has the outputs of row {source[i]}" for i in moved[:MOST_NAMES])
     return f"Batch rows are exchanged: {pairs}{', …' if len(moved) > MOST_NAMES else ''}."
+
+
+def requests(source: dict[int, int]) -> str:
+    """Requests of a packed row that have each other's outputs."""
+    moved = [(i, j) for i, j in source.items() if i != j]
+    pairs = ", ".join(f"request {i} has the outputs of request {j}" for i, j in moved[:MOST_NAMES])
+    return f"Requests are exchanged: {pairs}{', …' if len(moved) > MOST_NAMES else ''}."
 
 
 AXES = "out lies in memory as [batch, heads, tokens, dim] and was read as [batch, tokens, heads, dim]."
