@@ -224,14 +224,8 @@ def of_names(
                 raise InputError(f"{option} is {one!r}; it must be one of: {'; '.join(known)}")
     tasks = naming.tasks_of(fault or faults, setting or settings, range(seed, seed + seeds))[::every]
     started = time.monotonic()
-    seen: list[naming.Answer] = []
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        seen.extend(x for x in _progress(naming.answers(tasks, workers), len(tasks), "diagnosed") if x is not None)
-    except KeyboardInterrupt:
-        error_console.print(f"interrupted after {len(seen):,} faults; the report is about these")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    answers = _until_stopped(_progress(naming.answers(tasks, workers), len(tasks), "diagnosed"), len(tasks))
+    seen = [one for one in answers if one is not None]
     seen.sort(key=lambda one: one.task)
     wrong = [one for one in seen if one.outcome == "wrong"]
     report = {
