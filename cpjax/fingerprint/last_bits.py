@@ -100,25 +100,23 @@ def read(fmt: Format, lines: Mapping[str, Line], asked: dict[str, Probe], answer
                 known[name], arithmetic = best, with_code(arithmetic, name, best)
         if known == before:
             break
-    for name in open_lines:  # a few columns of out may not tell what all of them do
-        alike = _alike(name, known[name], arithmetic, compared)
-        if len(alike) == 1:
-            continue
-        near = {code: compared.share(with_code(arithmetic, name, code)) for code in alike}
-        known[name] = max(near, key=lambda code: near[code])
-        arithmetic = with_code(arithmetic, name, known[name])
+    for _ in range(ROUNDS):  # a few columns of out may not tell what all of them do
+        before_share = best_share = compared.share(arithmetic)
+        for name in open_lines:
+            if best_share == 1:
+                break
+            share = {code: compared.share(with_code(arithmetic, name, code)) for code in LAST_BITS[name]}
+            best = max(share, key=lambda code: share[code])
+            if share[best] > best_share:
+                known[name], arithmetic, best_share = best, with_code(arithmetic, name, best), share[best]
+        if best_share in (1, before_share):
+            break
     shares = {name: compared.only([name]).share(arithmetic) for name in given}
     # Compilers make another program for each shape: then what is told is told of the shapes that it explains.
     is_told = shares["bits"] == 1
     told = compared.only(name for name, share in shares.items() if share == 1) if is_told else compared
     found = [_line(name, known[name], arithmetic, told) for name in open_lines]
     return [*found, *_fewest(arithmetic, asked, answers, is_told=is_told), _other(shares)]
-
-
-def _alike(name: str, code: str, arithmetic: Arithmetic, compared: "Compared") -> list[str]:
-    """The code, and those that come as near."""
-    near = {one: compared.nearness(with_code(arithmetic, name, one)) for one in LAST_BITS[name]}
-    return [code, *(one for one in near if one != code and near[one] == near[code])]
 
 
 def _fewest(arithmetic: Arithmetic, asked: dict[str, Probe], answers: Answers, *, is_told: bool) -> list[Line]:
