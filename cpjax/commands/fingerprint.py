@@ -11,6 +11,7 @@ from cpjax.errors import InputError
 
 if TYPE_CHECKING:
     from cpjax.fingerprint import Card
+    from cpjax.fingerprint.predict import Prediction
 
 app = typer.Typer(add_completion=False)
 
@@ -24,11 +25,14 @@ A kernel that is called elsewhere: cpjax cases --preset fingerprint DIR writes t
 
 Each line has its evidence with --evidence. A line that the probes cannot decide says so.
 
+--predict N asks the kernel N new inputs, computes them from the card alone, and prints the share of equal bits.
+
 Examples:
 
 \b
 cpjax fingerprint torch:flash --dtype float16
 cpjax fingerprint my_kernel.py:attention --dtype bfloat16 --device cuda
+cpjax fingerprint torch:flash --dtype float32 --predict 20
 cpjax fingerprint DIR RESULTS --profile mine.json
 """
 
@@ -47,38 +51,55 @@ def fingerprint(
         typer.Option(metavar="FILE", help="write the precision profile for judge-dump --precision; a new file"),
     ] = None,
     evidence: Annotated[bool, typer.Option("--evidence", help="print what each line was read from")] = False,
+    predict: Annotated[
+        int, typer.Option(metavar="N", min=0, help="predict the bits of N new inputs; print the share that is right")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """See HELP."""
     from cpjax.crosscheck.backends import installed
     from cpjax.crosscheck.files.profile import write_profile
-    from cpjax.fingerprint.backend import card_of_backend
+    from cpjax.fingerprint.backend import answers_of_backend, card_of_backend
     from cpjax.fingerprint.card import card_of
     from cpjax.fingerprint.folder import read_folder
     from cpjax.fingerprint.kernels import kernel_of
-    from cpjax.fingerprint.probe import with_head_dims
+    from cpjax.fingerprint.predict import drawn, predicted
+    from cpjax.fingerprint.probe import answered, with_head_dims
 
     with errors():
         if profile is not None and profile.exists():
             raise InputError(f"{profile} is there already; nothing is overwritten, name another file")
+        prediction = None
         if results is not None:
+            if predict:
+                raise InputError("--predict asks the kernel new inputs, and a folder is not asked; name the kernel")
             card = read_folder(Path(kernel), results)
         else:
             dims = checked_head_dims(head_dims)
-            asked = None if kernel in installed() else with_head_dims(kernel_of(kernel, dtype, device), dims)
+            asked = None if kernel in installed() else kernel_of(kernel, dtype, device)
             with progress() as advance:
                 if asked is None:
                     card = card_of_backend(kernel, dtype, dims, advance)
                 else:
-                    card = card_of(asked, dtype, kernel, advance)
+                    card = card_of(with_head_dims(asked, dims), dtype, kernel, advance)
+                if predict:
+                    new = drawn(dtype, predict, dims)
+                    if asked is None:
+                        given = answers_of_backend(kernel, new, advance, "new inputs")
+                    else:
+                        given = answered(asked, new, advance, "new inputs")
+                    prediction = predicted(card, new, *given)
         if profile is not None:
             if card.profile is None:
                 raise InputError("no profile follows from this card, so none is written; see its lines (--evidence)")
             write_profile(profile, card.profile)
     if as_json:
-        print(json.dumps(card.as_json(), indent=2, ensure_ascii=False))
+        more = {} if prediction is None else {"prediction": prediction.as_json()}
+        print(json.dumps(card.as_json() | more, indent=2, ensure_ascii=False))
     else:
         _show(card, evidence)
+        if prediction is not None:
+            _show_prediction(prediction)
 
 
 def checked_head_dims(text: str) -> tuple[int, int]:
@@ -113,3 +134,35 @@ def _show(card: "Card", evidence: bool) -> None:
         out.print("profile: none follows; one of its lines cannot be told, or no profile has these roundings")
     else:
         out.print(f"profile: {card.profile.name} ({described(card.profile)})", markup=False)
+
+
+def _show_prediction(prediction: "Prediction") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = console()
+    table = Table(title="bits predicted from the card alone", title_justify="left")
+    for name in ("input", "out: equal bits", "within one spacing", "lse: equal bits"):
+        table.add_column(name, justify="left" if name == "input" else "right")
+    for one in prediction.inputs:
+        mask = ", causal" if one.is_causal else ""
+        small = ", small" if one.is_small else ""
+        what = f"{one.queries} queries, {one.keys} keys, {one.heads} heads, batch {one.batch}{mask}{small}"
+        table.add_row(what, *map(_percent, (one.out, one.within_one, one.lse)))
+    names = ("out", "within_one", "lse")
+    table.add_section()
+    table.add_row("all but small ones", *(_percent(prediction.share(name)) for name in names))
+    if any(one.is_small for one in prediction.inputs):
+        table.add_row("small ones", *(_percent(prediction.share(name, is_small=True)) for name in names))
+    out.print(table)
+    for one in prediction.assumed:
+        out.print(f"assumed, for the card does not tell it: {escape(one.line)}: {escape(one.taken)}")
+    for name, reason in prediction.failures.items():
+        out.print(f"not answered: {name} ({reason})", markup=False)
+
+
+def _percent(share: float | None) -> str:
+    """100 % only if it is all."""
+    if share is None:
+        return "none"
+    return "100 %" if share == 1 else f"{min(share, 0.9999):.2%}".replace("%", " %")

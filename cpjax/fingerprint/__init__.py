@@ -10,8 +10,12 @@ results     rounding of out, subnormal numbers, lse and its base
 order       the order of additions, as a tree (after FPRev, arXiv 2411.00442); how many digits the sums keep
 tiles       where the running maximum is raised: key tiles, splits, or a maximum that is taken first
 masks       what hides a key, NaN in hidden keys, heads that share keys
+parts       where a product of p and v begins a sum anew
 same        bits that change from call to call, or with the rest of the batch
+last_bits   what only the last bits tell: which exp, the order of the row sum, division
 card        all lines, and the profile that follows from them
+computes    a card computes: the emulator that follows from it (sums, exponentials: its parts)
+predict     new inputs, the bits that a card predicts, and the share that is right
 kernels     kernels that are here: PyTorch, JAX, the project's emulators, backends
 folder      the probes as case files, answered anywhere
 """

@@ -1,6 +1,6 @@
 """An installed backend (`cpjax backends`) asked: all probes as FP16 cases of one device, prepared all at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from cpjax.crosscheck.backends import Backend, load
@@ -25,25 +25,44 @@ def card_of_backend(
     """
     if dtype != DTYPE:
         raise InputError(f"backend {name} takes FP16; say --dtype float16")
-    backend, probes = _loaded(name), all_probes(dtype)
+    probes = all_probes(dtype)
+    asked = {probe_name: padded(probe, head_dims) for probe_name, probe in probes.items()}
+    answers, failures = answers_of_backend(name, asked, advance)
+    dims = {probe_name: probe.value.shape[3] for probe_name, probe in probes.items()}
+    cut = {probe_name: one._replace(out=one.out[..., : dims[probe_name]]) for probe_name, one in answers.items()}
+    return read_card(name, dtype, probes, cut, failures)
+
+
+def answers_of_backend(
+    name: str, asked: Mapping[str, Probe], advance: Callable[..., None] = lambda *_: None, what: str = "probes"
+) -> tuple[dict[str, Answer], dict[str, str]]:
+    """The backend's answers by name, and why it gave none to the others.
+
+    Args:
+      advance: called with `what`, how much is done, of how much.
+
+    Raises:
+      InputError: it is not installed, or cannot be loaded.
+    """
+    backend = _loaded(name)
     failures: dict[str, str] = {}
     cases: dict[str, Case] = {}
-    for probe_name, probe in probes.items():
-        case, note = _supported(backend, probe_name, padded(probe, head_dims))
+    for probe_name, probe in asked.items():
+        case, note = _supported(backend, probe_name, probe)
         if note is None:
             cases[probe_name] = case
         else:
             failures[probe_name] = f"{note.outcome}: {note.reason}"
     answers: dict[str, Answer] = {}
-    advance("probes", 0, len(cases))
+    advance(what, 0, len(cases))
     results = run_all(name, backend, list(cases.values()))
     for done, (probe_name, (_, given)) in enumerate(zip(cases, results, strict=True), 1):
         if isinstance(given, Note):
             failures[probe_name] = f"{given.outcome}: {given.reason}"
         else:
-            answers[probe_name] = answer_of(given, probes[probe_name])
-        advance("probes", done, len(cases))
-    return read_card(name, dtype, probes, answers, failures)
+            answers[probe_name] = answer_of(given, asked[probe_name])
+        advance(what, done, len(cases))
+    return answers, failures
 
 
 def _loaded(name: str) -> Backend:

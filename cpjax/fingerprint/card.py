@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.fingerprint import masks, order, results, same, scores, tiles, weights
-from cpjax.fingerprint.probe import Answer, Answers, Kernel, Line, Probe
+from cpjax.fingerprint import last_bits, masks, order, parts, results, same, scores, tiles, weights
+from cpjax.fingerprint.probe import Answers, Kernel, Line, Probe, answered
 from cpjax.precision import PROFILES, Precision
 
-ROOMS = (scores, weights, results, order, tiles, masks, same)
+ROOMS = (scores, weights, results, order, parts, tiles, masks, same)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Card:
 def all_probes(dtype: str) -> dict[str, Probe]:
     """Every probe, by name."""
     fmt = FORMATS[dtype]
-    return {name: asked for room in ROOMS for name, asked in room.probes(fmt).items()}
+    return {name: asked for room in (*ROOMS, last_bits) for name, asked in room.probes(fmt).items()}
 
 
 def card_of(kernel: Kernel, dtype: str, name: str = "", advance: Callable[..., None] = lambda *_: None) -> Card:
@@ -66,20 +66,15 @@ def card_of(kernel: Kernel, dtype: str, name: str = "", advance: Callable[..., N
     'float16'
     """
     probes = all_probes(dtype)
-    answers: dict[str, Answer] = {}
-    failures: dict[str, str] = {}
-    for done, (probe_name, asked) in enumerate(probes.items()):
-        try:
-            answers[probe_name] = kernel(asked)
-        except Exception as error:
-            failures[probe_name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        advance("probes", done + 1, len(probes))
+    answers, failures = answered(kernel, probes, advance)
     return read_card(name, dtype, probes, answers, failures)
 
 
 def read_card(name: str, dtype: str, asked: dict[str, Probe], answers: Answers, failures: dict[str, str]) -> Card:
     """The card of answers that are there already; `asked` is `all_probes(dtype)`."""
-    lines = [line for room in ROOMS for line in room.read(FORMATS[dtype], asked, answers)]
+    fmt = FORMATS[dtype]
+    lines = [line for room in ROOMS for line in room.read(fmt, asked, answers)]
+    lines += last_bits.read(fmt, {line.name: line for line in lines}, asked, answers)
     return Card(name, dtype, tuple(lines), failures)
 
 

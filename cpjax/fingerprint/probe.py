@@ -49,6 +49,8 @@ class Line(NamedTuple):
     """The measurement that says so."""
     code: str = ""
     """The value as a word that programs read: a format's name, a number; "" where it cannot be told."""
+    nearest: str = ""
+    """Where it cannot be told: the code that came nearest, which a prediction of bits assumes."""
 
 
 UNTOLD = "cannot be told"
@@ -149,6 +151,25 @@ def with_head_dims(kernel: Kernel, head_dims: tuple[int, int]) -> Kernel:
         return answer._replace(out=answer.out[..., : asked.value.shape[3]])
 
     return asked_padded
+
+
+def answered(
+    kernel: Kernel, asked: Mapping[str, Probe], advance: Callable[..., None] = lambda *_: None, what: str = "probes"
+) -> tuple[dict[str, Answer], dict[str, str]]:
+    """The kernel's answers by name, and the words of what it raised for the others.
+
+    Args:
+      advance: called with `what`, how much is done, of how much.
+    """
+    answers: dict[str, Answer] = {}
+    failures: dict[str, str] = {}
+    for done, (name, one) in enumerate(asked.items(), 1):
+        try:
+            answers[name] = kernel(one)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        advance(what, done, len(asked))
+    return answers, failures
 
 
 def digits_of(x: np.ndarray, digits: int) -> np.ndarray:

@@ -90,8 +90,29 @@ def words(tree: Tree) -> str:
         said = "one after the other" if most == 1 else f"blocks of {most}, each added at once to the sum so far"
         return said if in_order else f"{said}, but not from the first to the last"
     if _is_balanced(tree):
-        return "in pairs, halves added to halves"
-    return _of_parts(tree, list(_parts(tree)), count) or _of_runs(tree) or f"a tree of depth {_depth(tree)}"
+        apart = "" if list(tree.leaves()) == sorted(tree.leaves()) else ", but not of neighbours"
+        return f"in pairs, halves added to halves{apart}"
+    said = _of_parts(tree, list(_parts(tree)), count) or _of_neighbours(tree, count) or _of_runs(tree)
+    return said or f"a tree of depth {_depth(tree)}"
+
+
+def _of_neighbours(tree: Tree, count: int) -> str:
+    """Sums of equally many neighbours, of any kind, that are added to one running sum; "" if it is another tree."""
+    if len(tree.children) != 2:
+        return ""
+    size = len(list(tree.children[1].leaves()))
+    parts, left = [], tree
+    while len(left.children) == 2 and len(list(left.leaves())) > size:
+        left, part = left.children
+        parts.append(part)
+    parts = [left, *reversed(parts)]
+    runs = [list(part.leaves()) for part in parts]
+    if size < 2 or any(run != list(range(i * size, (i + 1) * size)) for i, run in enumerate(runs)):
+        return ""
+    each = {words(_numbered(part, {leaf: leaf % size for leaf in part.leaves()})) for part in parts}
+    if len(each) != 1 or next(iter(each)).startswith("sums of"):
+        return ""
+    return f"{count // size} sums of {size} terms (neighbours), each {each.pop()}; then these: one after the other"
 
 
 def _of_parts(tree: Tree, parts: list[Tree], count: int) -> str:

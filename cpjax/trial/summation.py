@@ -18,13 +18,14 @@ BLOCK = 8
 """Products that a matrix unit adds at once: 8 or 16 on that GPU."""
 
 
-def product(a: np.ndarray, b: np.ndarray, how: str, start: np.ndarray | None = None) -> np.ndarray:
+def product(a: np.ndarray, b: np.ndarray, how: str, start: np.ndarray | None = None, block: int = BLOCK) -> np.ndarray:
     """`a @ b` for stacks of matrices `[…, M, n] @ [..., n, P]`, summed over n in the order `how`.
 
-    `start` is added: as a whole to the whole sum, except that matrix units go on from it block by block.
+    `start` is added: as a whole to the whole sum, except that matrix units go on from it block by block. `blocks` is
+    `cut`, rounded to nearest.
     """
-    if how == "cut":
-        return _cut_off(a, b, start)
+    if how in ("cut", "blocks"):
+        return _of_blocks(a, b, start, block, is_cut=how == "cut")
     result = _product(a, b, how)
     return result if start is None else start + result
 
@@ -40,15 +41,16 @@ def _product(a: np.ndarray, b: np.ndarray, how: str) -> np.ndarray:
     return _halves(np.moveaxis(a[..., :, :, None] * b[..., None, :, :], -2, 0))
 
 
-def _cut_off(a: np.ndarray, b: np.ndarray, start: np.ndarray | None) -> np.ndarray:
+def _of_blocks(a: np.ndarray, b: np.ndarray, start: np.ndarray | None, block: int, *, is_cut: bool) -> np.ndarray:
     """Of float32 arrays: each block and the sum so far are added exactly, as far as float64 does, then cut off."""
     shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     result = np.zeros(shape, np.float32) if start is None else start
     a, b = a.astype(np.float64), b.astype(np.float64)
-    for first in range(0, b.shape[-2], BLOCK):
-        exact = result + a[..., :, first : first + BLOCK] @ b[..., first : first + BLOCK, :]
+    for first in range(0, b.shape[-2], block):
+        exact = result + a[..., :, first : first + block] @ b[..., first : first + block, :]
         result = exact.astype(np.float32)
-        result = np.where(np.abs(result) > np.abs(exact), np.nextafter(result, np.float32(0)), result)
+        if is_cut:
+            result = np.where(np.abs(result) > np.abs(exact), np.nextafter(result, np.float32(0)), result)
     return result
 
 

@@ -10,6 +10,7 @@ from cpjax.crosscheck.gradients.asked import DS, asked_of
 from cpjax.crosscheck.gradients.exact import exact_gradients
 from cpjax.crosscheck.gradients.expected import expected
 from cpjax.crosscheck.gradients.judge import judge_gradients
+from cpjax.crosscheck.gradients.verdict import decided
 from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.errors import InputError
 from cpjax.trial import gradients as trial
@@ -264,3 +265,40 @@ def test_exact_gradients_of_everything_but_a_part_are_the_rest():
 def test_backward_passes_that_are_drawn_add_in_every_order_that_rounds_to_nearest():
     some = [drawn(np.random.default_rng(seed)) for seed in range(100)]
     assert {one.summation for one in some} == set(ORDERS)
+
+
+@pytest.mark.parametrize("number", [2776, 5926])
+def test_gradients_beyond_the_range_of_their_format_are_not_judgeable(number):
+    """dk of 66,721 is infinite in FP16: of 10,000 correct gradients of the emulators these were called wrong."""
+    with np.errstate(over="ignore"):
+        found = trial.outcome(0, number)
+    assert not found.passed
+    assert not found.judgeable
+    assert found.failed_tests == ("dk unjudged",)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 1.0])
+def test_what_cannot_be_judged_hides_nothing_beside_it(wrong):
+    """One number without bounds: the rest is judged, and NaN in the very number is wrong."""
+    problem, given, dout = posed("flash_fp16")
+    found = right("flash_fp16", problem, given, dout)
+    asked = asked_of(
+        checked_problem(problem.query, problem.key, problem.value, precision="flash_fp16", **trial.asked(problem)),
+        *given,
+        dout,
+    )
+    model = expected(asked).dk
+    low, high = model.low.copy(), model.high.copy()
+    low[0, 3, 0, 5], high[0, 3, 0, 5] = -np.inf, np.inf
+    model = replace(model, low=low, high=high)
+    rows = np.ones(model.dof.shape, bool)
+    dk = found.dk.astype(np.float64)
+    assert decided("dk", dk, model, rows).failed_tests == ("unjudged",)
+    dk[0, 3, 0, 5] = np.inf
+    assert decided("dk", dk, model, rows).failed_tests == ("unjudged",)
+    if np.isnan(wrong):
+        dk[0, 3, 0, 5] = wrong
+        assert "form" in decided("dk", dk, model, rows).failed_tests
+    else:
+        dk[0, 4, 0, 5] += wrong
+        assert "bound" in decided("dk", dk, model, rows).failed_tests

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from cpjax.crosscheck.gradients.sums import Expected
 from cpjax.crosscheck.judging.statistic import LIMIT, RowErrors, spread_z_score, worst_row_z_score, z_score
@@ -98,14 +98,20 @@ class GradientVerdict:
 
 
 def row_errors(given: Float[np.ndarray, "B L N D"], found: Expected, rows: np.ndarray) -> RowErrors:
-    """(error / σ)² of the rows that count, `rows` `[B, L, N]`."""
+    """(error / σ)² of the rows that count, `rows` `[B, L, N]`; of a number that cannot be judged it is 0."""
     used = (found.dof > 0) & rows
+    given = np.where(judgeable_numbers(found), given, found.exact)
     error, sigma = (given - found.exact)[used], found.sigma[used]
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         square = np.minimum(np.nan_to_num((error / sigma) ** 2, nan=np.inf), MOST)
     exact = np.ascontiguousarray(found.exact[used])
     _, same = np.unique(exact.view(f"V{exact.shape[1] * exact.itemsize}").ravel(), return_inverse=True)
     return RowErrors(square.mean(axis=1), found.dof[used], same)
+
+
+def judgeable_numbers(found: Expected) -> Bool[np.ndarray, "B L N D"]:
+    """Where the model bounds the number: not where a correct one may be beyond the range of its format."""
+    return np.isfinite(found.low) & np.isfinite(found.high) & np.isfinite(found.sigma)
 
 
 MOST = 1e30
@@ -117,9 +123,9 @@ def decided(name: str, given: Float[np.ndarray, "B L N D"], found: Expected, row
     counts = rows[..., None]
     inside = (found.low <= given) & (given <= found.high)
     errors = row_errors(given, found, rows)
-    judgeable = np.isfinite(found.low) & np.isfinite(found.high) & np.isfinite(found.sigma)
+    judgeable = judgeable_numbers(found)
     tests = {
-        "form": not np.isfinite(given[rows]).all(),
+        "form": bool((~np.isfinite(given) & judgeable & counts).any()) or bool(np.isnan(given[rows]).any()),
         "bound": bool((~inside & judgeable & counts).any()),
         "spread": not spread_z_score(errors) <= LIMIT,
         "worst row": not worst_row_z_score(errors) <= LIMIT,
