@@ -7,11 +7,10 @@ Text must be equal. Pictures must have the same size and show the same: see `ALI
 has a tag:
 
     varies       no two runs have the same numbers in it (durations, versions): they may differ, the words may not
-    rounding     numbers in it depend on how a processor rounds: compared like `varies` on another kind of processor
     processor    it shows what the kernels of one kind of processor do: on another kind it must only have outputs
 
-Where numbers may differ, of pictures only the size is compared. A notebook's metadata says on which kind of processor
-its outputs were made. With `--write`, a cell whose outputs are alike keeps the stored ones, so that a change of one
+A notebook's metadata says on which kind of processor its outputs were made. Another kind rounds otherwise: there all cells
+are compared like those that vary. Where numbers may differ, of pictures only the size is compared. With `--write`, a cell whose outputs are alike keeps the stored ones, so that a change of one
 cell is a change of one cell in the repository.
 """
 
@@ -32,7 +31,7 @@ import numpy as np
 from nbclient import NotebookClient
 from PIL import Image
 
-VARIES, ROUNDING, PROCESSOR = "varies", "rounding", "processor"
+VARIES, PROCESSOR = "varies", "processor"
 """The tags. PROCESSOR is also the name in a notebook's metadata."""
 
 KINDS = "GenuineIntel", "AuthenticAMD", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile"
@@ -120,7 +119,7 @@ def differences(stored: Any, fresh: Any) -> Iterator[tuple[int, str]]:
 def differences_of(old: Any, new: Any, is_same_processor: bool) -> Iterator[str]:
     """What is stale in the outputs of one cell, on a processor such as that of the stored outputs or on another."""
     tags = old.metadata.get("tags", [])
-    varies = VARIES in tags or (ROUNDING in tags and not is_same_processor)
+    varies = VARIES in tags or not is_same_processor
     if PROCESSOR in tags and not is_same_processor:
         yield from (f"raised {content}" for kind, content in _parts(new.outputs) if kind == "error")
         if bool(old.outputs) != bool(new.outputs):

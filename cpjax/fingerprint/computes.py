@@ -283,7 +283,7 @@ def _scores(a: Arithmetic, query: np.ndarray, key: np.ndarray, scale: float) -> 
     factor = single(np.float64(scale) * (np.log2(np.e) if a.is_base_two else 1.0))
     where = a.scale.split()[-1]
     if a.scale == "rounded":
-        factor = _rounded(factor, a.dtype)
+        factor = _rounded(np.asarray(factor), a.dtype)
     elif where in ("query", "root"):
         one = single(np.sqrt(single(scale))) if where == "root" else single(scale)
         query = query * one

@@ -111,7 +111,7 @@ def libm(name: str, otherwise: Function) -> Function:
             function = _of_c(name)
         except (AttributeError, OSError, TypeError):
             return otherwise(x)
-        return np.frompyfunc(function, 1, 1)(np.asarray(x)).astype(np.float32)
+        return np.asarray(np.frompyfunc(function, 1, 1)(np.asarray(x)), np.float32)
 
     return compute
 

@@ -15,7 +15,7 @@ judge passes it. Of faults without an entry every name is wrong.
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -102,7 +102,7 @@ def case_in(fault: Reported, setting: Setting, task: Task) -> Case:
 def verdict_on(case: Case, result: Result, *, with_lse: bool) -> Verdict:
     """The judge's."""
     p, lse = case.problem, result.lse if with_lse else None
-    more = {"precision": case.setting.profile, "order": case.setting.order}
+    more: dict[str, Any] = {"precision": case.setting.profile, "order": case.setting.order}
     return judge(p.query, p.key, p.value, result.out, lse, **p.judge_arguments(), **more)
 
 
