@@ -69,7 +69,6 @@ def test_an_emulators_bits_are_predicted_from_its_card(name):
         ("float32", "order within p·v, 64 keys", "one after the other"),
         ("float32", "base of exp, bit for bit", "e"),
         ("float32", "order of the row sum", "sequential"),
-        ("softmax_bf16", "p as the factor of v", "bfloat16"),
     ],
 )
 def test_a_card_with_a_wrong_line_predicts_fewer_bits(name, line, code):
