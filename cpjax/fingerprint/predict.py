@@ -65,7 +65,7 @@ def drawn(dtype: str, count: int, head_dims: tuple[int, int] = (HEAD_DIM, HEAD_D
     Not a row alone: whether a kernel computes that in another way is a line of the card.
 
     >>> {name: asked.query.shape for name, asked in drawn("float16", 2).items()}
-    {'predict-0': (1, 4, 4, 64), 'predict-1': (2, 35, 1, 64)}
+    {'predict-0': (2, 13, 1, 64), 'predict-1': (2, 3, 4, 64)}
     """
     fmt, made = FORMATS[dtype], {}
     for number in range(count):

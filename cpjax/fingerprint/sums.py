@@ -187,8 +187,8 @@ def lanes_of(how: str) -> int:
 def row_sum(x: Float[np.ndarray, "... n"], how: str) -> Float[np.ndarray, "..."]:
     """The sum over the last axis, in an order of `ROW_SUMS`.
 
-    >>> [float(row_sum(np.float32([1, 2, 3, 4, 5]), how)) for how in ROW_SUMS][:4]
-    [15.0, 15.0, 15.0, 15.0]
+    >>> [row_sum(np.float32([[1, 2, 3, 4, 5]]), how).tolist() for how in ROW_SUMS][:3]
+    [[15.0], [15.0], [15.0]]
     """
     found = _LANES.fullmatch(how)
     if found is None:
