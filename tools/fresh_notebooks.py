@@ -9,9 +9,9 @@ has a tag:
     varies       no two runs have the same numbers in it (durations, versions): they may differ, the words may not
     processor    it shows what the kernels of one kind of processor do: on another kind it must only have outputs
 
-A notebook's metadata says on which kind of processor its outputs were made. Another kind rounds otherwise: there all cells
-are compared like those that vary. Where numbers may differ, of pictures only the size is compared. With `--write`, a cell whose outputs are alike keeps the stored ones, so that a change of one
-cell is a change of one cell in the repository.
+A notebook's metadata says on which kind of processor its outputs were made. Another kind rounds otherwise: there the
+numbers of all cells may differ. Where numbers may differ, of pictures only the size is compared. With `--write`, a cell
+whose outputs are alike keeps the stored ones, so that a change of one cell is a change of one cell in the repository.
 """
 
 import argparse

@@ -90,7 +90,7 @@ def main(examples: int) -> None:
             verdict.passed
         ):  # VALUE is no attention, and nothing drawn is, but for the mean of values that are one number
             numbers = np.concatenate([np.asarray(call[name]).ravel() for name in ("value", "out")])
-            assert len(np.unique(numbers)) == 1
+            assert call.get("window") == 1 or len(np.unique(numbers)) == 1
         else:
             assert verdict.reasons
 
