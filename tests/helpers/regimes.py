@@ -153,7 +153,7 @@ def distant_keys() -> Regime:
     some = rng(7)
     p = some.integers(2400, 2780, (ROWS, 1)) * 2.0**-23
     key = np.concatenate([-np.log(p), some.uniform(-1, 1, (ROWS, 3000)) * 2.0**-20], axis=1)
-    value = np.concatenate([np.full((ROWS, 1, 4), 1.0), np.full((ROWS, 3000, 4), -1.0)], axis=1)
+    value = np.concatenate([np.full((ROWS, 1, 4), 1.0), -some.uniform(0.9, 1.1, (ROWS, 3000, 4))], axis=1)
     key, value = alone(key[:, :, None], value, -60.0)
     arithmetic = replace(ARITHMETIC["float32"], summation="pairwise")
     return Regime(rows_of(np.ones((ROWS, 1)), key, value), "float32", arithmetic=arithmetic)

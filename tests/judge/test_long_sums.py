@@ -21,17 +21,21 @@ def drawn(keys: int, scores: float, values: str) -> tuple[np.ndarray, np.ndarray
     return query, key, value
 
 
-def loop(query: np.ndarray, key: np.ndarray, value: np.ndarray, lost: int = -1) -> tuple[np.ndarray, np.ndarray]:
-    """softmax(q kᵀ scale) v, maximum first; the key `lost` is left out."""
+def loop(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, *, lost: int = -1, divides_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """softmax(q kᵀ scale) v, maximum first; the key `lost` is left out. Probabilities are divided last, or first."""
     score = query[0, :, 0] @ key[0, :, 0].T * np.float32(SCALE)
     most = score.max(axis=1, keepdims=True)
     p = np.exp(score - most)
     total, product = np.zeros((QUERIES, 1), np.float32), np.zeros((QUERIES, value.shape[3]), np.float32)
     for j in range(key.shape[1]):
-        if j != lost:
-            total += p[:, j : j + 1]
-            product += p[:, j : j + 1] * value[0, j]
-    return (product / total)[None, :, None], (most + np.log(total))[None, :, :]
+        total += p[:, j : j + 1] * np.float32(j != lost)
+    divisor = total if divides_first else np.ones_like(total)
+    for j in range(key.shape[1]):
+        product += p[:, j : j + 1] / divisor * value[0, j] * np.float32(j != lost)
+    out = product if divides_first else product / total
+    return out[None, :, None], (most + np.log(total))[None, :, :]
 
 
 def judged(query: np.ndarray, key: np.ndarray, value: np.ndarray, out: np.ndarray, lse: np.ndarray | None):
@@ -49,6 +53,28 @@ def test_a_correct_loop_passes_however_long_and_however_alike_its_terms(keys, sc
     assert verdict.lse_z < SLACK**0.5
     assert not verdict.z > SLACK**0.5  # NaN where every output must be exact
     assert judged(query, key, value, out, None).passed
+
+
+@pytest.mark.parametrize("keys", [300, 2653, 9000])
+def test_a_loop_that_divides_first_passes(keys):
+    """Its products are p/Σp · v. Sums of v itself are exact here: each column has one value, of few digits."""
+    query, key, value = drawn(keys, 0.0, "one")
+    value[:] = np.random.default_rng(keys).uniform(0.5, 2, 8).astype(np.float16)
+    verdict = judged(query, key, value, *loop(query, key, value, divides_first=True))
+    assert verdict.passed, verdict.reasons
+
+
+@pytest.mark.parametrize("share", [0.5, 0.98])
+def test_a_sum_that_starts_with_a_sink_passes(share):
+    """All other terms are added to a sum of nearly the final size."""
+    query, key, value = drawn(2000, 0.1, "many")
+    query[..., 0] = 10.0
+    key[..., 0] = 0.0
+    key[:, 0, :, 0] = np.log(share / (1 - share) * 2000) / (10 * SCALE)
+    out, lse = loop(query, key, value)
+    verdict = judged(query, key, value, out, lse)
+    assert verdict.passed, verdict.reasons
+    assert max(verdict.z, verdict.lse_z) < 1.2
 
 
 @pytest.mark.parametrize("scores", [1e-2, 0.3])

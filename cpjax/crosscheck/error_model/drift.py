@@ -56,7 +56,12 @@ def product_drift(rows: Rows, fmt: Format) -> Float[np.ndarray, "R V"]:
         step = fmt.spacing(np.maximum(p.sum(axis=1), 1.0))
         at = np.flatnonzero(_lost(p, WINDOW * step)[1] < ALIKE * step)
         distinct, which = np.unique(size[:, some], axis=1, return_inverse=True)
-        drift = [_drift(p[at][:, one > 0] * one[one > 0], fmt) * (weight[at] @ one) for one in distinct.T]
+        # Some kernels divide p by its sum before they multiply.
+        factors = [p[at], weight[at] / np.maximum(weight[at].sum(axis=1, keepdims=True), np.finfo(float).tiny)]
+        drift = []
+        for one in distinct.T:
+            most = np.max([_drift(factor[:, one > 0] * one[one > 0], fmt) for factor in factors], axis=0)
+            drift.append(most * (weight[at] @ one))
         moved[np.ix_(at, some)] += np.stack(drift, axis=1)[:, which]
     return moved
 
