@@ -107,7 +107,9 @@ def test_of_a_cell_that_varies_numbers_may_differ_and_words_may_not():
 def differ(tag: str, is_same_processor: bool, fresh: list) -> list[str]:
     """What is found in a cell that stores one line."""
     stored = [said("tile: 512\n")]
-    cells = [new_code_cell("1", outputs=outputs, metadata={"tags": [tag]}) for outputs in (stored, fresh)]
+    cells = [
+        new_code_cell("1", outputs=outputs, metadata={"tags": [tag] if tag else []}) for outputs in (stored, fresh)
+    ]
     return list(fresh_notebooks.differences_of(*cells, is_same_processor=is_same_processor))
 
 
