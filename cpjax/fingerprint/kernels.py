@@ -10,6 +10,7 @@ Backends are asked in backend.py.
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,8 @@ def _of_file(path: Path, function: str, dtype: str, device: str) -> Kernel:
     assert spec is not None
     assert spec.loader is not None  # a file that ends in .py has one
     module = importlib.util.module_from_spec(spec)
+    # PyTorch's compiler, and dataclasses, look a function's module up by its name.
+    sys.modules.setdefault(path.stem, module)
     try:
         spec.loader.exec_module(module)
     except Exception as error:

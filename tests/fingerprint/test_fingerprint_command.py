@@ -15,10 +15,11 @@ from cpjax.crosscheck.files.case import read_case
 from cpjax.crosscheck.files.result import Result, write_result
 from cpjax.fingerprint.card import all_probes, card_of, read_card
 from cpjax.fingerprint.folder import case_of, read_folder, write_probes
-from cpjax.fingerprint.kernels import emulator
+from cpjax.fingerprint.kernels import emulator, kernel_of
 from cpjax.fingerprint.probe import Line, padded
 
 RUNNER = CliRunner()
+ROOT = Path(__file__).parents[2]
 
 KERNEL = '''
 import torch
@@ -138,6 +139,19 @@ def test_a_function_in_a_file(tmp_path):
     assert status == 0
     assert json.loads(said)["profile"] is None
     assert "it must be [B, T, N, V]" in said
+
+
+def test_kernels_of_other_projects_are_read_by_the_example():
+    """One is traced by PyTorch's compiler, which looks its module up by name."""
+    example = ROOT / "examples" / "other_kernels.py"
+    status, said = run(f"{example}:ring", "--dtype", "float32", "--json")
+    assert status == 0
+    card = json.loads(said)
+    assert not card["failures"]
+    assert {line["name"]: line["value"] for line in card["lines"]}["key tile"] == "512 keys"
+    kernel = kernel_of(f"{example}:flex", "float16", "cpu")
+    causal = all_probes("float16")["causal"]
+    assert np.isfinite(kernel(causal).out).all()
 
 
 def test_pytorchs_kernel_is_read():

@@ -23,6 +23,7 @@ from cpjax.crosscheck.files.result import read_result, write_result
 from cpjax.crosscheck.run.session import judge_folder, judge_result
 from cpjax.crosscheck.run.summary import all_passed, sentence
 from cpjax.errors import InputError
+from npu_backend.families import FAMILIES, precision_of
 
 ROOT = Path(cpjax.__file__).parents[1]
 
@@ -108,6 +109,18 @@ def test_four_outcomes_by_the_command(package, cases_folder, tmp_path):
     assert table.returncode == 1
     for word in ("agrees", "unsupported", "ERROR", "WRONG", "SIGABRT", "only on <Tuesdays>"):
         assert word in table.stdout
+
+
+@pytest.mark.process
+def test_each_family_of_the_npu_backend_is_a_backend(package, tmp_path):
+    """Each computes with its own operators, and is judged in their precision; MLA's head dims are what all take."""
+    families = {"npu": "ring_mla", "npu-fia": "fia", "npu-fusion": "fusion"}
+    write_case(tmp_path / "cases", gaussian_case("c", (32, 2, 1, 192, 128), cp=2, precision={}, seed=4, about={}))
+    words = [word for name in families for word in ("--backend", name)]
+    run = command(package, "crosscheck", "--cases", tmp_path / "cases", *words, "--json")
+    assert run.returncode == 0, run.stderr
+    judged = {row["backend"]: (row["outcome"], row["precision"]) for row in json.loads(run.stdout)["results"]}
+    assert judged == {name: ("pass", precision_of(FAMILIES[family], 2)) for name, family in families.items()}
 
 
 @pytest.mark.process

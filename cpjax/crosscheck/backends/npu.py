@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,9 @@ from cpjax.crosscheck.files.result import Result, read_result
 
 
 class Npu:
-    """What the operators of `ring_mla` take; the backend itself says what it does not."""
+    """What the operators of a family take, `ring_mla` or a subclass's; the backend itself says what it does not."""
+
+    name, operators = "npu", "ring_mla"
 
     def __init__(self):
         """Results live in a temporary folder until they are asked for."""
@@ -31,13 +34,17 @@ class Npu:
         if absent:
             return f"{', '.join(absent)}; its operators are called without"
         from npu_backend.errors import InputError
+        from npu_backend.families import FAMILIES
         from npu_backend.files import read_case
         from npu_backend.shard import check_computable
 
         if case.name not in self._written:
-            self._written[case.name] = write_case(Path(self._folder.name) / "asked", case)
+            # What a case wants of this backend; the program knows itself by one name, whatever its operators.
+            wanted = {"npu": case.precision[self.name]} if self.name in case.precision else {}
+            asked = replace(case, precision=case.precision if self.name == "npu" else wanted)
+            self._written[case.name] = write_case(Path(self._folder.name) / "asked", asked)
         try:
-            check_computable(read_case(self._asked(case)))
+            check_computable(read_case(self._asked(case)), FAMILIES[self.operators])
         except InputError as error:
             return str(error).removeprefix(f"{case.name}: ")
         return None
@@ -50,7 +57,8 @@ class Npu:
             os.link(self._asked(case), folder / "cases" / f"{case.name}.safetensors")
         line = [sys.executable, "-m", "npu_backend", "run", str(folder / "cases"), str(folder / "results")]
         # Its progress bar and its complaints go to this terminal.
-        run = subprocess.run([*line, "--json"], stdout=subprocess.DEVNULL, stderr=None, text=True, check=False)
+        line += ["--operators", self.operators, "--json"]
+        run = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=None, text=True, check=False)
         self._said = f"npu_backend ended with status {run.returncode}; its message is above"
 
     def run(self, case: Case) -> Result:
@@ -68,3 +76,15 @@ class Npu:
     def _asked(self, case: Case) -> Path:
         """The file of a case that was asked about."""
         return Path(self._folder.name) / "asked" / f"{case.name}.safetensors"
+
+
+class NpuFia(Npu):
+    """The operators that vLLM-Ascend calls."""
+
+    name, operators = "npu-fia", "fia"
+
+
+class NpuFusion(Npu):
+    """The operators that MindSpeed calls."""
+
+    name, operators = "npu-fusion", "fusion"

@@ -14,7 +14,13 @@ from cpjax.wording import counted
 MOST_QUESTIONS, MOST_NAMED = 4, 3
 """Questions that are printed, and results that are named beside one."""
 
-BACKENDS = {"spec": "specification", "npu": "NPU backend", "sdpa": "PyTorch SDPA"}
+BACKENDS = {
+    "spec": "specification",
+    "npu": "NPU backend",
+    "npu-fia": "NPU backend, fia",
+    "npu-fusion": "NPU backend, fusion",
+    "sdpa": "PyTorch SDPA",
+}
 
 
 NOT_RIGHT: dict[Outcome, tuple[str, str]] = {
