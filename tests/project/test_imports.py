@@ -104,7 +104,7 @@ INNER = {
 # One signature for all: the example is at `attention_on_device`, which calls them by name.
 EXCHANGES = {"ring", "ring_both_ways", "gather", "pass_query", "all_to_all", "all_to_all_ring"}
 
-# The one arrow between the halves: the file that goes over, and the words with which a family of the other half refuses it.
+# The one arrow between the halves: the file that goes over, and the words with which a family of the other refuses it.
 SHARED = {
     ("cpjax.crosscheck.backends.npu", "npu_backend.errors.InputError"),
     ("cpjax.crosscheck.backends.npu", "npu_backend.families.FAMILIES"),
