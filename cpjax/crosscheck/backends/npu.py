@@ -41,7 +41,7 @@ class Npu:
         if case.name not in self._written:
             # What a case wants of this backend; the program knows itself by one name, whatever its operators.
             wanted = {"npu": case.precision[self.name]} if self.name in case.precision else {}
-            asked = replace(case, precision=case.precision if self.name == "npu" else wanted)
+            asked = replace(case, precision=wanted)
             self._written[case.name] = write_case(Path(self._folder.name) / "asked", asked)
         try:
             check_computable(read_case(self._asked(case)), FAMILIES[self.operators])
