@@ -394,9 +394,13 @@ GUARDS = (
     of_constant(f"{MODEL}.scores", "OF_DISTANCE", "distant keys"),
     of_constant(f"{MODEL}.scores", "OF_PRODUCT", "orthogonal"),
     of_text(
-        f"{MODEL}.scores", "a.head_dim * (a.eps", "2 * a.head_dim * (a.eps", "a.head_dim / 2 * (a.eps", "long products"
+        f"{MODEL}.scores",
+        "a.head_dim * (rows",
+        "2 * a.head_dim * (rows",
+        "a.head_dim / 2 * (rows",
+        "long products",
     ),
-    of_text(f"{MODEL}.scores", "* x) ** 2) / 3", "* x) ** 2) / 1.5", "* x) ** 2) / 6", "large scores"),
+    of_text(f"{MODEL}.scores", "(a.eps**2 / 3)", "(a.eps**2 / 1.5)", "(a.eps**2 / 6)", "large scores"),
     of_twelfth(f"{MODEL}.scores", "a.scale_size)) ** 2 / 12", "coarse products"),
     of_twelfth(f"{MODEL}.scores", "np.where(is_exact, 0.0, spacing / np.sqrt(12))", "coarse scaling"),
     of_twelfth(f"{MODEL}.running_max", "np.where(rises, step, 0.0) / np.sqrt(12)", "a rescale after 512 keys"),

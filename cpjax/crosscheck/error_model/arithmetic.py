@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -119,7 +120,13 @@ class Arithmetic:
     @cached_property
     def seen_keys(self) -> Int[np.ndarray, " R"]:
         """How many keys each row sees, the sink included."""
-        return self.rows.seen.sum(axis=1)
+        return np.count_nonzero(self.rows.seen, axis=1)
+
+    @cached_property
+    def seen_of_chunks(self) -> Int[np.ndarray, "R C"]:
+        """How many keys each row sees of each chunk."""
+        seen = self.rows.seen
+        return np.stack([np.count_nonzero(seen[:, a:b], axis=1) for a, b in pairwise(self.rows.edges)], axis=1)
 
     @cached_property
     def chunk_count(self) -> Int[np.ndarray, " R"]:
@@ -145,7 +152,7 @@ class Arithmetic:
     def p_value(self) -> Float[np.ndarray, "R S"]:
         """The number that is rounded as the factor of v: p = exp(s − M_c), or its share of the chunk's sum."""
         if not self.precision.is_normalised:
-            return np.exp(self.rows.below)
+            return self.rows.p
         of_chunk = self.rows.per_key(self.rows.chunk_weight)
         return np.divide(self.rows.weight, of_chunk, out=np.zeros_like(of_chunk), where=of_chunk > 0)
 
@@ -174,7 +181,7 @@ class Arithmetic:
     def lost_to_zero(self) -> Float[np.ndarray, "R V"]:
         """What `out` loses where exponentials and the output itself become 0."""
         least, out = self.least_normal, np.abs(self.rows.out)
-        of_p = self.flushed @ self.rows.size + self.flushed.sum(axis=1, keepdims=True) * out
+        of_p = times_few(self.flushed, self.rows.size) + self.flushed.sum(axis=1, keepdims=True) * out
         is_small = (out < 2 * least) & (FORMATS[self.precision.out].least_normal == least)
         return of_p + np.where(is_small, np.minimum(out, least), 0.0)
 
@@ -220,3 +227,12 @@ class Arithmetic:
     def score_ties(self) -> Ties:
         """Keys whose scores are rounded alike; they differ from `ties` only where scores are rounded themselves."""
         return score_ties_of(self.rows, self.score.digits) if self.has_rounded_scores else self.ties
+
+
+def times_few(few: Float[np.ndarray, "R S"], value: Float[np.ndarray, "S V"]) -> Float[np.ndarray, "R V"]:
+    """few @ value, where most rows of `few` are 0 and are not multiplied."""
+    at = np.flatnonzero(few.any(axis=1))
+    product = np.zeros((len(few), value.shape[1]))
+    if len(at):
+        product[at] = few[at] @ value
+    return product

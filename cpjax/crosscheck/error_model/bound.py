@@ -5,7 +5,7 @@ rounding explains a result. Section numbers are those of docs/verdict.md.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -79,33 +79,39 @@ class Bound:
         return np.where(rows.seen, bound, 0.0)
 
     @cached_property
+    def growth(self) -> Float[np.ndarray, "R S"]:
+        """exp(D_j) − 1: the share by which a weight may be too large."""
+        return np.expm1(np.minimum(self.of_exponent, LARGEST_EXPONENT))
+
+    @cached_property
     def distortion(self) -> Float[np.ndarray, " R"]:
         """Σ_j A_j (exp(D_j) − 1): how much the weights may be off together, and what their sum may be off besides."""
-        growth = np.expm1(np.minimum(self.of_exponent, LARGEST_EXPONENT))
-        return (self.arithmetic.rows.weight * growth).sum(axis=1) + self.of_sum
+        return np.einsum("rs,rs->r", self.arithmetic.rows.weight, self.growth) + self.of_sum
 
     @cached_property
     def of_probability(self) -> Float[np.ndarray, "R S"]:
         """The most that rounding changes the factor of each value, in units of the output."""
         a, rows = self.arithmetic, self.arithmetic.rows
-        growth = np.exp(np.minimum(self.of_exponent, LARGEST_EXPONENT))
-        worth = np.max([worth for _, worth in a.p_choices], axis=0)
-        error = growth * np.maximum(a.probability.u * rows.weight, a.probability.tiny / 2 * worth)
-        return np.where(rows.seen & (a.seen_keys > 1)[:, None], error, 0.0)  # a key alone has p = 1
+        worth = reduce(np.maximum, (worth for _, worth in a.p_choices))
+        error = np.maximum(a.probability.u * rows.weight, a.probability.tiny / 2 * worth)
+        error *= 1 + self.growth
+        error[a.seen_keys <= 1] = 0.0  # a key alone has p = 1; hidden ones have no weight and no worth
+        return error
 
-    @property
+    @cached_property
     def of_sum(self) -> Float[np.ndarray, " R"]:
         """The same of their sum, where the row sum takes the rounded probabilities."""
-        return self.of_probability.sum(axis=1) * self.arithmetic.has_rounded_sum
+        if not self.arithmetic.has_rounded_sum:
+            return np.zeros(len(self.arithmetic.rows.lse))
+        return self.of_probability.sum(axis=1)
 
     @cached_property
     def parts(self) -> dict[str, Float[np.ndarray, "R V"]]:
         """What the half-width before the last rounding is made of, by name."""
         a, rows = self.arithmetic, self.arithmetic.rows
-        growth = np.exp(np.minimum(self.of_exponent, LARGEST_EXPONENT))
-        moved = rows.weight * (growth - 1)
+        moved = rows.weight * self.growth
         # Weights that are off do not sum to one; all errors are relative to their sum.
-        least = (rows.weight / growth).sum(axis=1, keepdims=True) - self.of_sum[:, None]
+        least = (rows.weight / (1 + self.growth)).sum(axis=1, keepdims=True) - self.of_sum[:, None]
         least = np.where(least > 0, least, 1.0)  # where it is not, the row is not judged
         of_p = self.of_probability @ rows.size + self.of_sum[:, None] * np.abs(rows.out)
         share = rows.chunk_weight[..., None]

@@ -40,7 +40,7 @@ def row_sum_drift(rows: Rows, fmt: Format) -> Float[np.ndarray, "R C"]:
     share = np.zeros(rows.chunk_weight.shape)
     for chunk, (start, stop) in enumerate(pairwise(rows.edges)):
         if stop - start > 1:
-            share[:, chunk] = _drift(np.exp(rows.below[:, start:stop]), fmt)
+            share[:, chunk] = _drift(rows.p[:, start:stop], fmt)
     return share
 
 
@@ -52,7 +52,7 @@ def product_drift(rows: Rows, fmt: Format) -> Float[np.ndarray, "R V"]:
         some = np.flatnonzero(_has_few_values(size))
         if not len(some):
             continue
-        p, weight = np.exp(rows.below[:, start:stop]), rows.weight[:, start:stop]
+        p, weight = rows.p[:, start:stop], rows.weight[:, start:stop]
         step = fmt.spacing(np.maximum(p.sum(axis=1), 1.0))
         at = np.flatnonzero(_lost(p, WINDOW * step)[1] < ALIKE * step)
         distinct, which = np.unique(size[:, some], axis=1, return_inverse=True)
@@ -98,9 +98,9 @@ def _lost(
 
 def _has_few_values(size: Float[np.ndarray, "s V"]) -> Bool[np.ndarray, " V"]:
     """Of each column, whether many of the numbers that are not 0 are one number."""
-    some = np.sort(size[:: max(len(size) // SAMPLE, 1)], axis=0)
-    place = np.arange(len(some))[:, None]
-    is_first = np.diff(some, axis=0, prepend=-1.0) != 0
-    length = place - np.maximum.accumulate(np.where(is_first, place, 0), axis=0) + 1
-    most = np.where(some > 0, length, 0).max(axis=0)
-    return most > np.maximum(FEW_VALUES * (some > 0).sum(axis=0), 1)
+    some = np.sort(size[:: max(len(size) // SAMPLE, 1)].T, axis=1)
+    place = np.arange(some.shape[1])
+    is_first = np.diff(some, axis=1, prepend=-1.0) != 0
+    length = place - np.maximum.accumulate(np.where(is_first, place, 0), axis=1) + 1
+    most = np.where(some > 0, length, 0).max(axis=1)
+    return most > np.maximum(FEW_VALUES * (some > 0).sum(axis=1), 1)

@@ -1,11 +1,12 @@
 """Probabilities rounded to their format as the factor of v (§3.1), and those that become the least numbers (§3.2)."""
 
 from collections.abc import Iterator
+from functools import reduce
 
 import numpy as np
 from jaxtyping import Float
 
-from cpjax.crosscheck.error_model.arithmetic import Arithmetic
+from cpjax.crosscheck.error_model.arithmetic import Arithmetic, times_few
 from cpjax.crosscheck.error_model.row_covariance import Roundings, Shared, by_cell
 from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term
 from cpjax.crosscheck.error_model.ties import variance_of, variance_of_sum
@@ -30,7 +31,7 @@ def probability_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     yield Term("probabilities", "3.1", out, of_lse, is_common=True, along=along)
     if a.precision.probability == "float16":
         yield _least(a)
-        lowest = np.min([p for p, _ in a.p_choices], axis=0)
+        lowest = reduce(np.minimum, (p for p, _ in a.p_choices))
         lost = np.where(lowest < a.probability.tiny / 2, a.rows.weight, 0.0)
         # A partly lost sum is uniform between 0 and all of it.
         yield Systematic(
@@ -50,19 +51,19 @@ def _pull(a: Arithmetic, direction: Direction) -> Float[np.ndarray, "R S"]:
 def _moved(a: Arithmetic, lost: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R V"]:
     """What these errors of the weights do to `out` together."""
     of_sum = lost.sum(axis=1, keepdims=True) * a.rows.out if a.has_rounded_sum else 0.0
-    return lost @ a.rows.value - of_sum
+    return times_few(lost, a.rows.value) - of_sum
 
 
 def _sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:
     """Standard deviation of each p's rounding, in units of the output; p = 1 is exact."""
     each = [worth * np.where(p == 1.0, 0.0, a.probability.spacing(p)) for p, worth in a.p_choices]
-    return np.max(each, axis=0) / np.sqrt(12)
+    return reduce(np.maximum, each) / np.sqrt(12)
 
 
 def _least(a: Arithmetic) -> Term:
     """Keys whose p becomes n times the least number: those with the same n err together."""
     p, worth = a.p_choices[-1]  # beside a larger sink more of them are so small
-    n = np.where(a.rows.seen, np.round(p / a.probability.tiny), 0.0)
+    n = np.round(p / a.probability.tiny)  # hidden keys have p = 0
     cells = {int(k): np.where(n == k, worth, 0.0) for k in np.unique(n[(n >= 1) & (n <= LEAST_CELLS)])}
     error = LEAST_ERROR * a.probability.tiny
 

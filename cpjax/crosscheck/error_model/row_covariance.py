@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from cpjax.crosscheck.exact.formats import Format
+from cpjax.crosscheck.exact.formats import Format, doublings
 
 EIGHTH = 8
 """Cells of a spacing."""
@@ -37,9 +37,14 @@ def cells(value: Float[np.ndarray, "*shape"], fmt: Format) -> Int[np.ndarray, "*
     array([     0,      8, 122880, 122881, 122880])
     """
     spacing = fmt.spacing(value)
-    binade = np.log2(spacing / fmt.tiny).astype(np.int64)
-    along = (binade << (fmt.digits + 2)) + np.round(EIGHTH * np.abs(value) / spacing).astype(np.int64)
-    return 2 * along + (value < 0)
+    eighths = np.abs(value)
+    eighths *= EIGHTH
+    eighths /= spacing
+    cell = np.rint(eighths, out=eighths).astype(np.int64)
+    cell += doublings(spacing, fmt.tiny) << (fmt.digits + 2)
+    cell <<= 1
+    cell += value < 0
+    return cell
 
 
 def distinct(out: Float[np.ndarray, "R V"], fmt: Format) -> Int[np.ndarray, " R"]:
@@ -60,8 +65,7 @@ def by_cell(roundings: Roundings, fmt: Format) -> Float[np.ndarray, " c"]:
     """What the roundings of each cell do together; of formats with more than `DIGITS` digits, nothing."""
     if fmt.digits > DIGITS:
         return np.zeros(1)
-    counts = roundings.sigma != 0
-    return np.bincount(cells(roundings.value[counts], fmt), roundings.sigma[counts], minlength=1).astype(np.float64)
+    return np.bincount(cells(roundings.value, fmt).ravel(), roundings.sigma.ravel(), minlength=1)
 
 
 class Shared(NamedTuple):

@@ -29,10 +29,9 @@ def score_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     """Sections 3.5 and 3.6."""
     if not a.has_rounded_scores:
         yield _scores(a, _computed_variance(a))
-        of_scale = _of_scale(a)
-        yield _factor(a, *of_scale)
+        yield _factor(a, *a.rows.of_scale)
         if a.has_half_factors:
-            yield _cut_off(a, *of_scale)
+            yield _cut_off(a, *a.rows.of_scale)
         return
     spacing, scaling = a.score.spacing(_score(a)), _scaling_sigma(a) * a.rows.slope
     raw = (a.rows.slope * a.scale_size * a.score.spacing(a.rows.product / a.scale_size)) ** 2 / 12
@@ -64,9 +63,9 @@ def _computed_variance(a: Arithmetic) -> Float[np.ndarray, "R S"]:
     computed = rows.slope * (OF_SCORE * x + OF_PRODUCT * rows.norms) + OF_DISTANCE * below
     if rows.logits.softcap is not None:
         computed = computed + OF_TANH * rows.logits.softcap
-    computed = a.eps * (computed + OF_ADDED * added_size(a))
+    computed = computed + OF_ADDED * added_size(a)
     # A dot product that is added up term after term rounds a partial sum as large as itself each time.
-    return (computed**2 + a.head_dim * (a.eps * rows.slope * x) ** 2) / 3
+    return (computed**2 + a.head_dim * (rows.slope * x) ** 2) * (a.eps**2 / 3)
 
 
 def _stages_variance(a: Arithmetic) -> Float[np.ndarray, "R S"] | float:
@@ -106,7 +105,7 @@ def _from_top(a: Arithmetic) -> Float[np.ndarray, "R 1"]:
 
 def _scores(a: Arithmetic, variance: Float[np.ndarray, "R S"]) -> Term:
     """Every key's own error; `variance` is that of its score."""
-    moved = a.rows.weight * np.where(a.rows.seen, np.sqrt(variance), 0.0)
+    moved = a.rows.weight * np.sqrt(variance)
 
     def along(direction: Direction) -> Iterator[Float[np.ndarray, " R"]]:
         yield variance_of_sum(moved * direction.of_weight, a.score_ties)
@@ -134,12 +133,6 @@ def _cut_off(a: Arithmetic, of_out: Float[np.ndarray, "R V"], of_lse: Float[np.n
         mean=-of_out / 2,
         lse_mean=-of_lse / 2,
     )
-
-
-def _of_scale(a: Arithmetic) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"]]:
-    """By how much `out` and lse move if the scale is larger by its own size."""
-    moved = a.rows.weight * a.rows.slope * a.rows.product
-    return _pulled(a, moved, slice(None)), moved.sum(axis=1)
 
 
 def _scaling_sigma(a: Arithmetic) -> Float[np.ndarray, "R S"]:

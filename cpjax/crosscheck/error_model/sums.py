@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from cpjax.crosscheck.error_model.arithmetic import Arithmetic
+from cpjax.crosscheck.error_model.arithmetic import Arithmetic, times_few
 from cpjax.crosscheck.error_model.terms import Direction, Systematic, Term, column_by_column
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.precision import KEY_TILE
@@ -52,7 +52,7 @@ def _row_sums(a: Arithmetic) -> Term:
     chunk_weight = a.rows.chunk_weight
     first = np.maximum.reduceat(a.rows.weight, a.rows.edges[:-1], axis=1)
     first = np.divide(first, chunk_weight, out=np.zeros_like(first), where=chunk_weight > 0)
-    squares = chunk_weight**2 * _keys_of_chunks(a) * (1 + first + first**2)
+    squares = chunk_weight**2 * a.seen_of_chunks * (1 + first + first**2)
     depth = np.sqrt(squares.sum(axis=1)) + np.sqrt(a.chunk_count)
     sigma = OF_ADDITION * a.eps * np.where(a.seen_keys > 1, depth, 0.0)
     out = 2 * (sigma[:, None] * a.rows.out) ** 2
@@ -70,11 +70,6 @@ def _alike(a: Arithmetic) -> Systematic:
     return Systematic(
         "terms that err alike", "3.7", a.product_drift + a.drift[:, None] * np.abs(a.rows.out), lse=a.drift
     )
-
-
-def _keys_of_chunks(a: Arithmetic) -> Int[np.ndarray, "R C"]:
-    """Keys that a row sees of each chunk."""
-    return np.add.reduceat(a.rows.seen.astype(int), a.rows.edges[:-1], axis=1)
 
 
 def _merge_weights(a: Arithmetic) -> Term:
@@ -128,15 +123,14 @@ def _absorbed(a: Arithmetic) -> Systematic:
     lost = _lost_weight(a)
     # A sum of products is as large as they are: where the heavy keys have small values it absorbs less.
     count = (lost > 0).sum(axis=1, keepdims=True)
-    of_products = np.minimum(lost @ a.rows.size, count * ABSORBED * a.eps * a.weighted_size)
+    of_products = np.minimum(times_few(lost, a.rows.size), count * ABSORBED * a.eps * a.weighted_size)
     lse = lost.sum(axis=1)
     return Systematic("absorbed terms", "3.7", of_products + lse[:, None] * np.abs(a.rows.out), lse=lse)
 
 
 def _cut_off(a: Arithmetic) -> Systematic:
     """p·v of each chunk, added by matrix units, is too small by up to so much; a product alone is exact."""
-    keys = _keys_of_chunks(a)
-    share = np.where(keys > 1, a.cut_off(keys), 0.0)
+    share = np.where(a.seen_of_chunks > 1, a.cut_off(a.seen_of_chunks), 0.0)
     part = share[..., None] * a.rows.chunk_part
     # As likely to be anywhere in its range; lse has no part in it.
     most, mean = np.abs(part).sum(axis=1), -part.sum(axis=1) / 2
@@ -148,13 +142,17 @@ def _lost_weight(a: Arithmetic) -> Float[np.ndarray, "R S"]:
     rows, eps = a.rows, a.eps
     starts = np.concatenate([np.arange(start, stop, KEY_TILE) for start, stop in pairwise(rows.edges)])
     tile = np.add.reduceat(rows.weight, starts, axis=1)
-    sizes = np.diff(np.append(starts, rows.weight.shape[1]))
     of_tile = np.where(tile < SMALL * eps, np.minimum(tile, ABSORBED * eps), 0.0)
     share = np.divide(of_tile, tile, out=np.zeros_like(tile), where=tile > 0)
-    of_key = np.repeat(tile, sizes, axis=1)
-    lost = np.where(rows.weight < SMALL * eps * of_key, np.minimum(rows.weight, ABSORBED * eps * of_key), 0.0)
-    lost = np.maximum(lost, rows.weight * np.repeat(share, sizes, axis=1))
-    return lost * (a.seen_keys > 1)[:, None]
+    lost = np.zeros_like(rows.weight)
+    for n, (start, stop) in enumerate(pairwise([*starts, rows.weight.shape[1]])):
+        weight, of_sum = rows.weight[:, start:stop], eps * tile[:, n : n + 1]
+        least = np.minimum(weight, ABSORBED * of_sum)
+        np.copyto(lost[:, start:stop], least, where=weight < SMALL * of_sum)
+        if share[:, n].any():
+            np.maximum(lost[:, start:stop], weight * share[:, n : n + 1], out=lost[:, start:stop])
+    lost[a.seen_keys <= 1] = 0.0
+    return lost
 
 
 def _underflow(a: Arithmetic) -> Iterator[Term | Systematic]:

@@ -96,10 +96,15 @@ class Rows:
         """Keys a chunk."""
         return np.diff(self.edges)
 
-    @property
+    @cached_property
     def below(self) -> Float[np.ndarray, "R S"]:
         """How far each score lies below its chunk's maximum, s − M_c <= 0; −inf where hidden."""
         return self.score - self.per_key(np.where(np.isneginf(self.chunk_max), 0.0, self.chunk_max))
+
+    @cached_property
+    def p(self) -> Float[np.ndarray, "R S"]:
+        """exp(s − M_c), 0 where hidden: what a kernel multiplies values by before it divides."""
+        return np.exp(self.below)
 
     @property
     def furthest_below(self) -> Float[np.ndarray, "R S"]:
@@ -112,8 +117,22 @@ class Rows:
         return np.maximum(self.chunk_max, self.chunk_max[:, -1:]) if self.has_sink else self.chunk_max
 
     def per_key(self, x: Float[np.ndarray, "R C"]) -> Float[np.ndarray, "R S"]:
-        """A chunk's number repeated for each of its keys."""
+        """A chunk's number repeated for each of its keys; not to be written to."""
+        if x.shape[1] == 1:
+            return np.broadcast_to(x, self.score.shape)
         return np.repeat(x, self.chunk_sizes, axis=1)
+
+    @cached_property
+    def of_scale(self) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"]]:
+        """By how much `out` and lse move if the scale is larger by its own size: Σ A_j x_j (v_j − out), Σ A_j x_j.
+
+        x_j is scale · q·k, times d logit / d (scale · q·k).
+        """
+        moved = self.weight * self.product
+        if not isinstance(self.slope, float):
+            moved *= self.slope
+        of_lse = moved.sum(axis=1)
+        return moved @ self.value - of_lse[:, None] * self.out, of_lse
 
 
 def attention_rows(

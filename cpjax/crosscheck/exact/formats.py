@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Format:
         >>> FORMATS["float16"].spacing(np.array([1.0, 0.999, 0.0])) == np.array([2**-10, 2**-11, 2**-24])
         array([ True,  True,  True])
         """
-        fraction, exponent = np.frexp(np.abs(x))
-        exponent = np.where(fraction == 0, self.emin, exponent - 1)  # frexp(0) has exponent 0, as if 0 were 1/2
-        return np.ldexp(1.0, np.maximum(exponent, self.emin) - self.digits + 1)
+        # The bits of a float64's exponent alone are the power of two at or below |x|.
+        binade = (np.asarray(x, np.float64).view(np.int64) & (0x7FF << 52)).view(np.float64)
+        return np.maximum(binade, self.least_normal) * 2.0 ** (1 - self.digits)
 
     def round(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """`x` rounded to nearest, ties to even, and back in float64; beyond the range it is infinite."""
@@ -61,3 +61,12 @@ FORMATS = {
         Format("float64", 53, -1022, float(np.finfo(np.float64).max)),
     )
 }
+
+
+def doublings(x: Float[np.ndarray, "..."], of: float) -> Int[np.ndarray, "..."]:
+    """How often `of` must be doubled to be x; both are powers of two, and normal numbers of float64.
+
+    >>> doublings(np.array([0.5, 1.0, 4.0]), 0.5)
+    array([0, 1, 3])
+    """
+    return (x.view(np.int64) - np.float64(of).view(np.int64)) >> 52

@@ -6,7 +6,7 @@ Rows are judged in tiles that bound memory. Nothing is decided here; `verdict` d
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import groupby
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from threadpoolctl import threadpool_limits
 
 from cpjax.crosscheck.error_model.model import ErrorModel, Expected
 from cpjax.crosscheck.error_model.row_covariance import Shared, distinct, excess, merged
@@ -147,8 +148,12 @@ def each_tile(
     Large problems are measured on all processors, since NumPy works outside Python's lock.
     """
     is_large = chosen.sum() * problem.key.shape[1] >= SEVERAL * ELEMENTS
-    with ThreadPoolExecutor(os.cpu_count()) if is_large else nullcontext() as pool:
-        each = map if pool is None else pool.map
+    with ExitStack() as stack:
+        each = map
+        if is_large:
+            # Products that take all processors for themselves would wait for each other, spinning: twice the time.
+            stack.enter_context(threadpool_limits(1, user_api="blas"))
+            each = stack.enter_context(ThreadPoolExecutor(os.cpu_count())).map
         for (b, k), some in groupby(tiles(problem, chosen), key=lambda tile: (tile.batch, tile.kv_head)):
             key, value = (x[b, :, k].astype(np.float64) for x in (problem.key, problem.value))
             yield from each(partial(measure, key, value), some)

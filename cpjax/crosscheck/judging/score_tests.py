@@ -47,11 +47,7 @@ def scale_score(
 
     Rows that are `unjudged` count nothing. Returned besides is the part of the variance that rows may share (§3.10).
     """
-    rows = model.rows
-    s = np.where(rows.seen, rows.product * rows.slope, 0.0)
-    weighted = rows.weight * s
-    mean_score = weighted.sum(axis=1)
-    g = weighted @ rows.value - mean_score[:, None] * rows.out
+    g, mean_score = model.rows.of_scale
     g, mean_score = np.where(unjudged[:, None], 0.0, g), np.where(unjudged, 0.0, mean_score)
     per_out = g * _inverse_square(expected.sigma)
     per_lse = np.zeros(len(g)) if lse_error is None else mean_score * _inverse_square(expected.lse_sigma)
@@ -79,21 +75,22 @@ def key_scores(
     weight = rows.weight * counts[:, None]
     inverse = _inverse_square(expected.sigma)
     pull = error * inverse
-    value = weight * (pull @ rows.value.T - (pull * rows.out).sum(axis=1, keepdims=True))
     # From nothing: one more product a row would cost more than a key's test gains by the mean.
     drag = (model.drift + np.abs(model.mean)) * inverse
-    bias = weight * (drag @ rows.size.T + (drag * np.abs(rows.out)).sum(axis=1, keepdims=True))
+    of_value, of_bias = -(pull * rows.out).sum(axis=1), (drag * np.abs(rows.out)).sum(axis=1)
     size = inverse @ rows.square.T + (inverse * rows.out**2).sum(axis=1, keepdims=True)
     square = size - 2 * (inverse * rows.out) @ rows.value.T
-    information = weight**2 * np.maximum(square, OWN_ERROR * size)
+    information = np.maximum(square, OWN_ERROR * size)
     if lse_error is not None:
-        of_lse = _inverse_square(expected.lse_sigma)[:, None]
-        value = value + weight * lse_error[:, None] * of_lse
-        bias = bias + weight * (model.lse_drift + np.abs(model.lse_mean))[:, None] * of_lse
-        information = information + weight**2 * of_lse
-    variance = inflation @ information
-    value, bias, information = (x.sum(axis=0) for x in (value, bias, information))
-    return Score(value, variance, np.zeros_like(value), bias, information)
+        of_lse = _inverse_square(expected.lse_sigma)
+        of_value = of_value + lse_error * of_lse
+        of_bias = of_bias + (model.lse_drift + np.abs(model.lse_mean)) * of_lse
+        information += of_lse[:, None]
+    information *= weight**2
+    # Summed over the rows first: there are fewer columns than rows in a tile.
+    value = ((weight.T @ pull) * rows.value).sum(axis=1) + of_value @ weight
+    bias = ((weight.T @ drag) * rows.size).sum(axis=1) + of_bias @ weight
+    return Score(value, inflation @ information, np.zeros_like(value), bias, information.sum(axis=0))
 
 
 def z_score(score: Score) -> np.ndarray:
