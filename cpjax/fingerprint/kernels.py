@@ -11,6 +11,7 @@ Backends are asked in backend.py.
 
 import importlib.util
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,15 +141,18 @@ def _of_file(path: Path, function: str, dtype: str, device: str) -> Kernel:
     _need("torch", f"{path}:{function}")
     if not path.is_file():
         raise InputError(f"{path} is no file; write FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name that no other module has, nor another file of the same name in another folder.
+    name = f"_cpjax_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None  # a file that ends in .py has one
     module = importlib.util.module_from_spec(spec)
     # PyTorch's compiler, and dataclasses, look a function's module up by its name.
-    sys.modules.setdefault(path.stem, module)
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from None
     compute = getattr(module, function, None)
     if not callable(compute):

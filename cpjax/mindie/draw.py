@@ -3,37 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from cpjax.errors import InputError
+from cpjax.crosscheck.files.pictures import write_picture
 from cpjax.mindie.layout import Card, Layout, short
-from cpjax.mindie.text_file import printable
 
 _CHUNKS = ("#cfe3f5", "#fde3c2", "#d8efd3", "#f3d6e4")
 
 
 def draw(layout: Layout, title: str, path: Path) -> None:
-    """Write the grid to `path`, whose suffix (.svg or .png) says in which format.
+    """Write the grid to `path`, whose suffix (.svg or .png) says in which format; whole, or not at all.
 
     Raises:
-      InputError: another suffix, a file that is there already, or no matplotlib.
+      InputError: another suffix, a file that is there already, or no matplotlib; or it cannot be written.
     """
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise InputError(f"{printable(path)} must end in .svg or .png")
-    if path.exists():
-        raise InputError(f"{printable(path)} is there already; move it away, or give another name")
-    figure_of(layout, title).savefig(path, dpi=120)
+    write_picture(path, lambda: figure_of(layout, title), dpi=120)
 
 
 def figure_of(layout: Layout, title: str) -> Any:
-    """The grid as a matplotlib Figure, which needs no display.
+    """The grid as a matplotlib Figure, which needs no display."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
 
-    Raises:
-      InputError: there is no matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import FancyBboxPatch
-    except ImportError:
-        raise InputError('drawing needs matplotlib; pip install "cpjax[draw]"') from None
     sizes = layout.sizes
     rows, columns = sizes.dp * sizes.cp, sizes.tp
     figure = Figure(figsize=(0.6 + 1.45 * columns, 1.1 + 1.35 * rows), layout="constrained")

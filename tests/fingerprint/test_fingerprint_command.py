@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cpjax.cli import app
 from cpjax.crosscheck.files.case import read_case
 from cpjax.crosscheck.files.result import Result, write_result
+from cpjax.errors import InputError
 from cpjax.fingerprint.card import all_probes, card_of, read_card
 from cpjax.fingerprint.folder import case_of, read_folder, write_probes
 from cpjax.fingerprint.kernels import emulator, kernel_of
@@ -139,6 +140,25 @@ def test_a_function_in_a_file(tmp_path):
     assert status == 0
     assert json.loads(said)["profile"] is None
     assert "it must be [B, T, N, V]" in said
+
+
+def test_a_file_hides_no_other_module(tmp_path):
+    """Files of one name in two folders, of the name of a package, and one that breaks while it is imported."""
+    body = "def attention(query, key, value, scale, is_causal):\n    return query * 0 + FILL\n"
+    for folder, fill in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "json.py").write_text(f"FILL = {fill}\n{body}")
+    (tmp_path / "broken.py").write_text("import math\nraise RuntimeError('no device')\n")
+    before = set(sys.modules)
+    with pytest.raises(InputError, match="no device"):
+        kernel_of(f"{tmp_path}/broken.py:attention", "float32", "cpu")
+    assert not {name for name in set(sys.modules) - before if "broken" in name}
+    one, two = (kernel_of(f"{tmp_path}/{folder}/json.py:attention", "float32", "cpu") for folder in "ab")
+    probe = all_probes("float32")["causal"]
+    probe = probe._replace(value=probe.query)
+    assert (one(probe).out == 1).all()
+    assert (two(probe).out == 2).all()
+    assert sys.modules["json"] is json
 
 
 def test_kernels_of_other_projects_are_read_by_the_example():
