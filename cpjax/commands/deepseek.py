@@ -81,6 +81,9 @@ over to a decode instance of N ranks, as in a disaggregated deployment.
 --arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results depend on tp
 then.
 
+The prompt is --prompt-ids, or --text where the folder has a tokenizer.json: what is generated is then printed as text,
+too.
+
 Example:
 
 \b
@@ -91,7 +94,10 @@ cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
 @app.command(help=GENERATE_HELP, short_help="run a DeepSeek checkpoint, prompt to tokens", epilog=GENERATED)
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
-    prompt_ids: Annotated[str, typer.Option(help="token ids with commas", metavar="ID,…")],
+    prompt_ids: Annotated[str | None, typer.Option(help="token ids with commas", metavar="ID,…")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="the prompt as text, by MODEL's tokenizer.json (cpjax[text])", metavar="TEXT")
+    ] = None,
     cp: Annotated[
         int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said", metavar="N")
     ] = None,
@@ -141,10 +147,14 @@ def generate(
     from cpjax.deepseek.config import read_config
     from cpjax.deepseek.generate import Sharing
     from cpjax.deepseek.simulate import Request, ranks_of, run
+    from cpjax.deepseek.tokenizer import open_tokenizer
     from cpjax.parallel import simulate_devices
 
     with errors():
-        ids = whole_numbers(prompt_ids, "--prompt-ids") or ()
+        if (prompt_ids is None) == (text is None):
+            raise InputError("give the prompt once: as --prompt-ids ID,… or as --text TEXT")
+        tokenizer = open_tokenizer(model) if text is not None else None
+        ids = tokenizer.encode(text or "") if tokenizer else whole_numbers(prompt_ids, "--prompt-ids") or ()
         shape = read_config(model) if model.is_dir() else None
         if last_block not in LAST.split("|"):
             raise InputError(f"--last-block is {last_block!r:.60}; it must be {LAST.replace('|', ' or ')}")
@@ -159,5 +169,9 @@ def generate(
         simulate_devices(request.devices)
         with jax.enable_x64(dtype == "float64"), progress() as advance:
             said = run(request, advance)
-    print(json.dumps(said.as_json(), indent=2, allow_nan=False) if as_json else said.text())
+    continued = None if tokenizer is None else tokenizer.decode(said.generated.ids[0].tolist())
+    if as_json:
+        print(json.dumps(said.as_json() | {"text": continued}, indent=2, allow_nan=False))
+    else:
+        print(said.text() if continued is None else f"{said.text()}\ntext: {continued!r}")
     raise typer.Exit(0 if said.passed else 1)

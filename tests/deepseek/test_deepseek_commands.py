@@ -1,17 +1,20 @@
 """`cpjax checkpoint` and `cpjax generate`, as a user runs them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
 from cpjax.cli import app
 from cpjax.deepseek import simulate
 from cpjax.deepseek.generate import Checked, Generated
+from cpjax.deepseek.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "deepseek-r1-cp2.json"
@@ -57,6 +60,76 @@ def test_a_decode_instance_takes_the_cache_over(model):
     assert said["decode instance"]["tp"] == 2
     assert said["decode instance"]["bytes a rank"] > 0
     assert "leave out --draft or --decode-tp" in refused(*words, "--draft", "1")
+
+
+def byte_tokenizer(folder, **settings):
+    """A tokenizer whose tokens are bytes, with a begin token 256; and the settings beside it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)} | {"<begin>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<begin>"])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer
+
+
+def test_a_prompt_as_text(model, tmp_path):
+    """The ids are those of the tokenizer, with the begin token once; the result is text, too."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    tokenizer = byte_tokenizer(folder, add_bos_token=True, bos_token={"content": "<begin>"})
+    words = ("generate", folder, "--cp", "1", "--steps", "3")
+    result = run(*words, "--text", "née", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["prompt"] == [256, *tokenizer.encode("née").ids]
+    assert len(said["prompt"]) == 5  # é has two bytes
+    assert said["text"] == tokenizer.decode(said["tokens"])
+    ids = ",".join(map(str, said["prompt"]))
+    by_ids = json.loads(run(*words, "--prompt-ids", ids, "--json").stdout)
+    assert (by_ids["tokens"], by_ids["text"]) == (said["tokens"], None)
+    assert f"text: {said['text']!r}" in run(*words, "--text", "née").stdout
+
+
+def test_the_begin_token_is_there_once(tmp_path):
+    tokenizer = byte_tokenizer(tmp_path, add_bos_token=True, bos_token="<begin>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 256)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert open_tokenizer(tmp_path).encode("ab") == (256, *tokenizer.encode("ab", add_special_tokens=False).ids)
+    assert open_tokenizer(tmp_path).encode("") == (256,)
+    byte_tokenizer(tmp_path, add_bos_token=False, bos_token="<begin>")
+    assert open_tokenizer(tmp_path).encode("ab") == tuple(tokenizer.encode("ab", add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{", "is no tokenizer"),
+        ("tokenizer.json", None, "is not there, so that no text can be read"),
+        ("tokenizer_config.json", "[1", "is not JSON"),
+        ("tokenizer_config.json", "[1]", "holds a JSON list; it must be an object"),
+        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<s>"}', "'<s>' is none of the vocabulary's"),
+        ("tokenizer_config.json", '{"add_bos_token": true}', "None is none of the vocabulary's"),
+    ],
+)
+def test_a_damaged_tokenizer(model, tmp_path, name, content, message):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    byte_tokenizer(folder)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    assert message in refused("generate", folder, "--text", "a")
+
+
+def test_a_prompt_is_given_once(model, tmp_path):
+    assert "give the prompt once" in refused("generate", model)
+    assert "give the prompt once" in refused("generate", model, "--text", "a", "--prompt-ids", "1")
+    byte_tokenizer(tmp_path)
+    assert "the text '' has no token" in refused("generate", tmp_path, "--text", "")
 
 
 @pytest.mark.process

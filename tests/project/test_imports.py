@@ -26,6 +26,7 @@ LAYERS = [
     [
         *("cpjax.arrays", "cpjax.mask", "cpjax.precision"),
         *("cpjax.deepseek.config", "cpjax.deepseek.quantized", "cpjax.deepseek.description"),
+        "cpjax.deepseek.tokenizer",
     ],
     [
         *("cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"),
