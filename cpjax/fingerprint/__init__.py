@@ -9,7 +9,7 @@ weights     rounding of the probabilities, as the factor of v and in the row sum
 results     rounding of out, subnormal numbers, lse and its base
 order       the order of additions, as a tree (after FPRev, arXiv 2411.00442); how many digits the sums keep
 tiles       where the running maximum is raised: key tiles, splits, or a maximum that is taken first
-masks       what hides a key, NaN in hidden keys, heads that share keys
+masks       the causal mask and its alignment, what hides a key, NaN in hidden keys, heads that share keys
 parts       where a product of p and v begins a sum anew
 same        bits that change from call to call, or with the rest of the batch
 last_bits   what only the last bits tell: which exp, the order of the row sum, division

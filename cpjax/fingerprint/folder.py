@@ -15,7 +15,7 @@ from cpjax.fingerprint.probe import HEAD_DIM, Answer, Probe, padded
 from cpjax.mask import Tokens
 
 DTYPE = "float16"
-VERSION = 2
+VERSION = 3
 """Raised when any number of any probe changes."""
 PROFILE = {"spec": "flash_fp16", "sdpa": "flash_fp16", "npu": "ring_mla_fp16"}
 

@@ -6,6 +6,9 @@ from cpjax.crosscheck.exact.formats import Format
 from cpjax.fingerprint.probe import HEAD_DIM, UNTOLD, Answer, Answers, Line, Probe, finite, missing, probe, scores_of
 
 TOKENS = 64
+FEW = 16
+"""Queries beside `TOKENS` keys, and keys beside `TOKENS` queries: how is the causal mask aligned?"""
+
 SIZES = 2.0 ** np.arange(8, 36)
 """Visible scores are minus these: a mask of a finite number is above some of them. Beside −2^35, float32 forgets a
 thousand that is added; 64 products of FP16 numbers reach 2^36."""
@@ -36,6 +39,8 @@ def probes(fmt: Format) -> dict[str, Probe]:
         "nan-in-key": probe(none, wrong_key, hidden, is_causal=True),
         "heads": probe(np.zeros((TOKENS, 4, HEAD_DIM)), np.zeros((TOKENS, 2, HEAD_DIM)), heads),
         "causal": probe(none, none, np.eye(TOKENS)[rows][:, None], is_causal=True),
+        "few-queries": probe(none[:FEW], none, np.eye(TOKENS)[:, None], is_causal=True),
+        "few-keys": probe(none, none[:FEW], np.eye(FEW, HEAD_DIM)[:, None], is_causal=True),
     }
 
 
@@ -43,6 +48,8 @@ def read(fmt: Format, asked: dict[str, Probe], answers: Answers) -> list[Line]:
     """Lines on the causal mask, its number, NaN and heads."""
     return [
         _causal(answers.get("causal")),
+        _alignment(answers.get("few-queries")),
+        _nothing(answers.get("few-keys")),
         _number(asked["far-below"], answers.get("far-below")),
         *(_nan(where, answers.get(f"nan-in-{where}")) for where in ("value", "key")),
         _heads(answers.get("heads")),
@@ -58,6 +65,47 @@ def _causal(answer: Answer | None) -> Line:
     if (seen == np.tri(TOKENS, dtype=bool)).all():
         return Line(name, "a query sees its own key and those before it", evidence, "causal")
     return Line(name, f"{UNTOLD}: other keys than those up to the query's own are seen", evidence)
+
+
+def _alignment(answer: Answer | None) -> Line:
+    """Causal with fewer queries than keys: are the first ones at the same place, or the last ones?"""
+    name = "causal mask, T < S"
+    if answer is None or not finite(answer):
+        return missing(name)
+    seen = answer.out[0, :, 0] > 0
+    evidence = f"{FEW} queries, {TOKENS} keys: query 0 sees {seen[0].sum()} keys, the last one {seen[-1].sum()}"
+    for code, words, after in (
+        ("top-left", "the first query and the first key are at one place (top-left)", 0),
+        ("bottom-right", "the last query and the last key are at one place (bottom-right)", TOKENS - FEW),
+    ):
+        if (seen == np.tri(FEW, TOKENS, after, dtype=bool)).all():
+            return Line(name, words, evidence, code)
+    return Line(name, f"{UNTOLD}: neither aligned at the first tokens nor at the last", evidence)
+
+
+def _nothing(answer: Answer | None) -> Line:
+    """What a row gives that sees no key: under a mask aligned at the last tokens, the first of many queries."""
+    name = "rows that see no key"
+    if answer is None:
+        return missing(name)
+    out, blind = answer.out[0, :, 0, :FEW], TOKENS - FEW
+    evidence = f"{TOKENS} queries, {FEW} keys, causal"
+    if np.array_equal(out > 0, np.tri(TOKENS, FEW, dtype=bool)):
+        return Line(name, f"{UNTOLD}: no row of a mask aligned at the first tokens sees none", evidence)
+    if not np.array_equal(out[blind:] > 0, np.tri(FEW, dtype=bool)):
+        return Line(name, f"{UNTOLD}: the mask is aligned neither at the first tokens nor at the last", evidence)
+    rows = out[:blind]
+    if answer.lse is not None:
+        lse = sorted({str(x) for x in answer.lse[0, :blind, 0]})
+        evidence += f"; lse of the {blind} first rows: {', '.join(lse[:3])}"
+    for code, words, is_so in (
+        ("zeros", "out is 0", rows == 0),
+        ("nan", "out is NaN", np.isnan(rows)),
+        ("mean", "out is the mean of all values, as if nothing were hidden", rows == 1 / FEW),
+    ):
+        if is_so.all():
+            return Line(name, words, evidence, code)
+    return Line(name, f"{UNTOLD}: neither 0, nor NaN, nor the mean of all values", evidence)
 
 
 def _number(asked: Probe, answer: Answer | None) -> Line:

@@ -24,7 +24,7 @@ class Probe(NamedTuple):
     value: Float[np.ndarray, "B S K V"]
     scale: float = 1.0
     is_causal: bool = False
-    """Query and key of the same index are at the same position; then T = S."""
+    """Query and key of the same index are at the same position. Where T ≠ S, that is what is asked: `masks.py`."""
 
 
 class Answer(NamedTuple):

@@ -185,6 +185,44 @@ def test_a_mask_that_is_off_by_one_is_not_called_causal():
     assert code(plain(hidden=shifted), masks, "causal mask") == ""
 
 
+def aligned(first: bool, blind: str) -> Kernel:
+    """A causal mask of T queries and S keys at the first tokens, or at the last; what a row gives that sees nothing."""
+
+    def hidden(score, seen):
+        length, keys = score.shape
+        seen = np.tri(length, keys, 0 if first else keys - length, dtype=bool) if not seen.all() else seen
+        return np.where(seen, score, np.float32(-1e30) if blind == "mean" else -np.inf)
+
+    fill = {"zeros": 0.0, "five": 5.0}.get(blind, np.nan)
+    kernel = plain(hidden=hidden, finish=lambda x: FORMATS["float16"].round(np.where(np.isnan(x), fill, x)))
+
+    def quiet(asked: Probe) -> Answer:
+        with np.errstate(all="ignore"):
+            return kernel(asked)
+
+    return quiet
+
+
+@pytest.mark.parametrize("blind", ["zeros", "nan", "mean"])
+def test_where_a_mask_of_other_lengths_begins(blind):
+    found = lines(aligned(False, blind), masks)
+    assert found["causal mask, T < S"][0] == "bottom-right"
+    assert found["rows that see no key"][0] == blind
+    assert found["causal mask"][0] == "causal"
+    assert lines(aligned(True, blind), masks)["causal mask, T < S"][0] == "top-left"
+
+
+def test_rows_that_see_no_key_are_not_guessed():
+    assert code(aligned(False, "five"), masks, "rows that see no key") == ""
+    assert code(aligned(True, "zeros"), masks, "rows that see no key") == ""
+
+    def shifted(score, seen):
+        return np.where(seen & ~np.tri(*seen.shape, -2, dtype=bool), score, -np.inf)
+
+    found = lines(plain(hidden=shifted), masks)
+    assert (found["causal mask, T < S"][0], found["rows that see no key"][0]) == ("", "")
+
+
 def test_out_cut_off():
     assert code(plain(finish=lambda x: toward_zero(x, FORMATS["float16"])), results, "rounding of out") == "toward zero"
 
