@@ -259,6 +259,19 @@ def drifting_products(share: float) -> Regime:
 
 
 @cache
+def few_terms(tokens: int) -> Regime:
+    """8,000 keys of so many tokens, in any order: p and p·v come again and again, and lose the same each time."""
+    some = rng(19, tokens)
+    scores = some.uniform(-1, 0, (ROWS, tokens))
+    value = some.uniform(-1, 1, (ROWS, tokens, 4))
+    token = some.integers(tokens, size=(ROWS, 8000))
+    scores, value = np.take_along_axis(scores, token, 1), np.take_along_axis(value, token[..., None], 1)
+    key, value = alone(scores[:, :, None], value, -200.0)
+    arithmetic = replace(ARITHMETIC["float32"], tile=8000)
+    return Regime(rows_of(np.ones((ROWS, 1)), key, value), "float32", arithmetic=arithmetic)
+
+
+@cache
 def merge_weights(shift: float, keys: int, chunks: int) -> Regime:
     """Chunks whose outputs are +1 and −1 by turns, lse near `shift`: weights of the merge decide what is left."""
     some = rng(12, keys, chunks)

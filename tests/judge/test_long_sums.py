@@ -64,6 +64,32 @@ def test_a_loop_that_divides_first_passes(keys):
     assert verdict.passed, verdict.reasons
 
 
+def few(keys: int, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, key and value of a text of so many different tokens: keys and values of one token are equal."""
+    some = np.random.default_rng([keys, tokens, seed])
+    token, other = some.integers(tokens, size=(2, keys))
+    query = 0.5 * some.standard_normal((1, QUERIES, 1, HEAD_DIM))
+    key, value = some.standard_normal((1, tokens, 1, HEAD_DIM)), some.standard_normal((1, tokens, 1, 8))
+    # Of every second draw the values are those of other tokens: then each p meets each value.
+    return tuple(x.astype(np.float32) for x in (query, key[:, token], value[:, token if seed % 2 else other]))
+
+
+@pytest.mark.parametrize("divides_first", [False, True])
+@pytest.mark.parametrize("tokens", [2, 5, 9])
+@pytest.mark.parametrize("keys", [300, 1132, 9000])
+def test_sums_of_a_few_products_pass(keys, tokens, divides_first):
+    """Each product is met often, and loses the same each time: of as many as there are tokens, with either sign."""
+    z = []
+    for seed in range(4):
+        query, key, value = few(keys, tokens, seed)
+        out, lse = loop(query, key, value, divides_first=divides_first)
+        verdict = judged(query, key, value, out, lse)
+        assert verdict.passed, verdict.reasons
+        z.append(verdict.z)
+    assert max(z) < SLACK**0.5
+    assert max(z) > 0.15
+
+
 @pytest.mark.parametrize("share", [0.5, 0.98])
 def test_a_sum_that_starts_with_a_sink_passes(share):
     """All other terms are added to a sum of nearly the final size."""

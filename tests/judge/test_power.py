@@ -87,7 +87,10 @@ OUT: dict[str, tuple[Callable[[], Regime], tuple[str, ...], float, float]] = {
     "one product for one key in eight": (
         partial(regimes.drifting_products, 0.125), ("terms that err alike",), 0.9, 0.0546,
     ),
-    "one product for one key in fourteen": (partial(regimes.drifting_products, 0.07), ("row sums",), 0.9, 0.6999),
+    "one product for one key in fourteen": (partial(regimes.drifting_products, 0.07), ("equal terms",), 0.8, 0.2295),
+    "products of 12 tokens": (
+        partial(regimes.few_terms, 12), ("equal terms", "terms that err alike"), 0.9, 0.3786,
+    ),
     "merges at lse 100": (partial(regimes.merge_weights, 100, 64, 16), ("weights of the merge",), 0.9, 0.1842),
     # The most that two chunks make at lse 0 is a third: 4 roundings of Σ A|v| are always more.
     "merges at lse 0": (partial(regimes.merge_weights, 0, 16, 2), ("weights of the merge",), 0.2, 0.2552),
@@ -414,6 +417,7 @@ GUARDS = (
     of_constant(
         f"{MODEL}.drift", "FEW_VALUES", "one product for one key in eight", "one product for one key in fourteen"
     ),
+    of_twelfth(f"{MODEL}.drift", "_share_of_additions(total) / np.sqrt(12)", "products of 12 tokens"),
     of_constant(f"{MODEL}.sums", "OF_MERGE", "merges at lse 100"),
     of_constant(f"{MODEL}.sums", "MERGE_SIZE", "merges at lse 0"),
     of_twelfth(f"{MODEL}.sums", "spacing**2 / 12", "totals at lse 70"),
@@ -475,6 +479,7 @@ EXPLAINED = {
     "drift.HALVINGS": "costs time: the first eighth of a sum has an eighth of the keys, and a finer spacing",
     "drift.RANDOM": "costs time: terms that err at random do so in finer spacings, too",
     "drift.WINDOW": "costs time, as ALIKE",
+    "drift.SAME": "what differs hardly ever agrees so far; what is equal, to the digits of float64",
     "drift.SAMPLE": "costs time: values that are compared",
     "drift.ALIKE": "costs time: where p is of many sizes, so are products, and none drifts",
     "ties.WORK": "costs time: above it a ratio of four columns stands for all",

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float, Int
 
-from cpjax.crosscheck.error_model.drift import product_drift, row_sum_drift
+from cpjax.crosscheck.error_model.drift import EqualTerms, equal_terms, product_drift, row_sum_drift
 from cpjax.crosscheck.error_model.ties import Ties, score_ties_of, ties_of
 from cpjax.crosscheck.exact.attention import Rows
 from cpjax.crosscheck.exact.formats import FORMATS, Format
@@ -110,6 +110,11 @@ class Arithmetic:
     def product_drift(self) -> Float[np.ndarray, "R V"]:
         """Of sums of p·v, in units of the output."""
         return product_drift(self.rows, FORMATS[self.precision.compute])
+
+    @cached_property
+    def equal_terms(self) -> EqualTerms:
+        """Variances of sums in which terms come again (§3.7)."""
+        return equal_terms(self.rows, self.ties, FORMATS[self.precision.compute])
 
     @cached_property
     def depth(self) -> Float[np.ndarray, " R"]:

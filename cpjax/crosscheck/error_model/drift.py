@@ -6,10 +6,12 @@ they gain. Terms within a part of a spacing of each other all lose the same, and
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from cpjax.crosscheck.error_model.ties import COLUMNS, Ties
 from cpjax.crosscheck.exact.attention import Rows
 from cpjax.crosscheck.exact.formats import Format
 
@@ -30,6 +32,9 @@ WINDOW = 16
 
 FEW_VALUES = 0.1
 """Share of the values of a column that are one number, from which on its products are looked at."""
+
+SAME = 2.0**30
+"""Terms are equal that are equal in spacings, after multiplication with this and rounding."""
 
 SAMPLE = 512
 """Values of a column that are compared to find whether many are one number."""
@@ -64,6 +69,83 @@ def product_drift(rows: Rows, fmt: Format) -> Float[np.ndarray, "R V"]:
             drift.append(most * (weight[at] @ one))
         moved[np.ix_(at, some)] += np.stack(drift, axis=1)[:, which]
     return moved
+
+
+class EqualTerms(NamedTuple):
+    """Variances of sums in which terms are met more than once, beyond those of as many terms that all differ."""
+
+    row_sum: Float[np.ndarray, " R"]
+    """Of Σ p, as a share of it."""
+    products: Float[np.ndarray, "R V"]
+    """Of Σ p·v, in units of the output²."""
+
+
+def equal_terms(rows: Rows, ties: Ties, fmt: Format) -> EqualTerms:
+    """What sums lose besides where the keys are a few that come again and again, as those of a text of few tokens.
+
+    Equal terms lose the same: n of them n times as much as one, which is anything up to half a spacing. Others lose
+    independently.
+    """
+    found = EqualTerms(np.zeros_like(rows.lse), np.zeros_like(rows.out))
+    # Where fewer keys come again than there are, what `row sums` has for as many different ones is enough.
+    at = ties.at[ties.square_of_weights(np.ones((len(ties.at), len(rows.index)))) > 2 * rows.seen[ties.at].sum(axis=1)]
+    if not len(at):
+        return found
+    few = _has_few_values(rows.size)
+    for start, stop in pairwise(rows.edges):
+        p, value = rows.p[at, start:stop], rows.value[start:stop]
+        total, weight = p.sum(axis=1), rows.weight[at, start:stop].sum(axis=1)
+        # A term below half a spacing is lost as a whole: that is another rounding (`absorbed terms`). 1 loses nothing.
+        step = fmt.spacing(total)[:, None]
+        is_rounded = (p >= step / 2) & (p != 1.0)
+        number = np.rint(p / step * SAME)
+        counts = np.array([_again(one[counted]) for one, counted in zip(number, is_rounded, strict=True)])
+        found.row_sum[at] += weight**2 * counts * _lost_of_one(total, fmt) ** 2
+        worth = weight / np.maximum(total, 1.0)
+        for columns in (np.flatnonzero(few), np.flatnonzero(~few)):
+            if len(columns):
+                sums = p @ rows.size[start:stop, columns]
+                counts = _products_again(p, value[:, columns], fmt.spacing(sums))
+                found.products[np.ix_(at, columns)] += (
+                    counts[:, None] * (_lost_of_one(sums, fmt) * sums * worth[:, None]) ** 2
+                )
+    return found
+
+
+def _again(number: Float[np.ndarray, " s"]) -> float:
+    """Σ n² − n over the sets of equal numbers."""
+    counts = np.unique(number, return_counts=True)[1].astype(float)
+    return float((counts**2 - counts).sum())
+
+
+def _products_again(
+    p: Float[np.ndarray, "r s"], value: Float[np.ndarray, "s V"], step: Float[np.ndarray, "r V"]
+) -> Float[np.ndarray, " r"]:
+    """Σ n² − n over the sets of equal products p·v that are rounded, of some columns the most."""
+    most = np.zeros(len(p))
+    for column in np.linspace(0, value.shape[1] - 1, min(COLUMNS, value.shape[1])).astype(int):
+        product = p * value[:, column]
+        is_rounded = np.abs(product) >= step[:, column, None] / 2
+        number = np.rint(product / step[:, column, None] * SAME)
+        each = [_again(one[counted]) for one, counted in zip(number, is_rounded, strict=True)]
+        most = np.maximum(most, each)
+    return most
+
+
+def _lost_of_one(total: Float[np.ndarray, "..."], fmt: Format) -> Float[np.ndarray, "..."]:
+    """Standard deviation of what one term loses in a sum that grows evenly to `total`, as a share of it."""
+    lost = fmt.spacing(total) * _share_of_additions(total) / np.sqrt(12)
+    return np.divide(lost, total, out=np.zeros_like(lost), where=total > 0)
+
+
+def _share_of_additions(total: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Of a sum that grows evenly: √Σ (share of the additions · spacing / last spacing)² over its binades."""
+    size = np.where(total > 0, total, 1.0)
+    below = 2.0 ** np.floor(np.log2(size)) / size
+    squares = (1 - below) ** 2
+    for halving in range(1, HALVINGS):
+        squares = squares + (below / 2**halving / 2**halving) ** 2
+    return np.sqrt(squares)
 
 
 def _drift(term: Float[np.ndarray, "r s"], fmt: Format) -> Float[np.ndarray, " r"]:

@@ -35,6 +35,7 @@ def sum_terms(a: Arithmetic) -> Iterator[Term | Systematic]:
     )
     yield _row_sums(a)
     yield _alike(a)
+    yield _equal(a)
     yield _merge_weights(a)
     yield _merge_totals(a)
     yield _absorbed(a)
@@ -70,6 +71,19 @@ def _alike(a: Arithmetic) -> Systematic:
     return Systematic(
         "terms that err alike", "3.7", a.product_drift + a.drift[:, None] * np.abs(a.rows.out), lse=a.drift
     )
+
+
+def _equal(a: Arithmetic) -> Term:
+    """Terms that come again: of the row sum, which moves all outputs together, and of the products of each column."""
+    # What is known to have one sign stands beside it (`_alike`).
+    row_sum = np.maximum(a.equal_terms.row_sum - a.drift**2, 0.0)
+    products = np.maximum(a.equal_terms.products - a.product_drift**2, 0.0)
+
+    def along(direction: Direction) -> Iterator[Float[np.ndarray, " R"]]:
+        yield row_sum * (direction.per_out * a.rows.out).sum(axis=1) ** 2
+        yield column_by_column(products, direction)
+
+    return Term("equal terms", "3.7", products + row_sum[:, None] * a.rows.out**2, row_sum, along=along)
 
 
 def _merge_weights(a: Arithmetic) -> Term:
