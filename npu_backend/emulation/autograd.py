@@ -27,6 +27,8 @@ GRADIENTS = {
     "npu::npu_fusion_attention_v2": "npu_fusion_attention_grad_v2",
     "npu::npu_fusion_attention_v3": "npu_fusion_attention_grad_v3",
 }
+UNMARKED = {"npu::npu_kv_rmsnorm_rope_cache": ("k_cache", "ckv_cache")}
+"""Arguments that an operator writes into and that its schema does not mark, besides `out`."""
 NOT_OF_THE_GRADIENT = ("dropout_mask",)
 """Arguments of the forward that its gradient does not take; without dropout they count for nothing."""
 
@@ -55,7 +57,7 @@ def _run(name: str, *args: Any, **options: Any) -> Any:
     """An operator without a derivative."""
     operator = _operator(name)
     leaves, spec = pytree.tree_flatten((args, options))
-    written = _written(operator, args, options)
+    written = _written(name, args, options)
     if not _needs_gradient(leaves):
         results = _below_autograd(operator, args, options)
         for x in written:
@@ -69,12 +71,13 @@ def _run(name: str, *args: Any, **options: Any) -> Any:
     return _NoDerivative.apply(name, spec, *leaves)
 
 
-def _written(operator: Any, args: Any, options: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a call writes into: what the schema marks, and `out`, which it does not."""
-    arguments = operator._schema.arguments
+def _written(name: str, args: Any, options: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes into: what the schema marks, `out` and `UNMARKED`, which it does not."""
+    arguments = _operator(name)._schema.arguments
     by_name = dict(zip((a.name for a in arguments), args, strict=False)) | options
     marked = [by_name[a.name] for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [x for x in (*marked, *(by_name.get("out") or [])) if isinstance(x, Tensor)]
+    unmarked = [by_name.get(argument) for argument in UNMARKED.get(name, ())]
+    return [x for x in (*marked, *unmarked, *(by_name.get("out") or [])) if isinstance(x, Tensor)]
 
 
 class _NoDerivative(torch.autograd.Function):
