@@ -7,7 +7,8 @@
              (16·HI + LO + bias) · per_token_scale in float32, one cast. A bias of 8 Σ w·scale undoes the −8.
 
 W4A8 is that of the kernel (grouped_matmul_antiquant_a8w4_msd, ops-transformer c29bc10) and of op-plugin's golden code.
-In the exact arithmetic everything after the sums is float64, and all bits of the scale count.
+In the exact arithmetic everything after the sums is float64 and all bits of the scale count. x is not cut in halves
+then, so there is no −8, and the bias, which is rounded and only there to undo it, is not used.
 """
 
 from typing import Any
@@ -55,20 +56,20 @@ def _w4a8(call: Call, group: int, rows: slice) -> Tensor:
     assert call.per_token is not None
     assert call.bias is not None
     a, weight = call.x[rows], unpack_int4(call.weight[group])
-    scales = scale_of_bits(call.scale[group])
-    high, low = (_half(part, weight, scales) for part in (a >> 4, (a & 15) - 8))
-    total = 16 * high.to(_wide()) + low.to(_wide()) + call.bias[group].to(_wide())
-    return total * call.per_token[rows, None].to(_wide())
+    scales, per_token = scale_of_bits(call.scale[group]), call.per_token[rows, None].to(_wide())
+    if is_exact():
+        return _dequantised(a, weight, scales, torch.float64) * per_token
+    halves = (_dequantised(part, weight, top_19_bits(scales), torch.float16) for part in (a >> 4, (a & 15) - 8))
+    high, low = (half.float() for half in halves)
+    return (16 * high + low + call.bias[group]) * per_token
 
 
-def _half(a: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Σ a·w·scale over the groups of k that `scales` `[G, n]` has."""
-    scales = scales if is_exact() else top_19_bits(scales)
+def _dequantised(a: Tensor, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ a·w·scale over the groups of k that `scales` `[G, n]` has; each group's product and each sum in this dtype."""
     each = len(weight) // len(scales)
     total = None
     for a_part, w_part, scale in zip(a.split(each, dim=1), weight.split(each), scales, strict=True):
-        part = product(a_part, w_part).to(_wide()) * scale.to(_wide())
-        part = part if is_exact() else part.half()
+        part = (product(a_part, w_part).to(_wide()) * scale.to(_wide())).to(dtype)
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -29,7 +29,7 @@ def quantize_static(x: Tensor, input_scale: Tensor, input_offset: Tensor) -> Act
       InputError: an offset that is not whole, or a scale that is not positive.
     """
     offset, scale = input_offset.item(), input_scale.item()
-    if offset != round(offset) or not -128 <= offset <= 127:
+    if not abs(offset) < torch.inf or offset != round(offset) or not -128 <= offset <= 127:
         raise InputError(f"input_offset is {offset:g}; npu_quantize takes a whole number from -128 to 127")
     if not 0 < scale < torch.inf:
         raise InputError(f"input_scale is {scale:g}; it must be positive and finite")
