@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from npu_layer import check_stages, layer, write_layer
 from npu_strategies import problem, write_case
 from oracle import dense
 from safetensors import safe_open
 
 from npu_backend import operators, vendor
+from npu_backend.layer.run import run_layers
 from npu_backend.runner import run
 from npu_backend.schemas import SCHEMAS
 
@@ -342,6 +344,21 @@ def test_the_ring_runs_under_torch_npu(tmp_path):
     assert len(outcomes) == 1
     with safe_open(outcomes[0].result, "numpy") as file:
         assert json.loads(file.metadata()["about"])["torch_npu"].startswith("2.13.0")
+
+
+@pytest.mark.parametrize(("kind", "latent"), [("FLOAT", 512), ("W8A8", 48), ("W8A8_DYNAMIC", 48)])
+def test_a_layer_runs_under_torch_npu(tmp_path, kind, latent):
+    """Dense or with experts, every operator of it through the vendor's dispatcher; the stages are right."""
+    expert_kind = "W4A8_DYNAMIC" if kind == "W8A8" else kind
+    for is_moe in (False, True):
+        options = {"kind": kind, "expert_kind": expert_kind, "kv_lora_rank": latent, "tokens": 9}
+        case, arrays = layer(0, is_moe=is_moe, **options)
+        path = write_layer(tmp_path, f"moe-{is_moe}", case, arrays)
+        (outcome,) = run_layers(path, tmp_path / "results", device="cpu")
+        assert outcome.error is None, outcome.error
+        check_stages(case, arrays, outcome.result)
+        with safe_open(outcome.result, "numpy") as file:
+            assert json.loads(file.metadata()["about"])["torch_npu"].startswith("2.13.0")
 
 
 def assert_near(got, out, lse):
