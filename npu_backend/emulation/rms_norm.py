@@ -1,13 +1,13 @@
 """npu::npu_rms_norm and npu::npu_add_rms_norm on a CPU, rounded where the vendor's kernels round.
 
-    stage                          FP16, BF16 tensors          float32 tensors      (op_kernel of rms_norm, ops-nn)
-    x1 + x2, of add_rms_norm       the dtype of the inputs     float32
-    mean x², 1/√(mean + ε)         float32                     float32
-    x · (1/√…)                     float32, then the dtype     float32
-    · gamma                        the dtype of the inputs     float32
+    stage                     npu_rms_norm            npu_add_rms_norm          (op_kernel of both, ops-nn)
+    x1 + x2                   –                       the dtype of the inputs
+    mean x², 1/√(mean + ε)    float32                 float32, of the rounded sum
+    x · (1/√…)                float32                 float32, then the dtype of the inputs
+    · gamma                   float32, one cast       the dtype of the inputs
 
-So a norm of FP16 tensors has two roundings, the second in the product with gamma. The norm of a sum is that of the
-rounded sum: in FP16 the kernel reads it back; in BF16 this is an assumption.
+So the second norm of an FP16 tensor has two roundings where the first has one. Of BF16 one of the three kernels of
+npu_add_rms_norm takes the norm of the sum before it is rounded; here it is that of the rounded sum, as in the others.
 """
 
 import torch
@@ -25,7 +25,8 @@ def npu_rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tenso
       RuntimeError: see `npu_backend.contracts.rms_norm`.
     """
     check("npu_rms_norm", x, gamma, epsilon)
-    return _norm(x, gamma, epsilon)
+    scaled, rstd = _scaled(x, gamma.dim(), epsilon)
+    return (scaled * gamma.to(scaled.dtype)).to(x.dtype), rstd
 
 
 @torch.no_grad()
@@ -37,13 +38,13 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     """
     check_sum(x1, x2, gamma, epsilon)
     total = (x1.double() + x2.double()).to(x1.dtype) if is_exact() else x1 + x2
-    y, rstd = _norm(total, gamma, epsilon)
-    return y, rstd, total
+    scaled, rstd = _scaled(total, gamma.dim(), epsilon)
+    scaled = scaled if is_exact() else scaled.to(x1.dtype)
+    return (scaled * gamma.to(scaled.dtype)).to(x1.dtype), rstd, total
 
 
-def _norm(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _scaled(x: Tensor, dims: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x / √(mean x² + ε) over the last dims, not rounded, and 1/√… float32."""
     wide = x.to(torch.float64 if is_exact() else torch.float32)
-    dims = tuple(range(-gamma.dim(), 0))
-    rstd = 1 / torch.sqrt((wide * wide).mean(dim=dims, keepdim=True) + epsilon)
-    y = (wide * rstd * gamma.to(wide.dtype)).to(x.dtype) if is_exact() else (wide * rstd).to(x.dtype) * gamma
-    return y, rstd.float()
+    rstd = 1 / torch.sqrt((wide * wide).mean(dim=tuple(range(-dims, 0)), keepdim=True) + epsilon)
+    return wide * rstd, rstd.float()

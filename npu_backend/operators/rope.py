@@ -48,7 +48,7 @@ def latent_of(kv: Tensor, weight: Tensor, angles: Angles, eps: float) -> tuple[L
     """The latents of `[T, C + 64]`, and the operators that made them.
 
     With C = 512 it is one call of npu::npu_kv_rmsnorm_rope_cache, over an empty cache in blocks. That operator knows no
-    other width: then npu_rms_norm and npu_interleave_rope compute the same, with one rounding more.
+    other width: then npu_rms_norm and npu_interleave_rope compute the same, rounded at the same places.
 
     Raises:
       InputError: no latent beside 64 rotary numbers, or tensors that do not fit.

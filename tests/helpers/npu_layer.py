@@ -264,9 +264,9 @@ def check_stages(case, arrays, path):
     assert s.seen == set(s.result), f"not checked or missing: {s.seen ^ set(s.result)}"
 
 
-def near_norm(s, stage, x, weight, eps, roundings=2):
+def near_norm(s, stage, x, weight, eps, roundings=1):
     wanted = rms(x, weight, eps)
-    near(s[stage], wanted, roundings * U * 1.002 * abs(wanted) + 2 * TINY, stage)
+    near(s[stage], wanted, roundings * (U * 1.001 * abs(wanted) + TINY), stage)
 
 
 def _attention(s):
@@ -285,7 +285,7 @@ def _attention(s):
     s.linear("kv_a", x, "self_attn.kv_a_proj_with_mqa")
     latent = config["kv_lora_rank"]
     weight = arrays["self_attn.kv_a_layernorm.weight"]
-    near_norm(s, "c_kv", s["kv_a"][:, :latent], weight, 1e-6, 1 if latent == 512 else 2)
+    near_norm(s, "c_kv", s["kv_a"][:, :latent], weight, 1e-6)
     _near_rope(s["k_rope"], s["kv_a"][:, latent:], cos, sin, "k_rope")
     up = arrays["self_attn.kv_b_proj.weight"].reshape(-1, 256, latent)
     for head, rows in enumerate(up):
@@ -294,7 +294,8 @@ def _attention(s):
     _near_attention(s)
     s.linear("o", s["attention"].reshape(len(x), -1), "self_attn.o_proj")
     bits(s["attended"], arrays["hidden"] + s["o"], "attended")
-    near_norm(s, "post_norm", s["attended"], arrays["post_attention_layernorm.weight"], config["rms_norm_eps"])
+    weight = arrays["post_attention_layernorm.weight"]
+    near_norm(s, "post_norm", s["attended"], weight, config["rms_norm_eps"], roundings=2)
 
 
 def angles(config, position):
