@@ -4,7 +4,7 @@ PyTorch lets an operator without a registered derivative pass with a warning, an
 operator has an autograd kernel for CPU tensors:
 
     npu_fusion_attention, _v2, _v3    its gradient is computed by the operator that the vendor has for it
-    all others                        the backward raises: the vendor's have none either
+    all others                        the backward raises: the vendor's have none either, but for `ONLY_OF_THE_VENDOR`
     those that write into tensors     raise at once if a gradient would be needed, as `out=` does in PyTorch
 
 Maximum and sum of npu_fusion_attention have no derivative, as on the NPU: what is computed from them needs no gradient.
@@ -29,6 +29,8 @@ GRADIENTS = {
 }
 UNMARKED = {"npu::npu_kv_rmsnorm_rope_cache": ("k_cache", "ckv_cache")}
 """Arguments that an operator writes into and that its schema does not mark, besides `out`."""
+ONLY_OF_THE_VENDOR = ("npu::npu_rms_norm", "npu::npu_swiglu", "npu::npu_moe_gating_top_k")
+"""Operators that have a derivative in torch_npu and none here: a layer is computed for inference only."""
 NOT_OF_THE_GRADIENT = ("dropout_mask",)
 """Arguments of the forward that its gradient does not take; without dropout they count for nothing."""
 
@@ -68,7 +70,9 @@ def _run(name: str, *args: Any, **options: Any) -> Any:
             f"{name} writes into the tensors it is given and has no derivative, but one of its arguments requires "
             "grad; call it under torch.no_grad()"
         )
-    return _NoDerivative.apply(name, spec, *leaves)
+    results = _NoDerivative.apply(name, spec, *leaves)
+    gives_a_list = [str(x.type) for x in operator._schema.returns] == ["List[Tensor]"]
+    return list(results) if gives_a_list else results
 
 
 def _written(name: str, args: Any, options: dict[str, Any]) -> list[Tensor]:
@@ -87,10 +91,13 @@ class _NoDerivative(torch.autograd.Function):
     def forward(ctx: Any, name: str, spec: Any, *leaves: Any) -> Any:
         ctx.name = name
         args, options = pytree.tree_unflatten(leaves, spec)
-        return _below_autograd(_operator(name), args, options)
+        results = _below_autograd(_operator(name), args, options)
+        return tuple(results) if isinstance(results, list) else results  # autograd does not look into lists
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
+        if ctx.name in ONLY_OF_THE_VENDOR:
+            raise RuntimeError(f"{ctx.name} has no derivative here; torch_npu has one, which is not implemented")
         raise RuntimeError(
             f"{ctx.name} has no derivative, here as on the NPU; npu_fusion_attention has one (docs/operators.md)"
         )

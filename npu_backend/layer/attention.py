@@ -42,7 +42,7 @@ def attention_stages(case: LayerCase, device: torch.device) -> Stages:
     stages["input_norm"] = x = norm(hidden, weight_of["input_layernorm"], config.rms_norm_eps)
     _queries(case, x, angles, stages, device)
     kv_a = keep(stages, "kv_a", _linear(case, "self_attn.kv_a_proj_with_mqa", device)(x))
-    latent, _ = latent_of(kv_a, weight_of["self_attn.kv_a_layernorm"], angles, LATENT_EPS)
+    latent = latent_of(kv_a, weight_of["self_attn.kv_a_layernorm"], angles, LATENT_EPS)
     stages["c_kv"], stages["k_rope"] = latent
     up = on(arrays["self_attn.kv_b_proj.weight"], device)
     heads = torch.nn.functional.linear(latent.c_kv, up).unflatten(1, (config.num_attention_heads, NOPE + VALUE))

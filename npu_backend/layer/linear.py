@@ -130,10 +130,10 @@ def packed_of(arrays: Arrays, matrices: Sequence[Sequence[str]], device: torch.d
         if f"{names[0]}.weight_scale_second" in arrays:
             scale = scale * stacked(arrays, names, "weight_scale_second").astype(np.float32)
         scales.append(np.ascontiguousarray(scale.T).view(np.uint32).astype(np.int64))
-        biases.append(stacked_bias(arrays, names))
+        biases.append(_bias(arrays, names))
     return PackedExperts(*(on(np.stack(parts), device) for parts in (weights, scales, biases)))
 
 
-def stacked_bias(arrays: Arrays, names: Sequence[str]) -> np.ndarray:
+def _bias(arrays: Arrays, names: Sequence[str]) -> np.ndarray:
     """scale_bias of all columns; a file has it in sums over parts of k, which are added in float32."""
     return np.concatenate([arrays[f"{name}.scale_bias"].sum(axis=1, dtype=np.float32) for name in names])

@@ -17,7 +17,7 @@ from npu_backend.layer.experts import ROUTING, moe_stages
 from npu_backend.layer.feed_forward import dense_stages
 from npu_backend.layer.linear import OPERATORS
 from npu_backend.provenance import host
-from npu_backend.runner import check_device
+from npu_backend.runner import check_device, under_torchrun
 
 
 class LayerOutcome(NamedTuple):
@@ -58,6 +58,8 @@ def run_layers(cases: Path, results: Path, *, device: str) -> list[LayerOutcome]
     Raises:
       InputError: before anything is computed.
     """
+    if under_torchrun():
+        raise InputError("layer computes on one device; start it without torchrun")
     read = [(path, read_layer(path)) for path in _paths(cases)]
     if results.exists() and not results.is_dir():
         raise InputError(f"{results} is no folder; results go into a folder")

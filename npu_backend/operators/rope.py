@@ -44,8 +44,8 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     return torch.ops.npu.npu_interleave_rope(x[:, :, None].contiguous(), cos, sin)[:, :, 0]
 
 
-def latent_of(kv: Tensor, weight: Tensor, angles: Angles, eps: float) -> tuple[Latent, tuple[str, ...]]:
-    """The latents of `[T, C + 64]`, and the operators that made them.
+def latent_of(kv: Tensor, weight: Tensor, angles: Angles, eps: float) -> Latent:
+    """The latents of `[T, C + 64]`.
 
     With C = 512 it is one call of npu::npu_kv_rmsnorm_rope_cache, over an empty cache in blocks. That operator knows no
     other width: then npu_rms_norm and npu_interleave_rope compute the same, rounded at the same places.
@@ -60,9 +60,8 @@ def latent_of(kv: Tensor, weight: Tensor, angles: Angles, eps: float) -> tuple[L
     if latent != LATENT:
         c_kv = norm(kv[:, :latent].contiguous(), weight, eps)
         k_rope = rotate(kv[:, None, latent:], angles)[:, 0]
-        return Latent(c_kv, k_rope), ("npu::npu_rms_norm", "npu::npu_interleave_rope")
-    name = "npu::npu_kv_rmsnorm_rope_cache"
-    vendor.require(name, kv.device)
+        return Latent(c_kv, k_rope)
+    vendor.require("npu::npu_kv_rmsnorm_rope_cache", kv.device)
     cos, sin = (part[None, None].contiguous() for part in angles)
     blocks = -(-tokens // BLOCK)
     _, _, k_rope, c_kv = torch.ops.npu.npu_kv_rmsnorm_rope_cache(
@@ -77,7 +76,7 @@ def latent_of(kv: Tensor, weight: Tensor, angles: Angles, eps: float) -> tuple[L
         cache_mode="PA_BNSD",
         is_output_kv=True,
     )
-    return Latent(c_kv[0, 0], k_rope[0, 0]), (name,)
+    return Latent(c_kv[0, 0], k_rope[0, 0])
 
 
 def _check(angles: Angles, x: Tensor) -> None:

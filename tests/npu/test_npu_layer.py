@@ -220,6 +220,13 @@ def test_exact_arithmetic_is_not_an_npus(tmp_path, monkeypatch, capsys):
     assert "W8A8 is computed as the vendor's kernels do" in capsys.readouterr().err
 
 
+def test_one_device_needs_no_torchrun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["layer", str(tmp_path), str(tmp_path / "results")]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
 def test_no_npu_no_layer(tmp_path, capsys):
     write_layer(tmp_path, "one", *layer(0, is_moe=False, tokens=2))
     assert main(["layer", str(tmp_path), str(tmp_path / "results"), "--device", "npu"]) == 2
