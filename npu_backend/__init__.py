@@ -30,6 +30,7 @@ Read in this order; each file imports only files above it:
     rank.py             one rank, one case: read, compute, join, write
     workers.py          the ranks as processes of this host
     runner.py           many cases, resumed where they were left; `python -m npu_backend run`
+    layer/              a whole decoder layer on one device, stage by stage; `python -m npu_backend layer`
 
 Nothing here imports `cpjax`: the two halves implement the same algorithm independently and meet only in files.
 Importing this package makes `torch.ops.atb.npu_ring_mla` and the others callable on CPU tensors. It needs Python 3.11

@@ -1,4 +1,4 @@
-"""`python -m npu_backend run CASES RESULTS`: the command, alone or under torchrun."""
+"""`python -m npu_backend run CASES RESULTS`, alone or under torchrun, and `python -m npu_backend layer …`."""
 
 import argparse
 import json
@@ -6,10 +6,12 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from npu_backend.decode import ENGINES, LSES, MERGES, Decoding
 from npu_backend.errors import InputError, RankError
 from npu_backend.families import FAMILIES
+from npu_backend.layer.run import LayerOutcome, run_layers
 from npu_backend.rank import Settings
 from npu_backend.runner import Outcome, is_first_rank, run
 from npu_backend.schedule import EXCHANGES, Exchange
@@ -34,7 +36,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "npu_backend", description="Context-parallel attention on Atlas NPUs, or on a CPU."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _add_layer(commands)
     command = commands.add_parser(
         "run",
         help="compute cases",
@@ -95,9 +98,44 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _add_layer(commands: Any) -> None:
+    command = commands.add_parser(
+        "layer",
+        help="compute whole decoder layers",
+        description="Compute decoder layers of DeepSeek-V3 stage by stage, on one device (docs/formats.md).",
+        epilog="exit status: 0 all computed (or finished before), 1 a layer failed, 2 bad input.",
+    )
+    command.add_argument("cases", type=Path, metavar="CASES", help="a folder of layer cases, or one case file")
+    command.add_argument("results", type=Path, metavar="RESULTS", help="folder for the results; made if it is missing")
+    command.add_argument("--device", choices=("cpu", "npu"), default="cpu", help="where tensors live (default: cpu)")
+    command.add_argument("--json", action="store_true", help="print name, is_moe, seconds, result as JSON")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     arguments = _arguments(argv)
+    return _layer(arguments) if arguments.command == "layer" else _run(arguments)
+
+
+def _layer(arguments: argparse.Namespace) -> int:
+    try:
+        outcomes = run_layers(arguments.cases, arguments.results, device=arguments.device)
+    except InputError as error:
+        return _complain(str(error), 2, first_only=True)
+    except KeyboardInterrupt:
+        return _complain("interrupted; finished cases are kept and will not be computed again", 130, first_only=True)
+    if arguments.json:
+        print(json.dumps([_public(outcome) for outcome in outcomes], indent=2))
+    for outcome in outcomes:
+        if outcome.error is not None:
+            _complain(f"{outcome.name}: {outcome.error}", 1, first_only=True)
+        elif not arguments.json:
+            kind = "experts" if outcome.is_moe else "dense"
+            print(f"{outcome.name}: {kind}, {outcome.seconds:.3f} s, {outcome.result}")
+    return int(any(outcome.error is not None for outcome in outcomes))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         decoding = Decoding(arguments.lse, arguments.merge, arguments.engine, arguments.interleave)
         settings = Settings(_exchange(arguments), arguments.operators, arguments.profile, decoding)
@@ -131,7 +169,7 @@ def _exchange(arguments: argparse.Namespace) -> Exchange:
     return Exchange("double-ring", inner)
 
 
-def _public(outcome: Outcome) -> dict:
+def _public(outcome: Outcome | LayerOutcome) -> dict:
     """The JSON object of an outcome; `error` only where there is one."""
     return {key: value for key, value in outcome._asdict().items() if key != "error" or value is not None}
 

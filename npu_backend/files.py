@@ -195,8 +195,10 @@ def _description(text: str) -> dict[str, Any]:
     return {"scale": float(case["scale"]), **{key: case[key] for key in ("is_causal", "cp", "precision", "layout")}}
 
 
-def finished(path: Path, case: Case) -> dict[str, Any] | None:
-    """The `about` of the result at `path` if it answers this very case, None if there is no file.
+def finished(path: Path, digest: str, form: str = "cpjax.result") -> dict[str, Any] | None:
+    """The `about` of the result at `path` if it answers the case of this digest, None if there is no file.
+
+    `form` is the format that the result must have.
 
     Raises:
       InputError: another file is there. It is never overwritten.
@@ -206,12 +208,12 @@ def finished(path: Path, case: Case) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-        if metadata.get("format") == "cpjax.result" and metadata.get("digest") == case.digest:
+        if metadata.get("format") == form and metadata.get("digest") == digest:
             return json.loads(metadata["about"])
         found = f"the {metadata.get('format')} of digest {str(metadata.get('digest'))[:8]}…"
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         found = f"no whole result ({_first_line(error)})"
-    raise InputError(f"{path} is there and is {found}, not this case's ({case.digest[:8]}…); move it away")
+    raise InputError(f"{path} is there and is {found}, not this case's ({digest[:8]}…); move it away")
 
 
 def write_result(
@@ -232,8 +234,6 @@ def write_result(
       InputError: something is there already.
       OSError: it could not be written; nothing is left.
     """
-    if finished(path, case) is not None:
-        raise InputError(f"{path} is there already; move it away to compute it again")
     tensors: dict[str, np.ndarray] = {}
     if key_value is not None:
         tensors["key"], tensors["value"] = key_value
@@ -248,6 +248,18 @@ def write_result(
         "backend": "npu",
     }
     metadata |= {"precision": precision, "order": order, "about": json.dumps(about)}
+    write_whole(path, tensors, metadata)
+
+
+def write_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a result with these tensors: whole, or not at all, and never over anything.
+
+    Raises:
+      InputError: something is there already.
+      OSError: it could not be written; nothing is left.
+    """
+    if finished(path, metadata["digest"], metadata["format"]) is not None:
+        raise InputError(f"{path} is there already; move it away to compute it again")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, unfinished, metadata)

@@ -20,6 +20,16 @@ SOCS = ("Ascend910B", "Ascend910_93")
 
 def provenance(device: torch.device, family: Family, exchange: Exchange) -> dict[str, Any]:
     """As JSON can hold it; None for what is not there."""
+    return host(device) | {
+        "operators": list(family.operators),
+        "kernel_type": family.kernel_type if device.type == "npu" else f"{family.kernel_type}, emulated",
+        "exchange": exchange.name,
+        "inner": exchange.inner,
+    }
+
+
+def host(device: torch.device) -> dict[str, Any]:
+    """Versions and the device, whatever is computed."""
     torch_npu = importlib.import_module("torch_npu") if vendor.TORCH_NPU_PROBLEM is None else None
     soc = torch.get_device_module(device).get_device_name(device) if device.type == "npu" else None
     return {
@@ -29,10 +39,6 @@ def provenance(device: torch.device, family: Family, exchange: Exchange) -> dict
         "python": sys.version.split()[0],
         "device": f"{device.type} ({soc or platform.machine()})",
         "soc": soc,
-        "operators": list(family.operators),
-        "kernel_type": family.kernel_type if device.type == "npu" else f"{family.kernel_type}, emulated",
-        "exchange": exchange.name,
-        "inner": exchange.inner,
     }
 
 

@@ -69,7 +69,7 @@ def _job(path: Path, result: Path, settings: Settings) -> Job:
     if case.layout == "decode":
         check_decoding(case, settings)
         operators = decode_operators(FAMILIES[settings.operators], settings.decoding)
-    return Job(case.name, case.cp, path, result, finished(result, case) is not None, operators)
+    return Job(case.name, case.cp, path, result, finished(result, case.digest) is not None, operators)
 
 
 def check_device(device: str, ranks: int, operators: tuple[str, ...]) -> None:
@@ -206,7 +206,7 @@ def _my_share(job: Job, rank: int, place: torch.device, listener: Listener, sett
 def _outcome(job: Job, error: str | None) -> Outcome:
     if error is not None:
         return Outcome(job.name, job.cp, None, None, None, error)
-    about = finished(job.result, read_case(job.case))
+    about = finished(job.result, read_case(job.case).digest)
     if about is None:
         return Outcome(job.name, job.cp, None, None, None, "the result file has disappeared")
     return Outcome(job.name, job.cp, about.get("seconds"), about.get("seconds_per_step"), str(job.result))

@@ -121,5 +121,41 @@ SCHEMAS: tuple[str, ...] = (
     "npu::npu_ring_attention_update(Tensor prev_attn_out, Tensor prev_softmax_max, Tensor prev_softmax_sum, "
     "Tensor cur_attn_out, Tensor cur_softmax_max, Tensor cur_softmax_sum, *, Tensor? actual_seq_qlen=None, str"
     ' input_layout="SBH", str input_softmax_layout="") -> (Tensor, Tensor, Tensor)',
+    # What a decoder layer needs besides its attention.
+    "npu::npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)",
+    "npu::npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=9.9999999999999995e-07) -> "
+    "(Tensor, Tensor, Tensor)",
+    "npu::npu_interleave_rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    "npu::npu_kv_rmsnorm_rope_cache(Tensor kv, Tensor gamma, Tensor cos, Tensor sin, Tensor index, Tensor "
+    "k_cache, Tensor ckv_cache, *, Tensor? k_rope_scale=None, Tensor? c_kv_scale=None, Tensor? "
+    "k_rope_offset=None, Tensor? c_kv_offset=None, Tensor? v=None, float epsilon=1.0000000000000001e-05, str "
+    'cache_mode="Norm", bool is_output_kv=False) -> (Tensor, Tensor, Tensor, Tensor)',
+    "npu::npu_quantize(Tensor input, Tensor scales, Tensor? zero_points, int dtype, int axis=1, bool "
+    "div_mode=True) -> Tensor",
+    "npu::npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? "
+    'dst_type=None, str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)',
+    "npu::npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? "
+    "pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, "
+    "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> "
+    "Tensor",
+    "npu::npu_swiglu(Tensor input, int dim=-1) -> Tensor",
+    "npu::npu_moe_gating_top_k(Tensor x, int k, *, Tensor? bias=None, Tensor? input_ids=None, Tensor? "
+    "tid2eid=None, int k_group=1, int group_count=1, int group_select_mode=0, int renorm=0, int norm_type=0, "
+    "bool out_flag=False, float routed_scaling_factor=1., float eps=9.9999999999999995e-21) -> (Tensor, "
+    "Tensor, Tensor)",
+    "npu::npu_moe_init_routing_v2(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, int "
+    "active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int "
+    "expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=-1, int[2] "
+    "active_expert_range=[], int row_idx_type=0, int? x_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "npu::npu_grouped_matmul(Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, "
+    "Tensor[]? offset=None, Tensor[]? antiquant_scale=None, Tensor[]? antiquant_offset=None, Tensor[]? "
+    "per_token_scale=None, Tensor? group_list=None, Tensor[]? activation_input=None, Tensor[]? "
+    "activation_quant_scale=None, Tensor[]? activation_quant_offset=None, int? split_item=0, int? "
+    "group_type=None, int? group_list_type=0, int? act_type=0, int[]? tuning_config=None, int? "
+    "output_dtype=None, int? x_dtype=None, int? weight_dtype=None, int? scale_dtype=None, int? "
+    "per_token_scale_dtype=None) -> Tensor[]",
+    "npu::npu_moe_finalize_routing(Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, "
+    "Tensor? scales, Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, int? drop_pad_mode=0, int? "
+    "k=1) -> Tensor",
 )
 """namespace::name.overload(arguments) -> results."""

@@ -4,7 +4,7 @@ PyTorch lets an operator without a registered derivative pass with a warning, an
 operator has an autograd kernel for CPU tensors:
 
     npu_fusion_attention, _v2, _v3    its gradient is computed by the operator that the vendor has for it
-    all others                        the backward raises: the vendor's have none either
+    all others                        the backward raises: the vendor's have none either, but for `ONLY_OF_THE_VENDOR`
     those that write into tensors     raise at once if a gradient would be needed, as `out=` does in PyTorch
 
 Maximum and sum of npu_fusion_attention have no derivative, as on the NPU: what is computed from them needs no gradient.
@@ -27,6 +27,10 @@ GRADIENTS = {
     "npu::npu_fusion_attention_v2": "npu_fusion_attention_grad_v2",
     "npu::npu_fusion_attention_v3": "npu_fusion_attention_grad_v3",
 }
+UNMARKED = {"npu::npu_kv_rmsnorm_rope_cache": ("k_cache", "ckv_cache")}
+"""Arguments that an operator writes into and that its schema does not mark, besides `out`."""
+ONLY_OF_THE_VENDOR = ("npu::npu_rms_norm", "npu::npu_swiglu", "npu::npu_moe_gating_top_k")
+"""Operators that have a derivative in torch_npu and none here: a layer is computed for inference only."""
 NOT_OF_THE_GRADIENT = ("dropout_mask",)
 """Arguments of the forward that its gradient does not take; without dropout they count for nothing."""
 
@@ -55,7 +59,7 @@ def _run(name: str, *args: Any, **options: Any) -> Any:
     """An operator without a derivative."""
     operator = _operator(name)
     leaves, spec = pytree.tree_flatten((args, options))
-    written = _written(operator, args, options)
+    written = _written(name, args, options)
     if not _needs_gradient(leaves):
         results = _below_autograd(operator, args, options)
         for x in written:
@@ -66,15 +70,18 @@ def _run(name: str, *args: Any, **options: Any) -> Any:
             f"{name} writes into the tensors it is given and has no derivative, but one of its arguments requires "
             "grad; call it under torch.no_grad()"
         )
-    return _NoDerivative.apply(name, spec, *leaves)
+    results = _NoDerivative.apply(name, spec, *leaves)
+    gives_a_list = [str(x.type) for x in operator._schema.returns] == ["List[Tensor]"]
+    return list(results) if gives_a_list else results
 
 
-def _written(operator: Any, args: Any, options: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a call writes into: what the schema marks, and `out`, which it does not."""
-    arguments = operator._schema.arguments
+def _written(name: str, args: Any, options: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes into: what the schema marks, `out` and `UNMARKED`, which it does not."""
+    arguments = _operator(name)._schema.arguments
     by_name = dict(zip((a.name for a in arguments), args, strict=False)) | options
     marked = [by_name[a.name] for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [x for x in (*marked, *(by_name.get("out") or [])) if isinstance(x, Tensor)]
+    unmarked = [by_name.get(argument) for argument in UNMARKED.get(name, ())]
+    return [x for x in (*marked, *unmarked, *(by_name.get("out") or [])) if isinstance(x, Tensor)]
 
 
 class _NoDerivative(torch.autograd.Function):
@@ -84,10 +91,13 @@ class _NoDerivative(torch.autograd.Function):
     def forward(ctx: Any, name: str, spec: Any, *leaves: Any) -> Any:
         ctx.name = name
         args, options = pytree.tree_unflatten(leaves, spec)
-        return _below_autograd(_operator(name), args, options)
+        results = _below_autograd(_operator(name), args, options)
+        return tuple(results) if isinstance(results, list) else results  # autograd does not look into lists
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
+        if ctx.name in ONLY_OF_THE_VENDOR:
+            raise RuntimeError(f"{ctx.name} has no derivative here; torch_npu has one, which is not implemented")
         raise RuntimeError(
             f"{ctx.name} has no derivative, here as on the NPU; npu_fusion_attention has one (docs/operators.md)"
         )

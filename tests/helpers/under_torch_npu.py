@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from npu_layer import check_stages, layer, write_layer
 from npu_strategies import problem, write_case
 from oracle import dense
 from safetensors import safe_open
 
 from npu_backend import operators, vendor
+from npu_backend.layer.run import run_layers
 from npu_backend.runner import run
 from npu_backend.schemas import SCHEMAS
 
@@ -223,6 +225,59 @@ def test_latent_attention(dtype):
     assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in theirs]
 
 
+# --- what a decoder layer needs besides attention
+
+
+def test_norms_rope_and_activation():
+    x, weight = torch.randn(3, 4, 64).half(), torch.randn(64).half()
+    assert_as_inferred(torch.ops.npu.npu_rms_norm, x, weight, 1e-6)
+    assert_as_inferred(torch.ops.npu.npu_add_rms_norm, x, x, weight, 1e-6)
+    assert_as_inferred(torch.ops.npu.npu_swiglu, x, -1)
+    assert_as_inferred(
+        torch.ops.npu.npu_interleave_rope, x[:, :, None].contiguous(), *[x[:, :1, None].contiguous()] * 2
+    )
+    kv, angle = torch.randn(1, 1, 5, 576).half(), torch.randn(1, 1, 5, 64).half()
+    caches = [torch.zeros(1, 16, 1, width).half() for width in (64, 512)]
+    call = kv, torch.randn(512).half(), angle, angle, torch.arange(5), *caches
+    assert_as_inferred(torch.ops.npu.npu_kv_rmsnorm_rope_cache, *call, cache_mode="PA_BNSD", is_output_kv=True)
+
+
+def test_quantised_products():
+    x, w = torch.randn(3, 32).half(), torch.randint(-128, 128, (32, 8), dtype=torch.int8)
+    quantize, dynamic, matmul = (
+        getattr(torch.ops.npu, f"npu_{x}") for x in ("quantize", "dynamic_quant", "quant_matmul")
+    )
+    offset = torch.tensor([3], dtype=torch.int32)
+    assert_as_inferred(quantize, x, torch.tensor([0.1]), offset, torch.qint8, -1, True)
+    (a, _), (scale, _) = assert_as_inferred(dynamic, x, dst_type=torch.int8)
+    bits, bias = torch.ones(8).view(torch.int32).long(), torch.zeros(8, dtype=torch.int32)
+    assert_as_inferred(matmul, a, w, bits, bias=bias, output_dtype=torch.float16)
+    assert_as_inferred(matmul, a, w, torch.ones(8), pertoken_scale=scale, output_dtype=torch.float16)
+    assert_as_inferred(matmul, a, w, torch.ones(8), output_dtype=torch.int32)
+
+
+def test_router_and_experts():
+    logits, bias = torch.randn(5, 16), torch.randn(16)
+    options = {"k_group": 2, "group_count": 4, "group_select_mode": 1, "norm_type": 1}
+    gate = torch.ops.npu.npu_moe_gating_top_k
+    (weight, _), (expert, _), _ = assert_as_inferred(gate, logits, 4, bias=bias, **options)
+    init, finalize = torch.ops.npu.npu_moe_init_routing_v2, torch.ops.npu.npu_moe_finalize_routing
+    for x, quant_mode in ((torch.randn(5, 32).half(), -1), (torch.randn(5, 32).half(), 1)):
+        routing = {"active_num": 20, "expert_num": 16, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
+        routing |= {"active_expert_range": [0, 16], "quant_mode": quant_mode}
+        (rows, _), (place, _), (counts, _), (scale, _) = assert_as_inferred(init, x, expert, **routing)
+    # The inference prints the dtype of x where a scale is given; the call is the same.
+    grouped = {"group_list": counts.cumsum(0), "split_item": 2, "group_type": 0}
+    w8, w4 = torch.zeros(16, 32, 8, dtype=torch.int8), torch.zeros(16, 32, 2, dtype=torch.int32)
+    w8_options = {"scale": [torch.ones(16, 8)], "per_token_scale": [scale], "output_dtype": torch.float16}
+    w4_options = w8_options | {"scale": [torch.ones(16, 1, 16, dtype=torch.int64)], "bias": [torch.zeros(16, 16)]}
+    for weights, more in ((w8, w8_options), (w4, w4_options)):
+        mine = torch.ops.npu.npu_grouped_matmul([rows], [weights], **grouped, **more)
+        theirs = torch.ops.npu.npu_grouped_matmul(*on_meta(([rows], [weights])), **on_meta(grouped | more))
+        assert [(x.shape, x.dtype) for x in mine] == [(x.shape, x.dtype) for x in theirs]
+    assert_as_inferred(finalize, mine[0].float(), None, None, None, weight, place, expert, 2)
+
+
 # --- every call that npu_backend makes
 
 
@@ -289,6 +344,21 @@ def test_the_ring_runs_under_torch_npu(tmp_path):
     assert len(outcomes) == 1
     with safe_open(outcomes[0].result, "numpy") as file:
         assert json.loads(file.metadata()["about"])["torch_npu"].startswith("2.13.0")
+
+
+@pytest.mark.parametrize(("kind", "latent"), [("FLOAT", 512), ("W8A8", 48), ("W8A8_DYNAMIC", 48)])
+def test_a_layer_runs_under_torch_npu(tmp_path, kind, latent):
+    """Dense or with experts, every operator of it through the vendor's dispatcher; the stages are right."""
+    expert_kind = "W4A8_DYNAMIC" if kind == "W8A8" else kind
+    for is_moe in (False, True):
+        options = {"kind": kind, "expert_kind": expert_kind, "kv_lora_rank": latent, "tokens": 9}
+        case, arrays = layer(0, is_moe=is_moe, **options)
+        path = write_layer(tmp_path, f"moe-{is_moe}", case, arrays)
+        (outcome,) = run_layers(path, tmp_path / "results", device="cpu")
+        assert outcome.error is None, outcome.error
+        check_stages(case, arrays, outcome.result)
+        with safe_open(outcome.result, "numpy") as file:
+            assert json.loads(file.metadata()["about"])["torch_npu"].startswith("2.13.0")
 
 
 def assert_near(got, out, lse):

@@ -248,9 +248,9 @@ def results():
 def test_a_result_is_written_as_the_format_says_and_found_again(tmp_path):
     case = read_case(good(tmp_path)[0])
     path = tmp_path / "result.safetensors"
-    assert finished(path, case) is None
+    assert finished(path, case.digest) is None
     write_result(path, case, results(), precision="ring_mla_fp16", order="ring", about={"seconds": 1.5})
-    assert finished(path, case) == {"seconds": 1.5}
+    assert finished(path, case.digest) == {"seconds": 1.5}
     joined(path, P)
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
@@ -267,9 +267,9 @@ def test_nothing_is_overwritten(tmp_path):
     before = path.read_bytes()
     one_line(lambda: write_result(path, case, results(), **options), "is there already")
     other = case._replace(digest="f" * 64)
-    one_line(lambda: finished(path, other), r"of digest .* not this case's \(ffffffff")
+    one_line(lambda: finished(path, other.digest), r"of digest .* not this case's \(ffffffff")
     one_line(lambda: write_result(path, other, results(), **options), "move it away")
     assert path.read_bytes() == before
     path.write_bytes(before[:-1])
-    one_line(lambda: finished(path, case), "no whole result")
-    one_line(lambda: finished(tmp_path, case), "no whole result")
+    one_line(lambda: finished(path, case.digest), "no whole result")
+    one_line(lambda: finished(tmp_path, case.digest), "no whole result")

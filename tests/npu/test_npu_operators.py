@@ -474,7 +474,7 @@ def _autoload(): pass
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("source", "says"),
-    [(None, "not installed 24"), (BROKEN, "libhccl.so: cannot open shared object file 24"), (PRESENT, "None 23")],
+    [(None, "not installed 36"), (BROKEN, "libhccl.so: cannot open shared object file 36"), (PRESENT, "None 35")],
 )
 def test_operator_is_there_whether_torch_npu_is_absent_broken_or_present(tmp_path, source, says):
     if source is not None:

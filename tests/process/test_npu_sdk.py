@@ -39,6 +39,23 @@ KNOWN_DIFFERENCES = {  # docs/operators.md, "Versions"; operators that are not n
         "npu_fusion_attention_v3": ["not declared"],
         "npu_fusion_attention_grad_v3": ["not declared"],
         "npu_ring_attention_update": ["not declared"],
+        "npu_kv_rmsnorm_rope_cache": ["without v"],
+        "npu_quantize": ["dtype is ScalarType, not int"],
+        "npu_dynamic_quant": [
+            *("without quant_mode", "without dst_type_max"),
+            "dst_type is ScalarType?, not int?",
+        ],
+        "npu_quant_matmul": [
+            *("without x1_dtype", "without x2_dtype", "without pertoken_scale_dtype", "without scale_dtype"),
+            *("without y_scale", "output_dtype is ScalarType?, not int?", "group_sizes is SymInt[]?, not int[]?"),
+        ],
+        "npu_moe_gating_top_k": ["without input_ids", "without tid2eid"],
+        "npu_moe_init_routing_v2": ["without x_dtype"],
+        "npu_grouped_matmul": [
+            *("without x_dtype", "without weight_dtype", "without scale_dtype", "without per_token_scale_dtype"),
+            "output_dtype is ScalarType?, not int?",
+        ],
+        "npu_moe_finalize_routing": ["without k"],
     },
     NEWER: {},
 }

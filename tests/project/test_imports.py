@@ -77,6 +77,7 @@ NPU_LAYERS = [
     ["rank"],
     ["workers"],
     ["runner"],
+    ["layer"],
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms} | {
