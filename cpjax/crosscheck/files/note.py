@@ -1,7 +1,7 @@
 """What stands in the place of a result where there is none: a note that says why (docs/formats.md)."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,6 +12,7 @@ from cpjax.errors import InputError
 MOST_BYTES = 2**20
 
 
+@runtime_checkable
 class Named(Protocol):
     """A case of attention or of a layer: what a note says of it."""
 

@@ -18,6 +18,7 @@ Read in this order; a file imports only what stands above it:
     judge       the verdict on a result
     chain       the whole layer in float64, from the hidden state: what cases are made with
     session     folders of cases and results
+    table       verdicts as tables and sentences
 
 Each stage is judged from the result's own earlier tensors, so a wrong stage is named alone (docs/verdict.md, §11).
 """

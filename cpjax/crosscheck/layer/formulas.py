@@ -294,7 +294,6 @@ def quantised(
     by = np.ones(a.shape[:-1]) if scale is None or not how.has_token_scale else scale
     second = weights.second if weights.second is not None and how.has_second else None
     scales = weights.weight_scale[:, None] * (1.0 if second is None else second)
-    scales = FORMATS["float32"].round(scales)  # both levels are multiplied in float32
     columns = np.split(np.arange(weight.shape[1]), scales.shape[1])
     slack: np.ndarray | float = 0.0
     if weights.scale_bias is not None and is_vendor:
@@ -302,6 +301,7 @@ def quantised(
         halves = [(high, NIBBLE), (a - NIBBLE * high - NIBBLES, 1)]
         inner, size = np.zeros((*a.shape[:-1], len(weight))), 0.0
         for half, factor in halves:
+            # Both levels are multiplied in float32, before bits are cut off.
             part, moved = _half(half, weight, top_19_bits(scales), columns)
             inner, slack = inner + factor * part, slack + factor * moved
             size = size + factor * np.abs(part)
@@ -311,7 +311,7 @@ def quantised(
     else:
         parts = [(a[..., at] @ weight[:, at].T) * scales[:, g] for g, at in enumerate(columns)]
         inner, size = sum(parts), sum(np.abs(part) for part in parts)
-        steps = 2 + len(parts)
+        steps = 2 + len(parts) + (second is not None)
     return _scaled(inner * by[..., None], size * np.abs(by)[..., None], steps, slack * np.abs(by)[..., None])
 
 

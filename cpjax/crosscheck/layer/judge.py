@@ -120,7 +120,7 @@ def _held(
             expert = there["expert_index"] if axes == EXPERTS else None
             prefix = f"{name}: " if len(stage.outputs) > 1 else ""
             reasons += [f"{prefix}{reason}" for reason in bad]
-            where += [f"{prefix}{place}" for place in places_of(one, expert, axes)]
+            where += [f"{prefix}{place}" for place in places_of(one, expert, axes, total.z)]
     outcome = "WRONG" if reasons else "agrees"
     return StageVerdict(
         stage.name, stage.kind, outcome, ratio, z, moved, allowed, tuple(reasons), tuple(dict.fromkeys(where))
@@ -183,7 +183,7 @@ def _reasons(name: str, given: np.ndarray, one: Measured, total_z: float) -> lis
         size = float(np.where(np.isfinite(one.ratio), one.ratio, 0.0).max())
         found.append(
             f"{counted(outside, 'number')} of {one.outside.size:,} {is_are(outside)} out of bounds, by up to "
-            f"{size:.3g} times the bound"
+            f"{size:.4g} times the bound"
         )
     if found:
         return found

@@ -118,7 +118,7 @@ def _drift(error: np.ndarray, weight: np.ndarray, inward: np.ndarray) -> float:
 # Counts --------------------------------------------------------------------------------------------------------------
 
 
-def count_z(count: float, mean: float, variance: float) -> float:
+def count_z(count: int, mean: float, variance: float) -> float:
     """How unlikely at least so many are, as a z-score, if `mean` are expected: Poisson, in clumps of variance/mean."""
     from scipy import special  # slow to import
 
@@ -153,7 +153,7 @@ def total_of(measured: Measured, used: Bool[np.ndarray, " T"]) -> Total:
         return Total(LEAST_Z, 0, 0.0)
     if measured.error.any():
         distinct = np.unique(part.same).size
-        spread = float(z_score(np.asarray((part.error**2).mean()), np.asarray(distinct)))
+        spread = float(z_score(np.asarray((part.error**2).mean()), np.asarray(float(distinct))))
         return Total(max(spread, part.drift, LEAST_Z), count, allowed)
     z = LEAST_Z
     for direction, chance in zip((1, -1), part.chance, strict=True):
@@ -162,7 +162,7 @@ def total_of(measured: Measured, used: Bool[np.ndarray, " T"]) -> Total:
         number = np.bincount(part.same.ravel())[: len(of_value)]
         # All numbers of a row may err together, and equal numbers do.
         variance = (number * of_value).sum() + (of_row**2).sum()
-        z = max(z, count_z((part.moved == direction).sum(), of_row.sum(), variance))
+        z = max(z, count_z(int((part.moved == direction).sum()), float(of_row.sum()), float(variance)))
     return Total(z, count, allowed)
 
 
@@ -178,9 +178,9 @@ def group_z(measured: Measured, group: Int[np.ndarray, "..."], count: int) -> Fl
     size = np.bincount(where, minlength=count)
     if measured.error.any():
         square = np.bincount(where, measured.error[at] ** 2, count) / np.maximum(size, 1)
-        found = z_score(square, size)
+        found = z_score(square, size.astype(float))
     else:
         moved = np.bincount(where, measured.moved[at] != 0, count)
         mean = np.bincount(where, measured.chance.sum(axis=0)[at], count)
-        found = np.array([count_z(n, m, m + m * m) for n, m in zip(moved, mean, strict=True)])
+        found = np.array([count_z(int(n), m, m + m * m) for n, m in zip(moved, mean.tolist(), strict=True)])
     return np.where(size > 0, found - expected_maximum(count), LEAST_Z)

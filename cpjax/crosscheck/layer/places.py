@@ -14,36 +14,47 @@ MOST_RANGES = 6
 """Ranges that a sentence lists."""
 
 
-def places_of(measured: Measured, expert: Int[np.ndarray, "T k"] | None, axes: tuple[str, ...]) -> list[str]:
-    """Words, each for one axis; none if it is everywhere.
+def places_of(
+    measured: Measured, expert: Int[np.ndarray, "T k"] | None, axes: tuple[str, ...], total_z: float
+) -> list[str]:
+    """Words, each for one axis, that of the smallest share first; none if it is everywhere.
+
+    If the whole tensor is systematically off, a few numbers out of their bounds say nothing of its place: then a place
+    must be systematically off itself.
 
     Args:
       expert: of a tensor whose second axis are the experts of a token.
       axes: names of the axes; of "slot" nothing is said.
     """
     shape = measured.moved.shape
-    if expert is not None:
-        of = np.broadcast_to(expert.reshape(*expert.shape, *(1,) * (len(shape) - 2)), shape)
-        some, number = np.unique(expert, return_inverse=True)
-        which = _wrong(measured, np.broadcast_to(number.reshape(of.shape[:2] + (1,) * (len(shape) - 2)), shape), some)
+    found: dict[str, tuple[float, str]] = {}
+
+    def look(name: str, group: np.ndarray, names: np.ndarray) -> None:
+        which = _wrong(measured, np.broadcast_to(group, shape), names, is_general=total_z > LIMIT)
         if which is not None:
-            return [words_of("expert", which)]
-    found = []
+            found[name] = (len(which) / len(names), words_of(name, which))
+
     for axis, name in enumerate(axes):
-        if name == "slot":
-            continue
-        index = np.arange(shape[axis]).reshape((-1,) + (1,) * (len(shape) - axis - 1))
-        which = _wrong(measured, np.broadcast_to(index, shape), np.arange(shape[axis]))
-        if which is not None:
-            found.append(words_of(name, which))
-    return found
+        if name != "slot":
+            index = np.arange(shape[axis]).reshape((-1,) + (1,) * (len(shape) - axis - 1))
+            look(name, index, np.arange(shape[axis]))
+    if expert is not None:
+        some, number = np.unique(expert, return_inverse=True)
+        look("expert", number.reshape(expert.shape + (1,) * (len(shape) - 2)), some)
+        # A wrong expert shows in its tokens, and a wrong token in its experts: the smaller share is the fault.
+        if "expert" in found and found["expert"][0] == min(found.values())[0]:
+            return [found["expert"][1]]
+        found.pop("expert", None)
+    return [words for _, words in sorted(found.values())]
 
 
-def _wrong(measured: Measured, group: np.ndarray, names: np.ndarray) -> np.ndarray | None:
+def _wrong(measured: Measured, group: np.ndarray, names: np.ndarray, *, is_general: bool) -> np.ndarray | None:
     """The groups that are wrong, by name; None: nearly all are, or none can be told."""
     count = len(names)
     outside = np.bincount(group.ravel(), measured.outside.ravel(), count)
-    is_wrong = (group_z(measured, group, count) > LIMIT) | (outside > 0)
+    is_wrong = group_z(measured, group, count) > LIMIT
+    if not is_general:
+        is_wrong = is_wrong | (outside > 0)
     share = is_wrong.mean()
     return names[is_wrong] if 0 < share < MOST_SHARE else None
 
