@@ -16,7 +16,6 @@ FAULTS = {
     "eps of the config in c_kv": ("c_kv", "eps 1e-05, the config's rms_norm_eps"),
     "eps 1e-6": ("input_norm", "eps 1e-06 in place of 1e-05"),
     "weight of the norm": ("post_norm", "the norm's weight forgotten"),
-    "normalised row rounded": ("input_norm", "rounded to FP16 before"),
     "rope halves": ("query", "pairs (i, i + R/2) are rotated"),
     "rope halves of the key": ("k_rope", "pairs (i, i + R/2) are rotated"),
     "pairs left": ("query", "pairs left side by side"),
@@ -70,10 +69,10 @@ Alter = dict[str, Callable[[np.ndarray], np.ndarray]]
 class Twin:
     """The layer of one case."""
 
-    def __init__(self, case, fault: str = "", alter: Alter | None = None, *, fp16_angles: bool = False):
+    def __init__(self, case, fault: str = "", alter: Alter | None = None, *, is_vendor: bool = False):
         self.case, self.fault, self.alter = case, fault, alter or {}
         self.config, self.w = case.config, case.tensors
-        self.fp16_angles = fp16_angles
+        self.is_vendor = is_vendor
         self.out: dict[str, np.ndarray] = {}
 
     def keep(self, name: str, x: np.ndarray, dtype=f16) -> np.ndarray:
@@ -86,7 +85,7 @@ class Twin:
     def norm(self, name: str, x: np.ndarray, weight: str, eps: float) -> np.ndarray:
         x = x.astype(f32)
         y = x / np.sqrt((x * x).mean(axis=1, keepdims=True, dtype=f32) + f32(eps))
-        if self.fault == "normalised row rounded" and name == "input_norm":
+        if self.is_vendor:
             y = y.astype(f16).astype(f32)
         gamma = self.w[f"{weight}.weight"].astype(f32)
         if self.fault == "weight of the norm" and name == "post_norm":
@@ -197,7 +196,7 @@ class Twin:
         angle = position[:, None] * np.array(omega, f32)
         angle = angle.reshape((len(x),) + (1,) * (x.ndim - 2) + (-1,))
         cos, sin = np.cos(angle), np.sin(angle)
-        if self.fp16_angles:
+        if self.is_vendor:
             cos, sin = cos.astype(f16).astype(f32), sin.astype(f16).astype(f32)
         x = x.astype(f32)
         is_halves = (self.fault, name) in (("rope halves", "query"), ("rope halves of the key", "k_rope"))
@@ -344,6 +343,6 @@ class Twin:
         return self.out
 
 
-def layer(case, fault: str = "", alter: Alter | None = None, *, fp16_angles: bool = False) -> dict[str, np.ndarray]:
-    """Every tensor of a result."""
-    return Twin(case, fault, alter, fp16_angles=fp16_angles).compute()
+def layer(case, fault: str = "", alter: Alter | None = None, *, is_vendor: bool = False) -> dict[str, np.ndarray]:
+    """Every tensor of a result; `is_vendor`: norms round before the weight, too, and cosines and sines are FP16."""
+    return Twin(case, fault, alter, is_vendor=is_vendor).compute()

@@ -21,6 +21,7 @@ from cpjax.crosscheck.layer.shape import result_tensors
 from cpjax.crosscheck.layer.stages import stages_of
 from cpjax.crosscheck.layer.verdict import LayerVerdict
 from cpjax.deepseek.layer_cases import CONFIG, SET, layer_case
+from cpjax.errors import InputError
 
 NAMES = [small.name for small in SET]
 FAULTS = [
@@ -78,13 +79,22 @@ def test_hidden_states_of_other_sizes_agree():
     assert verdict.passed, verdict.sentences()
 
 
-def test_cosines_in_fp16_are_right_and_said():
-    """The vendor's operators take them so."""
-    case = case_of("0-dense-float")
-    verdict = judged(case, layer_twin.layer(case, fp16_angles=True))
+@pytest.mark.parametrize("name", ["0-dense-float", "4-moe-w8a8", "8-moe-w4a8-vendor"])
+def test_the_vendors_operators_are_right_and_it_is_said(name):
+    """Their norms round twice; their rotations take cosines and sines in FP16."""
+    case = case_of(name, 1)
+    verdict = judged(case, layer_twin.layer(case, is_vendor=True))
     assert verdict.passed, verdict.sentences()
     said = [one.stage for one in verdict.stages if one.remarks]
-    assert said == ["query", "k_rope"]
+    assert said == ["input_norm", "q_a_norm", "query", "c_kv", "k_rope", "post_norm"]
+
+
+@pytest.mark.parametrize("fault", ["eps of the config", "eps 1e-6", "weight of the norm", "rope halves", "positions"])
+def test_faults_in_the_vendors_precision_are_named(fault):
+    case, (stage, cause) = case_of("0-dense-float", 1), layer_twin.FAULTS[fault]
+    verdict = judged(case, layer_twin.layer(case, fault, is_vendor=True))
+    assert [one.stage for one in verdict.wrong] == [stage], verdict.sentences()
+    assert any(cause in said for said in verdict.wrong[0].causes), verdict.wrong[0].causes
 
 
 @pytest.mark.parametrize("columns", [64, 1024, 7168])
@@ -293,3 +303,24 @@ def test_integers_are_exact_but_for_ties():
         assert measure(np.array([integers], np.int8), expected).outside.any() != is_right
     off = formulas.quantised_token(x + 1e-3, np.array([1.0]))
     assert measure(np.array([[2, 4, 100, 127]], np.int8), off).outside.any()
+
+
+def test_infinity_is_right_where_the_exact_value_is_rounded_to_it():
+    """Beyond 65,520, the middle between the largest FP16 number and the next that there would be."""
+    exact = np.array([65519.0, 65521.0, 1e6, -1e6])
+    expected = formulas.total([exact[None], np.zeros((1, 4))])
+    right = np.array([[65504.0, np.inf, np.inf, -np.inf]], np.float16)
+    found = measure(right, expected)
+    assert not found.outside.any()
+    assert not found.moved.any()
+    assert measure(-right, expected).outside.all()
+    assert measure(np.full((1, 4), 65504.0, np.float16), expected).outside.tolist() == [[False, True, True, True]]
+
+
+def test_a_result_of_another_form_is_refused():
+    case = case_of("0-dense-float")
+    there = layer_twin.layer(case)
+    with pytest.raises(InputError, match=r"missing tensors \['o'\]"):
+        judge_layer(case, LayerResult("twin", {name: x for name, x in there.items() if name != "o"}, {}))
+    with pytest.raises(InputError, match="'out' is F32"):
+        judge_layer(case, LayerResult("twin", there | {"out": there["out"].astype(np.float32)}, {}))

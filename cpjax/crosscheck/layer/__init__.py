@@ -20,5 +20,5 @@ Read in this order; a file imports only what stands above it:
     session     folders of cases and results
     table       verdicts as tables and sentences
 
-Each stage is judged from the result's own earlier tensors, so a wrong stage is named alone (docs/verdict.md, §11).
+Each stage is judged from the result's own earlier tensors, so a wrong stage is named alone (docs/verdict.md, §12).
 """

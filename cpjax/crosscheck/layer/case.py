@@ -20,7 +20,7 @@ FORMAT, VERSION = "cpjax.layer", "1"
 SET_VERSION = 1
 """Of the cases that `cpjax cases --preset layer` writes; raised when one of them changes."""
 
-DTYPES = {"float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}
+DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8", "int32": "I32", "int64": "I64"}
 """Dtypes of NumPy as safetensors writes them."""
 
 

@@ -11,14 +11,12 @@ from jaxtyping import Float
 
 from cpjax.crosscheck.layer.case import LayerCase
 from cpjax.crosscheck.layer.computed import LATENT_EPS, eps_of
+from cpjax.crosscheck.layer.expected import LEAST_INT8
 from cpjax.crosscheck.layer.formulas import Turn
 from cpjax.crosscheck.layer.gating import Gating
 from cpjax.crosscheck.layer.stages import Stage
-from cpjax.crosscheck.layer.weights import linear_of
+from cpjax.crosscheck.layer.weights import TOP_19, linear_of
 from cpjax.deepseek.description import KINDS
-
-HF32 = 0xFFFFE000
-"""Bits of a float32 that matrix units in their fast mode keep: 10 of the fraction, or 11 with rounding."""
 
 
 class Cause(NamedTuple):
@@ -64,21 +62,27 @@ def causes_of(case: LayerCase, stage: Stage) -> Iterator[Cause]:
 
 def readings_of(stage: Stage) -> list[Cause]:
     """Ways of computing a stage that are right, too, by what the operators accept."""
-    if stage.kind != "rope":
-        return []
-    return [Cause("cosines and sines are given as FP16, as the vendor's operators take them", Turn(is_fp16=True))]
+    if stage.kind == "norm":
+        words = "x / √(mean x² + eps) is rounded to FP16 before it is multiplied by the weight, as in npu_rms_norm"
+        return [Cause(words, {"rounded_first": True})]
+    if stage.kind == "rope":
+        return [Cause("cosines and sines are given as FP16, as the vendor's operators take them", Turn(is_fp16=True))]
+    return []
 
 
 def _of_norms(case: LayerCase, stage: Stage) -> Iterator[Cause]:
     eps = eps_of(case, stage)
+    ways: list[Cause] = []
     for other, words in ((case.config.rms_norm_eps, ", the config's rms_norm_eps,"), (LATENT_EPS, ""), (0.0, "")):
         if other != eps:
-            yield Cause(f"eps {other:g}{words} in place of {eps:g}", {"eps": other})
-    yield Cause("x / √(mean x² + eps) rounded to FP16 before it is multiplied by the weight", {"rounded_first": True})
-    yield Cause("the norm's weight forgotten", {"has_weight": False})
+            ways.append(Cause(f"eps {other:g}{words} in place of {eps:g}", {"eps": other}))
+    ways.append(Cause("the norm's weight forgotten", {"has_weight": False}))
     if stage.name == "post_norm":
-        yield Cause("the norm of o: the residual forgotten", None, "o")
-        yield Cause("the norm of hidden: attention forgotten", None, "hidden")
+        ways.append(Cause("the norm of o: the residual forgotten", {}, "o"))
+        ways.append(Cause("the norm of hidden: attention forgotten", {}, "hidden"))
+    for way in ways:
+        yield way
+        yield Cause(f"{way.words}; rounded before the weight, too", way.how | {"rounded_first": True}, way.source)
 
 
 def _of_rope(case: LayerCase) -> Iterator[Cause]:
@@ -117,7 +121,7 @@ def _of_quantisation(case: LayerCase, stage: Stage) -> Iterator[Cause]:
         yield Cause("multiplied by 1 / input_scale rounded to FP16", {"fp16_reciprocal": True})
         yield Cause("input_offset forgotten", {"no_offset": True})
         return
-    yield Cause("scale max |x| / 128 in place of max |x| / 127", {"largest": 128})
+    yield Cause("scale max |x| / 128 in place of max |x| / 127", {"largest": -LEAST_INT8})
     yield Cause("one scale for all tokens", {"one_scale": True})
 
 
@@ -176,7 +180,7 @@ def _of_router(case: LayerCase) -> Iterator[Cause]:
 
 def _cut(weight: Float[np.ndarray, "..."], half: int) -> Float[np.ndarray, "..."]:
     bits = weight.astype(np.float32).view(np.uint32) + np.uint32(half)
-    return (bits & np.uint32(HF32)).view(np.float32).astype(np.float64)
+    return (bits & np.uint32(TOP_19)).view(np.float32).astype(np.float64)
 
 
 def _cut_bf16(weight: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

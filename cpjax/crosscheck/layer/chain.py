@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 
 from cpjax.crosscheck.layer.case import LayerCase
 from cpjax.crosscheck.layer.computed import compute
+from cpjax.crosscheck.layer.expected import LARGEST_INT8, LEAST_INT8
 from cpjax.crosscheck.layer.formulas import sigmoid
 from cpjax.crosscheck.layer.gating import best_groups
 from cpjax.crosscheck.layer.stages import Stage, stages_of
@@ -61,7 +62,7 @@ def _integers(case: LayerCase, stage: Stage, x: np.ndarray) -> dict[str, np.ndar
     if weights.input_scale is not None:
         found = {stage.name: x / np.float32(weights.input_scale) + np.float32(weights.input_offset)}
     else:
-        scale = np.abs(x).max(axis=-1) / np.float32(127)
+        scale = np.abs(x).max(axis=-1) / np.float32(LARGEST_INT8)
         found = {stage.name: x / np.where(scale > 0, scale, np.float32(1))[..., None], stage.outputs[1]: scale}
-    found[stage.name] = np.clip(np.rint(found[stage.name]), -128, 127)
+    found[stage.name] = np.clip(np.rint(found[stage.name]), LEAST_INT8, LARGEST_INT8)
     return {name: y.astype(np.float64) for name, y in found.items()}

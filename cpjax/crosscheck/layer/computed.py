@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from cpjax.crosscheck.layer import formulas
 from cpjax.crosscheck.layer.case import LayerCase
-from cpjax.crosscheck.layer.expected import Expected, known, side_by_side
+from cpjax.crosscheck.layer.expected import LARGEST_INT8, Expected, known, side_by_side
 from cpjax.crosscheck.layer.formulas import Scaling
 from cpjax.crosscheck.layer.gating import weights_of
 from cpjax.crosscheck.layer.stages import Stage
@@ -137,7 +137,7 @@ def _quantisation(case: LayerCase, stage: Stage, x: Inputs, how: Any) -> dict[st
         offset = 0.0 if words.pop("no_offset", False) else weights.input_offset
         return {stage.name: formulas.quantised_static(source, weights.input_scale, offset, **words)}
     scale = f"{stage.name.removesuffix('.integers')}.token_scale"
-    largest = words.pop("largest", 127)
+    largest = words.pop("largest", LARGEST_INT8)
     whole = formulas.token_scale(source, largest)
     if words.pop("one_scale", False):
         whole = Expected(*(np.full_like(y, y.max()) for y in (whole.exact, whole.most, whole.sigma)), 0.0, "float32")

@@ -9,6 +9,9 @@ from jaxtyping import Float
 EPS = 2.0**-23
 """Spacing of float32 at 1."""
 
+LEAST_INT8, LARGEST_INT8 = -128, 127
+"""Integers are clipped to these; the largest number of a token becomes 127."""
+
 Stored = Literal["float16", "float32", "int8"]
 """Format of a result's numbers."""
 

@@ -1,4 +1,4 @@
-"""Every stage in float64 with NumPy, from its formula, with the error of its float32 arithmetic (docs/verdict.md, §11).
+"""Every stage in float64 with NumPy, from its formula, with the error of its float32 arithmetic (docs/verdict.md, §12).
 
 The keywords are the faults that are known: their defaults are what is right. Numbers of FP16 and float32 are exact in
 float64, whose own errors, 10⁻¹⁶, are left out.
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cpjax.crosscheck.exact.formats import FORMATS
-from cpjax.crosscheck.layer.expected import EPS, Expected, Stored
+from cpjax.crosscheck.layer.expected import EPS, LARGEST_INT8, Expected, Stored
 from cpjax.crosscheck.layer.weights import Linear, top_19_bits
 from cpjax.deepseek.config import DeepseekConfig, Yarn
 
@@ -27,8 +27,14 @@ OF_PARTIAL = 3.0
 BRIDGE = 0.3
 """√(1/12): deviation of the mean of such partial sums, in root sums of squares."""
 
-NORM_STEPS, NORM_SIGMA, NORM_SUM = 4.0, 2.0, 0.125
-"""Of a norm, in spacings of float32: mean, eps, rsqrt and two products at most; their deviation; half of 0.25 √K."""
+OF_MOVED = 2.0
+"""Deviations from a middle within which a rounding on the way may well go to the other side."""
+
+NORM_STEPS, NORM_SIGMA = 4.0, 2.0
+"""Of a norm, in spacings of float32: mean, eps, rsqrt and two products at most; their deviation."""
+
+NORM_MOST, NORM_SUM = 0.25, 0.125
+"""The sum of squares in a norm: at most ε/2 an addition, half of which is left by the root; half of 0.25 √K."""
 
 EXP_STEPS, EXP_SIGMA = 8.0, 2.0
 """Of silu and sigmoid, in spacings of float32: exp and what follows, at most; their deviation."""
@@ -39,8 +45,14 @@ ROPE_STEPS, ROPE_SIGMA = 3.0, 0.7
 SCALE_STEPS, SCALE_SIGMA = 1.0, 0.4
 """Spacings that each product with a scale, a conversion or an addition costs: at most, and their deviation."""
 
-NIBBLE, NIBBLES = 16, 8
+NIBBLE, HALF_NIBBLE = 16, 8
 """W4A8: x = 16·high + low + 8."""
+
+NO_WIDTH = 1e-3
+"""DeepSeek's own width of YaRN's ramp where its ends are equal."""
+
+EXACT_INTEGERS = 2**24
+"""Integers below this are float32 numbers."""
 
 
 def linear(x: Float[np.ndarray, "*B k"], weight: Float[np.ndarray, "n k"], stored: Stored = "float16") -> Expected:
@@ -69,22 +81,33 @@ def norm(
     """w · x / √(mean x² + eps); `rounded_first`: x / √… is rounded to FP16 before it is multiplied by w."""
     k = x.shape[-1]
     y = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
-    share = EPS * (k / 4 + NORM_STEPS)
-    exact, slack = y * weight, 0.0
-    if rounded_first:
-        fp16, moved = rounded_fp16(y, share * np.abs(y))
-        exact, slack = fp16 * weight, moved * np.abs(weight)
-    size = np.abs(exact)
-    return Expected(exact, share * size + slack, EPS * size * math.hypot(NORM_SIGMA, NORM_SUM * math.sqrt(k)) + slack)
+    size = EPS * np.abs(y)
+    most, sigma = (NORM_MOST * k + NORM_STEPS) * size, math.hypot(NORM_SIGMA, NORM_SUM * math.sqrt(k)) * size
+    if rounded_first:  # the product of two FP16 numbers is exact in float32
+        y, most, sigma = rounded_fp16(y, most, sigma)
+    return Expected(y * weight, most * np.abs(weight), sigma * np.abs(weight))
+
+
+class Rounded(NamedTuple):
+    """A number that was rounded to FP16 on the way."""
+
+    exact: Float[np.ndarray, "..."]
+    most: Float[np.ndarray, "..."]
+    """By how much the rounding may differ, as what is rounded is not known exactly: nearly always 0."""
+    sigma: Float[np.ndarray, "..."]
+    """The same where it may well differ."""
 
 
 def rounded_fp16(
-    x: Float[np.ndarray, "..."], error: Float[np.ndarray, "..."]
-) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """x rounded to FP16, and by how much an x that is off by `error` would be rounded to something else."""
+    x: Float[np.ndarray, "..."], most: Float[np.ndarray, "..."], sigma: Float[np.ndarray, "..."]
+) -> Rounded:
+    """x rounded to FP16, if x is off by at most `most` and by `sigma` in the root mean square."""
     fmt = FORMATS["float16"]
-    below, above = fmt.round(x - error), fmt.round(x + error)
-    return fmt.round(x), above - below
+
+    def moved(by: np.ndarray) -> np.ndarray:
+        return fmt.round(x + by) - fmt.round(x - by)
+
+    return Rounded(fmt.round(x), moved(most), moved(OF_MOVED * sigma))
 
 
 # Rope ----------------------------------------------------------------------------------------------------------------
@@ -105,7 +128,7 @@ def frequencies(config: DeepseekConfig, yarn: Yarn | None) -> Float[np.ndarray, 
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    width = high - low if high != low else 1e-3
+    width = high - low if high != low else NO_WIDTH
     slowed = np.clip((np.arange(size // 2) - low) / width, 0, 1)
     return plain * (1 - slowed) + plain / yarn.factor * slowed
 
@@ -141,19 +164,22 @@ def rope(
         angle = angle[:, None]
     cos, sin = factor * np.cos(angle), factor * np.sin(angle)
     off_cos, off_sin = EPS * np.abs(angle * sin), EPS * np.abs(angle * cos)
-    moved_cos = moved_sin = np.zeros_like(cos)
+    none = np.zeros_like(cos)
+    rounded_cos, rounded_sin = Rounded(cos, none, none), Rounded(sin, none, none)
     if how.is_fp16:
-        cos, moved_cos = rounded_fp16(cos, off_cos + EPS * np.abs(cos))
-        sin, moved_sin = rounded_fp16(sin, off_sin + EPS * np.abs(sin))
-        off_cos = off_sin = np.zeros_like(cos)
+        errors = (off_cos + EPS * np.abs(cos), off_sin + EPS * np.abs(sin))
+        rounded_cos = rounded_fp16(cos, errors[0], ROPE_SIGMA * errors[0])
+        rounded_sin = rounded_fp16(sin, errors[1], ROPE_SIGMA * errors[1])
+        off_cos = off_sin = none
+    cos, sin = rounded_cos.exact, rounded_sin.exact
     is_pairwise = how.pairs == "interleaved" or (not how.pairs and config.rope_interleave)
     a, b = (x[..., 0::2], x[..., 1::2]) if is_pairwise else np.split(x, 2, axis=-1)
 
     def one(a: np.ndarray, b: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         size = np.abs(a * cos) + np.abs(b * sin)
         turned = np.abs(a) * off_cos + np.abs(b) * off_sin
-        moved = np.abs(a) * moved_cos + np.abs(b) * moved_sin
-        most = ROPE_STEPS * EPS * size + turned + moved
+        most = ROPE_STEPS * EPS * size + turned + np.abs(a) * rounded_cos.most + np.abs(b) * rounded_sin.most
+        moved = np.abs(a) * rounded_cos.sigma + np.abs(b) * rounded_sin.sigma
         return a * cos + sign * b * sin, most, ROPE_SIGMA * (EPS * size + turned) + moved
 
     first, second = one(a, b, -1), one(b, a, 1)
@@ -169,18 +195,19 @@ def rope(
 
 def total(parts: list[Float[np.ndarray, "T M"]], *, rounded_at: int = 0) -> Expected:
     """The sum in float32; `rounded_at` n: the sum of the last n is rounded to FP16 before the rest is added."""
-    slack: np.ndarray | float = 0.0
+    none = np.zeros_like(parts[0])
+    moved = Rounded(none, none, none)
     if rounded_at:
         last = total(parts[-rounded_at:])
-        fp16, slack = rounded_fp16(last.exact, last.most)
-        parts = [*parts[:-rounded_at], fp16]
+        moved = rounded_fp16(last.exact, last.most, last.sigma)
+        parts = [*parts[:-rounded_at], moved.exact]
     exact = sum(parts[1:], parts[0])
     size = sum(np.abs(x) for x in parts)
     # Where every sum of some of them is a float32, in whatever order they are added nothing is lost.
     sums = [sum(parts[i] for i in range(len(parts)) if mask >> i & 1) for mask in range(1, 2 ** len(parts))]
     is_exact = np.all([_is_float32(np.asarray(x)) for x in sums], axis=0)
     steps = np.where(is_exact, 0.0, EPS * (len(parts) - 1)) * size
-    return Expected(exact, SCALE_STEPS * steps + slack, SCALE_SIGMA * steps + slack)
+    return Expected(exact, SCALE_STEPS * steps + moved.most, SCALE_SIGMA * steps + moved.sigma)
 
 
 def weighted(x: Float[np.ndarray, "T k M"], weight: Float[np.ndarray, "T k"]) -> Expected:
@@ -205,13 +232,11 @@ def swiglu(
 ) -> Expected:
     """silu(gate) · up; `rounded_first`: silu is rounded to FP16 before the product; `bare`: gate · up."""
     silu = gate if bare else gate * sigmoid(gate)
-    slack: np.ndarray | float = 0.0
+    size = EPS * np.abs(silu)
+    most, sigma = EXP_STEPS * size, EXP_SIGMA * size
     if rounded_first:
-        silu, moved = rounded_fp16(silu, EXP_STEPS * EPS * np.abs(silu))
-        slack = moved * np.abs(up)
-    exact = silu * up
-    size = EPS * np.abs(exact)
-    return Expected(exact, EXP_STEPS * size + slack, EXP_SIGMA * size + slack)
+        silu, most, sigma = rounded_fp16(silu, most, sigma)
+    return Expected(silu * up, most * np.abs(up), sigma * np.abs(up))
 
 
 # Quantised products --------------------------------------------------------------------------------------------------
@@ -229,7 +254,8 @@ def quantised_static(
 
     A kernel may multiply by 1 / input_scale in float32. `fp16_reciprocal`: by one in FP16; `truncated`: toward zero.
     """
-    quotient = x * float(np.float16(1 / scale)) if fp16_reciprocal else x / scale
+    with np.errstate(invalid="ignore"):  # a scale may have no reciprocal in FP16; then nothing equals this
+        quotient = x * FORMATS["float16"].round(np.array(1 / scale)) if fp16_reciprocal else x / scale
     exact = quotient + offset
     most = SCALE_STEPS * EPS * (np.abs(quotient) + np.abs(exact))
     return Expected(_before_truncation(exact) if truncated else exact, most, SCALE_SIGMA * most, 0.0, "int8")
@@ -249,7 +275,7 @@ def _before_truncation(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return np.trunc(x)
 
 
-def token_scale(x: Float[np.ndarray, "*B k"], largest: int = 127) -> Expected:
+def token_scale(x: Float[np.ndarray, "*B k"], largest: int = LARGEST_INT8) -> Expected:
     """max |x| / 127 of each token."""
     exact = np.abs(x).max(axis=-1) / largest
     return Expected(exact, 2 * SCALE_STEPS * EPS * exact, 2 * SCALE_SIGMA * EPS * exact, 0.0, "float32")
@@ -288,23 +314,24 @@ def quantised(
         factor = top_19_bits(weights.deq_scale) if is_vendor else weights.deq_scale
         sums = a @ weight.T + how.bias * weights.quant_bias
         exact = sums * factor
-        is_exact = (np.abs(sums) < 2**24) & _is_float32(exact)
-        return _scaled(exact, np.where(is_exact, 0.0, np.abs(exact)), 2, 0.0)
+        is_exact = (np.abs(sums) < EXACT_INTEGERS) & _is_float32(exact)
+        return _scaled(exact, np.where(is_exact, 0.0, np.abs(exact)), 2)
     assert weights.weight_scale is not None
     by = np.ones(a.shape[:-1]) if scale is None or not how.has_token_scale else scale
     second = weights.second if weights.second is not None and how.has_second else None
     scales = weights.weight_scale[:, None] * (1.0 if second is None else second)
     columns = np.split(np.arange(weight.shape[1]), scales.shape[1])
-    slack: np.ndarray | float = 0.0
+    most: np.ndarray | float = 0.0
+    sigma: np.ndarray | float = 0.0
     if weights.scale_bias is not None and is_vendor:
         high = np.floor(a / NIBBLE)
-        halves = [(high, NIBBLE), (a - NIBBLE * high - NIBBLES, 1)]
+        halves = [(high, NIBBLE), (a - NIBBLE * high - HALF_NIBBLE, 1)]
         inner, size = np.zeros((*a.shape[:-1], len(weight))), 0.0
         for half, factor in halves:
             # Both levels are multiplied in float32, before bits are cut off.
-            part, moved = _half(half, weight, top_19_bits(scales), columns)
-            inner, slack = inner + factor * part, slack + factor * moved
-            size = size + factor * np.abs(part)
+            part = _half(half, weight, top_19_bits(scales), columns)
+            inner, size = inner + factor * part.exact, size + factor * np.abs(part.exact)
+            most, sigma = most + factor * part.most, sigma + factor * part.sigma
         if how.has_scale_bias:
             inner, size = inner + weights.scale_bias, size + np.abs(weights.scale_bias)
         steps = 3
@@ -312,27 +339,33 @@ def quantised(
         parts = [(a[..., at] @ weight[:, at].T) * scales[:, g] for g, at in enumerate(columns)]
         inner, size = sum(parts), sum(np.abs(part) for part in parts)
         steps = 2 + len(parts) + (second is not None)
-    return _scaled(inner * by[..., None], size * np.abs(by)[..., None], steps, slack * np.abs(by)[..., None])
+    found = _scaled(inner * by[..., None], size * np.abs(by)[..., None], steps)
+    more = np.abs(by)[..., None]
+    return Expected(found.exact, found.most + most * more, found.sigma + sigma * more)
 
 
-def _scaled(exact: np.ndarray, size: np.ndarray, steps: int, slack: np.ndarray | float) -> Expected:
+def _scaled(exact: np.ndarray, size: np.ndarray, steps: int) -> Expected:
     error = EPS * steps * size
-    return Expected(exact, SCALE_STEPS * error + slack, SCALE_SIGMA * error + slack)
+    return Expected(exact, SCALE_STEPS * error, SCALE_SIGMA * error)
 
 
-def _half(
-    a: np.ndarray, weight: np.ndarray, scales: np.ndarray, columns: list[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Σ a·w · scale in FP16, summed over groups in FP16; by how much a rounding may fall to the other side."""
-    out, slack = 0.0, 0.0
+def _half(a: np.ndarray, weight: np.ndarray, scales: np.ndarray, columns: list[np.ndarray]) -> Rounded:
+    """Σ a·w · scale in FP16, summed over groups in FP16."""
+    total: Rounded | None = None
     for group, at in enumerate(columns):
-        one = (a[..., at] @ weight[:, at].T) * scales[:, group]
-        one, moved = rounded_fp16(one, np.where(_is_float32(one), 0.0, EPS * np.abs(one)))
-        if group:
-            both = out + one
-            one, moved = rounded_fp16(both, slack + moved + np.where(_is_float32(both), 0.0, EPS * np.abs(both)))
-        out, slack = one, moved
-    return np.asarray(out), np.asarray(slack)
+        one = _to_fp16((a[..., at] @ weight[:, at].T) * scales[:, group])
+        total = one if total is None else _to_fp16(total.exact + one.exact, total, one)
+    assert total is not None
+    return total
+
+
+def _to_fp16(x: np.ndarray, *made_of: Rounded) -> Rounded:
+    """What one float32 operation gave, rounded to FP16."""
+    error = np.where(_is_float32(x), 0.0, EPS * np.abs(x))
+    most, sigma = error, SCALE_SIGMA * error
+    for part in made_of:
+        most, sigma = most + part.most, sigma + part.sigma
+    return rounded_fp16(x, most, sigma)
 
 
 def _is_float32(x: np.ndarray) -> np.ndarray:

@@ -17,6 +17,9 @@ from cpjax.crosscheck.layer.expected import EPS, Expected
 from cpjax.crosscheck.layer.formulas import EXP_SIGMA, EXP_STEPS, SCALE_SIGMA, SCALE_STEPS, sigmoid
 from cpjax.deepseek.config import DeepseekConfig
 
+LEAST_SUM = 1e-20
+"""DeepSeek adds it to the sum of scores, against 0/0."""
+
 MOST_TIES = 1000
 """Ways to choose among tied groups that are tried."""
 
@@ -110,7 +113,7 @@ def weights_of(
     exact = np.take_along_axis(score, index, axis=1)
     is_renormalised = config.norm_topk_prob if how.is_renormalised is None else how.is_renormalised
     if is_renormalised:
-        exact = exact / (exact.sum(axis=1, keepdims=True) + 1e-20)
+        exact = exact / (exact.sum(axis=1, keepdims=True) + LEAST_SUM)
     exact = exact * (config.routed_scaling_factor if how.is_scaled else 1.0)
     size, k = EPS * np.abs(exact), index.shape[1]
     most = (2 * EXP_STEPS + SCALE_STEPS * (k + 2)) * size

@@ -9,13 +9,13 @@ from jaxtyping import Bool
 
 from cpjax.crosscheck.judge import judge as judge_attention
 from cpjax.crosscheck.judging.statistic import LIMIT
-from cpjax.crosscheck.layer.case import LayerCase
+from cpjax.crosscheck.layer.case import DTYPES, LayerCase
 from cpjax.crosscheck.layer.causes import Cause, causes_of, readings_of
 from cpjax.crosscheck.layer.computed import compute
 from cpjax.crosscheck.layer.gating import is_choice
 from cpjax.crosscheck.layer.lattice import LEAST_Z, Measured, group_z, measure, total_of
 from cpjax.crosscheck.layer.places import places_of, words_of
-from cpjax.crosscheck.layer.result import LayerResult
+from cpjax.crosscheck.layer.result import LayerResult, check_forms
 from cpjax.crosscheck.layer.stages import Stage, stages_of
 from cpjax.crosscheck.layer.verdict import LayerVerdict, StageVerdict
 from cpjax.wording import counted, is_are
@@ -32,7 +32,13 @@ Progress = Callable[[int, int], None]
 
 
 def judge_layer(case: LayerCase, result: LayerResult, progress: Progress = lambda done, total: None) -> LayerVerdict:
-    """Does correct arithmetic explain every stage of this result?"""
+    """Does correct arithmetic explain every stage of this result?
+
+    Raises:
+      InputError: a tensor that is missing, of another dtype or shape.
+    """
+    dtypes = {name: DTYPES.get(x.dtype.name, x.dtype.name) for name, x in result.tensors.items()}
+    check_forms(case, result.tensors, dtypes)
     stages, found = stages_of(case), []
     for number, stage in enumerate(stages):
         found.append(judge_stage(case, stage, result.tensors))

@@ -1,4 +1,4 @@
-"""The test of a stage's numbers (docs/verdict.md, §11): which of them are not the rounding of the exact value.
+"""The test of a stage's numbers (docs/verdict.md, §12): which of them are not the rounding of the exact value.
 
 A stage computes in float32 and rounds once. Float32 is so much finer than FP16 that a correct result is nearly always
 the FP16 number nearest to the exact value. It is another one only if the exact value lies so near to the middle
@@ -13,7 +13,10 @@ from jaxtyping import Bool, Float, Int
 
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.statistic import LEAST_PROBABILITY, expected_maximum, z_score
-from cpjax.crosscheck.layer.expected import Expected
+from cpjax.crosscheck.layer.expected import LARGEST_INT8, LEAST_INT8, Expected
+
+AFTER_FP16 = 2.0**16
+"""The number after the largest of FP16, if there were one."""
 
 SPARE = 1.0
 """Numbers that may be another's rounding beyond those that the model expects."""
@@ -50,7 +53,7 @@ def measure(given: np.ndarray, expected: Expected) -> Measured:
     x = given.astype(np.float64)
     low, high = nearest(exact - most, expected.stored), nearest(exact + most, expected.stored)
     outside = ~((x >= low) & (x <= high))
-    error = np.where(outside & ~np.isfinite(x), np.inf, np.abs(x - exact))
+    error = np.where(np.isfinite(x), np.abs(x - exact), np.where(outside, np.inf, 0.0))
     bound = most + _half_step(exact, expected)
     ratio = np.divide(error, bound, out=np.zeros_like(error), where=error > 0)
     ratio = np.where(outside, np.maximum(ratio, BEYOND), np.minimum(ratio, 1.0))
@@ -62,18 +65,19 @@ def measure(given: np.ndarray, expected: Expected) -> Measured:
         drift = _drift(share, exact / sigma, np.broadcast_to(expected.inward, exact.shape) / sigma)
         return Measured(outside, ratio, none, np.zeros((2, *exact.shape)), share, drift, same)
     sign = np.where(exact < 0, -1, 1)
-    off = np.sign(np.where(np.isnan(x), 0.0, x) - nearest(exact, expected.stored)).astype(int) * sign
+    right = nearest(exact, expected.stored)
+    off = np.where(x > right, 1, np.where(x < right, -1, 0)) * sign
     return Measured(outside, ratio, off, _chances(expected, sign), np.zeros(exact.shape), 0.0, same)
 
 
 def nearest(x: Float[np.ndarray, "..."], stored: str) -> Float[np.ndarray, "..."]:
     """x rounded to what is stored, as float64."""
-    return np.clip(np.rint(x), -128, 127) if stored == "int8" else FORMATS[stored].round(x)
+    return np.clip(np.rint(x), LEAST_INT8, LARGEST_INT8) if stored == "int8" else FORMATS[stored].round(x)
 
 
 def _half_step(exact: np.ndarray, expected: Expected) -> np.ndarray:
     if expected.stored == "int8":
-        return 0.5 + np.maximum(np.abs(exact) - 127.5, 0.0)  # what is clipped is off by more
+        return 0.5 + np.maximum(np.abs(exact) - (LARGEST_INT8 + 0.5), 0.0)  # what is clipped is off by more
     return FORMATS[expected.stored].spacing(np.abs(exact) + expected.most) / 2
 
 
@@ -82,11 +86,11 @@ def _edges(exact: np.ndarray, stored: str) -> tuple[np.ndarray, np.ndarray]:
     middle = nearest(exact, stored)
     if stored == "int8":
         low, high = middle - 0.5, middle + 0.5
-        return np.where(middle == -128, -np.inf, low), np.where(middle == 127, np.inf, high)
+        return np.where(middle == LEAST_INT8, -np.inf, low), np.where(middle == LARGEST_INT8, np.inf, high)
     half = middle.astype(np.float16)
-    limit = 2.0**16  # the number after the largest, if there were one
-    ends = [np.nextafter(half, np.float16(sign * np.inf)).astype(np.float64) for sign in (-1, 1)]
-    low, high = ((np.clip(middle, -limit, limit) + np.clip(end, -limit, limit)) / 2 for end in ends)
+    with np.errstate(over="ignore"):
+        ends = [np.nextafter(half, np.float16(sign * np.inf)).astype(np.float64) for sign in (-1, 1)]
+    low, high = ((np.clip(middle, -AFTER_FP16, AFTER_FP16) + np.clip(end, -AFTER_FP16, AFTER_FP16)) / 2 for end in ends)
     return np.where(middle == -np.inf, -np.inf, low), np.where(middle == np.inf, np.inf, high)
 
 

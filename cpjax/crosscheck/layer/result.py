@@ -53,6 +53,22 @@ def read_layer_result(path: Path, case: LayerCase) -> LayerResult:
         raise InputError(
             f"is a result of another case (digest {str(metadata.get('digest'))[:8]}…, not {case.digest[:8]}…)"
         )
+    check_forms(case, tensors, dtypes)
+    try:
+        about = json.loads(metadata.get("about", "{}"))
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise InputError("metadata 'about' is no JSON object")
+    return LayerResult(metadata.get("backend", ""), tensors, about)
+
+
+def check_forms(case: LayerCase, tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> None:
+    """Refuse what no result of this case can be: names, dtypes (as safetensors writes them), shapes.
+
+    Raises:
+      InputError: it names the tensor, and what it must be.
+    """
     wanted = result_tensors(case.config, case.is_moe, case.kinds, case.tokens)
     missing, extra = [name for name in wanted if name not in tensors], sorted(tensors.keys() - wanted.keys())
     if missing or extra:
@@ -64,10 +80,3 @@ def read_layer_result(path: Path, case: LayerCase) -> LayerResult:
         if (dtypes[name], tensors[name].shape) != (dtype, shape):
             found = f"{dtypes[name]} {list(tensors[name].shape)}"
             raise InputError(f"tensor {name!r} is {found}; it must be {dtype} {list(shape)}")
-    try:
-        about = json.loads(metadata.get("about", "{}"))
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
-        raise InputError("metadata 'about' is no JSON object")
-    return LayerResult(metadata.get("backend", ""), {name: tensors[name] for name in wanted}, about)

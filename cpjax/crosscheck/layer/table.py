@@ -8,6 +8,11 @@ from cpjax.crosscheck.layer.session import JudgedLayer
 from cpjax.crosscheck.layer.verdict import LayerVerdict, StageVerdict
 from cpjax.wording import counted
 
+MOST_PERCENT = 100
+"""Times the bound from which on a share is no percentage."""
+
+NOTHING = ("–", "–", "–", "–")
+
 COLOURS = {"agrees": "green", "WRONG": "red", "not judgeable": "yellow"}
 
 
@@ -27,8 +32,8 @@ def table_of(verdict: LayerVerdict, title: str) -> Table:
 def _cells(stage: StageVerdict) -> list[str]:
     word = f"[{COLOURS[stage.outcome]}]{stage.outcome}[/]"
     if stage.outcome == "not judgeable":
-        return [stage.stage, stage.kind, *("–",) * 4, word]
-    ratio = f"{stage.ratio:.0%}" if stage.ratio < 100 else f"{stage.ratio:.2g}×"
+        return [stage.stage, stage.kind, *NOTHING, word]
+    ratio = f"{stage.ratio:.0%}" if stage.ratio < MOST_PERCENT else f"{stage.ratio:.2g}×"
     z = f"{stage.z:.2f}" if stage.z > LEAST_Z else "–"
     counts = [f"{stage.moved:,}", f"{stage.allowed:,.1f}"] if stage.allowed or stage.moved else ["–", "–"]
     return [stage.stage, stage.kind, ratio, z, *counts, word]

@@ -8,6 +8,12 @@ from jaxtyping import Float, Int
 from cpjax.crosscheck.layer.case import LayerCase
 from cpjax.deepseek.description import FLOAT
 
+LOW_32, TOP_19 = 0xFFFFFFFF, 0xFFFFE000
+"""Bits of an int64 deq_scale that are a float32; of a float32 scale that the hardware keeps."""
+
+BITS, LARGEST = 4, 7
+"""Of a nibble; its largest integer."""
+
 
 class Linear(NamedTuple):
     """What is stored of one weight; None where its kind has no such thing."""
@@ -40,7 +46,7 @@ def linear_of(case: LayerCase, name: str) -> Linear:
         assert offset is not None
         assert bias is not None
         if deq.dtype == np.int64:
-            deq = (deq & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+            deq = (deq & LOW_32).astype(np.uint32).view(np.float32)
         numbers = (float(scale[0]), float(offset[0]), deq.astype(np.float64), bias.astype(np.float64))
         return Linear(kind, stored.astype(np.float64), *numbers)
     row_scale = given("weight_scale")
@@ -64,9 +70,9 @@ def unpacked(packed: Int[np.ndarray, "h k"]) -> Float[np.ndarray, "n k"]:
     >>> unpacked(np.array([[0x2F]], np.int8)).tolist()
     [[-1.0], [2.0]]
     """
-    high = packed.astype(np.int16) >> 4
-    low = packed.astype(np.int16) - 16 * high
-    low = np.where(low > 7, low - 16, low)
+    high = packed.astype(np.int16) >> BITS
+    low = packed.astype(np.int16) - 2**BITS * high
+    low = np.where(low > LARGEST, low - 2**BITS, low)
     return np.stack([low, high], axis=1).reshape(-1, packed.shape[1]).astype(np.float64)
 
 
@@ -76,5 +82,5 @@ def top_19_bits(scale: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     >>> top_19_bits(np.array([1 + 2**-10 + 2**-11])) == 1 + 2**-10
     array([ True])
     """
-    bits = scale.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    bits = scale.astype(np.float32).view(np.uint32) & np.uint32(TOP_19)
     return bits.view(np.float32).astype(np.float64)
