@@ -221,8 +221,13 @@ def test_no_cause_is_stated_that_does_not_fit():
 # NaN, ties, indices --------------------------------------------------------------------------------------------------
 
 
+STAGE_OF = {"lse": "attention", "key": "key_value"}
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("tensor", ["input_norm", "kv_a", "attention", "lse", "router_logits", "expert_down", "out"])
+@pytest.mark.parametrize(
+    "tensor", ["input_norm", "kv_a", "query", "key", "attention", "lse", "router_logits", "expert_down", "out"]
+)
 def test_what_is_no_number_never_passes(tensor, bad):
     case = case_of("1-moe-float")
     there = layer_twin.layer(case)
@@ -230,7 +235,7 @@ def test_what_is_no_number_never_passes(tensor, bad):
     there[tensor].reshape(64, -1)[5, 3] = bad
     verdict = judged(case, there)
     assert not verdict.passed
-    assert verdict.wrong[0].stage == {"lse": "attention"}.get(tensor, tensor), verdict.sentences()
+    assert [one.stage for one in verdict.wrong] == [STAGE_OF.get(tensor, tensor)], verdict.sentences()
     assert all(one.outcome != "agrees" for one in verdict.stages if tensor in inputs_of(case, one.stage))
 
 
@@ -315,6 +320,31 @@ def test_infinity_is_right_where_the_exact_value_is_rounded_to_it():
     assert not found.moved.any()
     assert measure(-right, expected).outside.all()
     assert measure(np.full((1, 4), 65504.0, np.float16), expected).outside.tolist() == [[False, True, True, True]]
+
+
+def test_a_tie_of_an_exact_sum_goes_to_the_even_number():
+    """1 + 2⁻¹¹ lies in the middle; float32 has it, so nothing may lead it to the odd number above."""
+    expected = formulas.total([np.ones((1, 2)), np.full((1, 2), 2.0**-11)])
+    assert measure(np.array([[1, 1 + 2**-10]], np.float16), expected).outside.tolist() == [[False, True]]
+    # 2⁻³⁰ more is no float32 at this size: then a float32 sum may lose it, and either number is right.
+    expected = formulas.total([np.ones((1, 2)), np.full((1, 2), 2.0**-11), np.full((1, 2), 2.0**-30)])
+    assert not measure(np.array([[1, 1 + 2**-10]], np.float16), expected).outside.any()
+
+
+def test_weights_of_wrong_experts_are_judged_as_theirs():
+    """Only the choice is wrong, and only its token is named."""
+    case = case_of("1-moe-float")
+    right = layer_twin.layer(case)["expert_index"][9]
+    unchosen = next(e for e in range(case.config.n_routed_experts) if e not in right)
+
+    def other(index: np.ndarray) -> np.ndarray:
+        index[9, 0] = unchosen
+        return index
+
+    verdict = judged(case, layer_twin.layer(case, alter={"expert_index": other}))
+    assert [one.stage for one in verdict.wrong] == ["router"]
+    assert verdict.wrong[0].where == ("token 9",)
+    assert len(verdict.wrong[0].reasons) == 1
 
 
 def test_a_result_of_another_form_is_refused():

@@ -111,7 +111,7 @@ def _held(
             where.append(words_of("token", np.flatnonzero(~is_right)))
             ratio = np.inf
         in_range = ((index >= 0) & (index < case.config.n_routed_experts)).all(axis=1)
-        used = used & is_right & in_range
+        used = used & in_range  # weights are those of the experts that were chosen, right or wrong
         inputs["expert_index"] = np.where(in_range[:, None], index, 0)
     for name, expected in compute(case, stage, inputs, how).items():
         one = measure(there[name].reshape(expected.exact.shape), expected)
