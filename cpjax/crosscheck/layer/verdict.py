@@ -75,5 +75,6 @@ class LayerVerdict:
             said += [f"{one.stage}: {cause}" for cause in one.causes]
         for one in self.stages:
             said += [f"{one.stage}: not judgeable: {'; '.join(one.reasons)}"] * (one.outcome == "not judgeable")
-            said += [f"{one.stage}: {remark}" for remark in one.remarks]
+        for remark in dict.fromkeys(remark for one in self.stages for remark in one.remarks):
+            said.append(f"{', '.join(one.stage for one in self.stages if remark in one.remarks)}: {remark}")
         return said
