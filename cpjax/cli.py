@@ -89,6 +89,9 @@ CASES is a folder of cases (or one file), RESULTS the folder with the results, o
 
 --explain shows the error budget of one row: each term of its σ and of its bound, by name (docs/verdict.md).
 
+Cases of a decoder layer (cpjax cases --preset layer) are judged stage by stage: one line a stage. A wrong stage is
+named with its kind, its place, and the known fault that it equals, if there is one.
+
 Example: cpjax judge out/cases out/results/npu
 """
 
@@ -227,12 +230,18 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """See JUDGE_HELP."""
+    from cpjax.commands.layers import judge_layer_folder
     from cpjax.crosscheck.files.folders import read_cases
+    from cpjax.crosscheck.layer.session import are_layers
     from cpjax.crosscheck.run.explain import budgets_of, checked_rows
     from cpjax.crosscheck.run.session import judge_folder
 
     with errors():
         free(report)
+        if are_layers(cases):
+            if explain or report is not None:
+                raise InputError("--explain and --report are of attention; leave them out, these cases are layers")
+            judge_layer_folder(cases, results, as_json)
         found = read_cases(cases)
         rows = checked_rows(explain or [], found)
         with progress() as advance:
@@ -250,6 +259,8 @@ Compute them (docs/formats.md), then: cpjax judge DIR RESULTS
 
 fingerprint: the probes of cpjax fingerprint, for a kernel that is called elsewhere. Then: cpjax fingerprint DIR RESULTS
 
+layer: a whole decoder layer of DeepSeek, dense and with experts, float, W8A8 and W4A8. Then: cpjax judge DIR RESULTS
+
 Example: cpjax cases --preset conformance cases
 """
 
@@ -257,7 +268,7 @@ Example: cpjax cases --preset conformance cases
 @app.command(help=CASES_HELP, short_help="write the conformance set: cases for a new kernel", epilog=DONE)
 def cases(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet")],
-    preset: Annotated[str, typer.Option(metavar="conformance|fingerprint", help="which set")] = "conformance",
+    preset: Annotated[str, typer.Option(metavar="conformance|fingerprint|layer", help="which set")] = "conformance",
     head_dims: Annotated[
         str, typer.Option(metavar="QK,V", help="of the fingerprint's probes, for a kernel that takes no others")
     ] = "64,64",
@@ -265,6 +276,7 @@ def cases(
 ) -> None:
     """See CASES_HELP."""
     from cpjax.crosscheck.conformance.cases import VERSION, write_conformance
+    from cpjax.crosscheck.layer.case import SET_VERSION as LAYERS
     from cpjax.fingerprint.folder import VERSION as PROBES
     from cpjax.fingerprint.folder import write_probes
 
@@ -273,20 +285,33 @@ def cases(
         sets = {
             "conformance": (write_conformance, VERSION, "cpjax judge"),
             "fingerprint": (lambda new: write_probes(new, dims), PROBES, "cpjax fingerprint"),
+            "layer": (_write_layers, LAYERS, "cpjax judge"),
         }
         if preset not in sets:
-            raise InputError(f"--preset {preset!r} is unknown; known are {' and '.join(sets)}")
+            raise InputError(f"--preset {preset!r} is unknown; known are {', '.join(sets)}")
         if preset != "fingerprint" and head_dims != "64,64":
             raise InputError("--head-dims is of --preset fingerprint")
         write, version, command = sets[preset]
         written = write(folder)
-    rows = [{"case": case.name, "digest": case.digest, "says": case.about.get("says", "")} for case in written]
+    rows = [{"case": case.name, "digest": case.digest, "says": _says(case.about)} for case in written]
     if as_json:
         print(json.dumps({"preset": preset, "version": version, "cases": rows}, indent=2))
     else:
         for row in rows:
             print(": ".join(filter(None, (row["case"], row["says"]))))
         print(f"{len(rows)} cases, version {version}, in {folder}. Next: {command} {folder} RESULTS")
+
+
+def _write_layers(folder: Path) -> list:
+    """Their weights are made with JAX, which the other sets do without."""
+    from cpjax.deepseek.layer_cases import write_layer_cases
+
+    return write_layer_cases(folder)
+
+
+def _says(about: Any) -> str:
+    """What a case says of itself; one of a layer has nothing else to say."""
+    return about if isinstance(about, str) else about.get("says", "")
 
 
 EXAMPLES_HELP = """Write the example configs and the documentation into a new folder.

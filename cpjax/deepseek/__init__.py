@@ -32,6 +32,7 @@ Beside them, for layers with quantised weights; the first four stand below `atte
     watched               weights that tell what they are given
     calibration           ranges of what goes into static layers
     quantized_checkpoint  a random quantised checkpoint, as the vendor's tool writes it
+    layer_cases           small cases of one layer, for the judge of layers (`cpjax.crosscheck.layer`)
     quantized_ties        activations so near to a tie that two exact computations may differ
 
 Everything is computed in one dtype, float64 or float32, but attention: that has a profile (`cpjax.precision`).

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CROSSCHECK = ROOT / "cpjax" / "crosscheck"
-PAGES = {"verdict.md": ("exact", "error_model", "judging"), "diagnosis.md": ("diagnosis",)}
+PAGES = {"verdict.md": ("exact", "error_model", "judging", "layer"), "diagnosis.md": ("diagnosis",)}
 KINDS = {"derived", "fitted", "chosen", "cost", "words"}
 FILES = [path for rooms in PAGES.values() for room in rooms for path in sorted((CROSSCHECK / room).glob("*.py"))]
 # Of formulas: signs, squares, halves, 1/12 of a uniform error's variance, 9 in Wilson and Hilferty's cube root, ln 10.

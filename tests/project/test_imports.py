@@ -43,7 +43,7 @@ LAYERS = [
         *("cpjax.parallel", "cpjax.decode", "cpjax.deepseek.attention"),
         *("cpjax.crosscheck.judge", "cpjax.crosscheck.gradients"),
     ],
-    ["cpjax.deepseek.moe", "cpjax.deepseek.watched"],
+    ["cpjax.crosscheck.layer", "cpjax.deepseek.moe", "cpjax.deepseek.watched"],
     ["cpjax.deepseek.model"],
     ["cpjax.deepseek.mtp", "cpjax.deepseek.cache", "cpjax.deepseek.quantized_ties"],
     ["cpjax.deepseek.names"],
@@ -53,7 +53,7 @@ LAYERS = [
         *("cpjax.deepseek.ahead", "cpjax.deepseek.draft", "cpjax.deepseek.handover", "cpjax.deepseek.module"),
         "cpjax.deepseek.quantized_checkpoint",
     ],
-    ["cpjax.deepseek.generate"],
+    ["cpjax.deepseek.generate", "cpjax.deepseek.layer_cases"],
     ["cpjax.deepseek.simulate"],
     [
         *("cpjax.module", "cpjax.bench", "cpjax.inspect", "cpjax.testing"),
@@ -118,7 +118,7 @@ WITHOUT_JAX = (
     "partition",
     "testing",
     *(f"crosscheck.{room}" for room in ("exact", "files", "error_model", "judging", "diagnosis", "judge", "gradients")),
-    *(f"crosscheck.{room}" for room in ("conformance", "dumps", "run", "report")),
+    *(f"crosscheck.{room}" for room in ("conformance", "dumps", "layer", "run", "report")),
 )
 
 

@@ -1,15 +1,30 @@
 """What stands in the place of a result where there is none: a note that says why (docs/formats.md)."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cpjax.crosscheck.files.atomic import write_json
-from cpjax.crosscheck.files.case import VERSION, Case
+from cpjax.crosscheck.files.case import VERSION
 from cpjax.errors import InputError
 
 MOST_BYTES = 2**20
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A case of attention or of a layer: what a note says of it."""
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of the content."""
+        ...
 
 
 class Note(NamedTuple):
@@ -32,7 +47,7 @@ class _File(BaseModel):
     reason: str = Field(min_length=1)
 
 
-def write_note(folder: Path, case: Case, backend: str, note: Note) -> Path:
+def write_note(folder: Path, case: Named, backend: str, note: Note) -> Path:
     """Write `folder/name.json`, whole or not at all.
 
     Raises:
@@ -45,7 +60,7 @@ def write_note(folder: Path, case: Case, backend: str, note: Note) -> Path:
     return path
 
 
-def read_note(path: Path, case: Case) -> tuple[str, Note]:
+def read_note(path: Path, case: Named) -> tuple[str, Note]:
     """The backend that left a note, and what it says.
 
     Raises:
