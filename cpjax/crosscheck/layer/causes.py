@@ -63,7 +63,7 @@ def causes_of(case: LayerCase, stage: Stage) -> Iterator[Cause]:
 def readings_of(stage: Stage) -> list[Cause]:
     """Ways of computing a stage that are right, too, by what the operators accept."""
     if stage.kind == "norm":
-        words = "x / √(mean x² + eps) is rounded to FP16 before it is multiplied by the weight, as in npu_rms_norm"
+        words = "x / √(mean x² + eps) is rounded to FP16 before it is multiplied by the weight, as in npu_add_rms_norm"
         return [Cause(words, {"rounded_first": True})]
     if stage.kind == "rope":
         return [Cause("cosines and sines are given as FP16, as the vendor's operators take them", Turn(is_fp16=True))]
