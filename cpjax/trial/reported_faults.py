@@ -422,6 +422,39 @@ def run_weighted(case: Case, weight: float) -> Made:
     return Made(result, _name(f"keys {start} to {stop - 1} were {'lost' if weight == 0 else 'counted twice'}"))
 
 
+def _border(case: Case) -> int:
+    """Where a chunk, a request, a cached prefix or a page ends, that later queries see beyond."""
+    layout = case.setting.layout
+    if case.setting.cp > 1:
+        return TOKENS // case.setting.cp // 2 * int(case.rng.integers(1, case.setting.cp))
+    first = TOKENS - sum(REQUESTS) + REQUESTS[0]
+    return {"packed": first, "prefix": PREFIX, "decode": 48}.get(layout, TOKENS // 2)
+
+
+def run_across(case: Case, weight: float) -> Made:
+    """A run of keys lost or counted twice on both sides of a border."""
+    border = _border(case)
+    start = max(border - int(case.rng.integers(3, 30)), 1)
+    stop = border + int(case.rng.integers(3, 30 if case.setting.layout != "decode" else 15))
+    index = np.arange(TOKENS)
+    result = case.with_(weight=np.where((index >= start) & (index < stop), weight, 1.0))
+    return Made(result, _name(f"keys {start} to {stop - 1} were {'lost' if weight == 0 else 'counted twice'}"))
+
+
+def page_of_one_row(case: Case) -> Made | None:
+    """One batch row misses a page of 16 keys."""
+    if case.setting.batch == 1:
+        return None
+    row, page = int(case.rng.integers(case.setting.batch)), int(case.rng.integers(0, 3))
+    lost = np.arange(TOKENS) // 16 == page
+    result = case.with_(weight=np.where(lost, 0.0, 1.0))
+    mine = np.arange(case.setting.batch) == row
+    out = np.where(mine[:, None, None, None], result.out, case.right.out)
+    lse = np.where(mine[:, None, None], result.lse, case.right.lse)
+    first = 16 * page
+    return Made(Result(out, lse), _name(f"keys {first} to {first + 15} were lost"))
+
+
 def key_weighted(case: Case, weight: float) -> Made:
     """One key lost or counted twice."""
     at = int(case.rng.integers(8, 40))
@@ -493,6 +526,13 @@ def neighbours_value(case: Case, shift: int) -> Made:
 def scaled(case: Case, factor: float, words: str) -> Made:
     """The scale times a factor."""
     return Made(case.with_(scale=case.work.scale * factor), _name(words))
+
+
+def scaled_near(case: Case, factor: float) -> Made:
+    """The scale times a factor near to one that has a name, and none of that name."""
+    number = factor * float(np.exp(case.rng.choice([-1, 1]) * case.rng.uniform(0.005, 0.02)))
+    words = r"the scale is ([\d.e+-]+) times the stated one"
+    return Made(case.with_(scale=case.work.scale * number), (Name(words, number, 0.003),))
 
 
 def scaled_by_any(case: Case) -> Made:
@@ -579,6 +619,12 @@ def _named_scales() -> Iterator[tuple[str, float, str]]:
     yield "mscale² twice", MSCALE_SQUARED, "the scale has YaRN's factor mscale² twice"
     yield "× log2(e)", 1 / LN2, r"scale times log2\(e\)"
     yield "× ln 2", LN2, "scale times ln 2"
+    yield "log2(e)", 1 / LN2 / scale, r"the scale is log2\(e\): only"
+    yield "without its root", scale**-0.5, "the scale was applied by its root only"
+    yield "mscale once", MSCALE_SQUARED**-0.5, "the scale lacks one of YaRN's two factors mscale"
+    yield "mscale³", MSCALE_SQUARED**0.5, "the scale has YaRN's factor mscale once more"
+    for dim in (DIM // 2, 2 * DIM, 192, 576):
+        yield f"1/√{dim}", (DIM / dim) ** 0.5, f"the scale is 1/√{dim}, that of a head_dim of {dim}"
 
 
 LSE_FORMS = {
@@ -655,6 +701,9 @@ REPORTED: dict[str, Reported] = {
     "prefix dropped": Reported(prefix_dropped),
     "run of keys lost": Reported(partial(run_weighted, weight=0.0)),
     "run of keys doubled": Reported(partial(run_weighted, weight=2.0)),
+    "run lost across a border": Reported(partial(run_across, weight=0.0)),
+    "run doubled across a border": Reported(partial(run_across, weight=2.0)),
+    "page lost of one batch row": Reported(page_of_one_row),
     "key lost": Reported(partial(key_weighted, weight=0.0)),
     "key doubled": Reported(partial(key_weighted, weight=2.0)),
     "stale block": Reported(stale_block),
@@ -665,6 +714,8 @@ REPORTED: dict[str, Reported] = {
     "values of the token before": Reported(partial(neighbours_value, shift=-1)),
     **{f"scale {name}": Reported(partial(scaled, factor=x, words=words)) for name, x, words in _named_scales()},
     "scale off": Reported(scaled_by_any),
+    "scale nearly × log2(e)": Reported(partial(scaled_near, factor=1 / LN2)),
+    "scale nearly without mscale²": Reported(partial(scaled_near, factor=1 / MSCALE_SQUARED)),
     "queries and keys ignored": Reported(averaged),
     "softcap applied": Reported(softcap_applied),
     "softcap ignored": Reported(partial(without, term="softcap", words="the softcap was not applied"), _softcap),

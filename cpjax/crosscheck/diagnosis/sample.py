@@ -61,11 +61,11 @@ class Sample:
     @cached_property
     def score(self) -> Float[np.ndarray, "R S"]:
         """The logits of all keys, hidden ones too."""
-        return self.score_with(1.0)
+        return self.score_with(1.0, self.query)
 
-    def score_with(self, factor: float) -> Float[np.ndarray, "R S"]:
-        """The same with the scale times `factor`."""
-        capped = self.logits.capped(factor * self.scale * (self.query @ self.key.T))
+    def score_with(self, factor: float, query: Float[np.ndarray, "R H"]) -> Float[np.ndarray, "R S"]:
+        """The same with the scale times `factor`, and with queries that are rounded for it."""
+        capped = self.logits.capped(factor * self.scale * (query @ self.key.T))
         return (self.logits.shifted(capped) or [capped])[-1]
 
     @cached_property
