@@ -17,6 +17,9 @@ from cpjax.mask import Tokens, visible
 ROWS = 12
 """Most rows of a query chunk that are looked at."""
 
+MORE_ROWS = 48
+"""Where a run of keys is looked for."""
+
 ELEMENTS = 2**21
 """Most scores of a query chunk that are looked at; with very long keys fewer rows."""
 
@@ -165,6 +168,17 @@ def samples_of_requests(
         if len(found) == MOST_REQUESTS:
             break
     return found
+
+
+def with_more_rows(problem: Problem, table: RowTable, out: np.ndarray, one: Sample) -> Sample:
+    """Up to four times as many rows of the same query chunk and heads, right ones too; without their lse.
+
+    The last key of a run is hidden from most rows, and in those that see it it may have no weight.
+    """
+    mine = (table.batch == one.batch) & (problem.q_chunk[table.position] == one.q_chunk) & np.isin(table.head, one.head)
+    rows = np.flatnonzero(mine & _is_finite(table, out, None))
+    some = min(len(rows), MORE_ROWS, max(LEAST_ROWS, ELEMENTS // problem.key.shape[1]))
+    return sample_of(problem, table, rows[np.linspace(0, len(rows) - 1, some).astype(int)], out)
 
 
 def sample_of(problem: Problem, table: RowTable, rows: Int[np.ndarray, " n"], out: np.ndarray) -> Sample:
