@@ -28,6 +28,15 @@ CHUNKS = 4
 LEAST_SIGMA = 1e-7
 """σ of `out` is taken to be at least this where only the scale is fitted."""
 
+ROUNDED_STEPS = tuple(10.0**-n for n in range(3, 10))
+"""Of ln of the factor: how far from the best one it is looked for again, where scale · q is rounded."""
+
+ROUNDED_TRIALS = 21
+"""Factors that are tried each time."""
+
+TIE = 1e-9
+"""Misfits that differ by less, relative to themselves, are alike."""
+
 STEP = 1e-4
 """Of ln of the factor: for the slope of out and lse; roundings of the scale that differ by less are alike."""
 
@@ -145,7 +154,13 @@ def _fitted(some: list[Measured]) -> float:
     from scipy.optimize import minimize_scalar  # slow to import; only a failed verdict needs it
 
     best: Any = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": SCALE_ACCURACY})
-    return float(np.exp(best.x))
+    found = float(best.x)
+    # Where scale · q is rounded, the misfit has steps: it is looked for again around what was found, ever more closely.
+    for width in ROUNDED_STEPS if some[0].problem.precision.query else ():
+        near = found + width * np.linspace(-1, 1, ROUNDED_TRIALS)
+        values = np.array([misfit(x) for x in near])
+        found = float(np.median(near[values <= values.min() * (1 + TIE)]))
+    return float(np.exp(found))
 
 
 def _misfit(one: Measured, factor: float) -> float:
