@@ -18,7 +18,7 @@ ROWS = 12
 """Most rows of a query chunk that are looked at."""
 
 MORE_ROWS = 48
-"""Where a run of keys is looked for."""
+"""Rows besides, where a run of keys is looked for."""
 
 ELEMENTS = 2**21
 """Most scores of a query chunk that are looked at; with very long keys fewer rows."""
@@ -171,14 +171,19 @@ def samples_of_requests(
 
 
 def with_more_rows(problem: Problem, table: RowTable, out: np.ndarray, one: Sample) -> Sample:
-    """Up to four times as many rows of the same query chunk and heads, right ones too; without their lse.
+    """Besides the sample's rows others of the same query chunk, heads and requests, right ones too; without their lse.
 
     The last key of a run is hidden from most rows, and in those that see it it may have no weight.
     """
+    segment = np.asarray(problem.q_tokens.segment)[one.batch]
     mine = (table.batch == one.batch) & (problem.q_chunk[table.position] == one.q_chunk) & np.isin(table.head, one.head)
-    rows = np.flatnonzero(mine & _is_finite(table, out, None))
+    mine &= np.isin(segment[table.position], segment[one.position]) & _is_finite(table, out, None)
+    known = set(zip(one.position.tolist(), one.head.tolist(), strict=True))
+    own = [pair in known for pair in zip(table.position.tolist(), table.head.tolist(), strict=True)]
+    rows = np.flatnonzero(mine)
     some = min(len(rows), MORE_ROWS, max(LEAST_ROWS, ELEMENTS // problem.key.shape[1]))
-    return sample_of(problem, table, rows[np.linspace(0, len(rows) - 1, some).astype(int)], out)
+    rows = rows[np.linspace(0, len(rows) - 1, some).astype(int)]
+    return sample_of(problem, table, np.union1d(rows, np.flatnonzero(mine & np.array(own))), out)
 
 
 def sample_of(problem: Problem, table: RowTable, rows: Int[np.ndarray, " n"], out: np.ndarray) -> Sample:

@@ -28,7 +28,7 @@ CHUNKS = 4
 LEAST_SIGMA = 1e-7
 """σ of `out` is taken to be at least this where only the scale is fitted."""
 
-ROUNDED_STEPS = tuple(10.0**-n for n in range(3, 10))
+ROUNDED_STEPS = tuple(10.0**-n for n in range(2, 10))
 """Of ln of the factor: how far from the best one it is looked for again, where scale · q is rounded."""
 
 ROUNDED_TRIALS = 21
