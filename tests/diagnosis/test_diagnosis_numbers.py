@@ -13,9 +13,9 @@ from cpjax.crosscheck.judging.evidence import collect
 from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.judging.sampling import chosen_rows
 from cpjax.trial.emulators import PROFILES
+from cpjax.trial.fault_case import Case, case_of
 from cpjax.trial.localise import count_correct
 from cpjax.trial.naming import Task, answer_to, verdict_on
-from cpjax.trial.reported_faults import Case, case_of
 from cpjax.trial.settings import SETTINGS, problem_of
 
 with_and_without_lse = pytest.mark.parametrize("with_lse", [True, False], ids=["with lse", "out only"])
