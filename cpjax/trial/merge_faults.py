@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from cpjax.trial.fault_case import LN2, Case, Made, named
-from cpjax.trial.plain_attention import Join, Work, attend
+from cpjax.trial.plain_attention import Join, Work, attend, scores
 from cpjax.trial.settings import PREFIX, TOKENS
 
 
@@ -60,8 +60,8 @@ def lse_as(case: Case, form: str, words: str) -> Made:
 
 
 def _maximum(case: Case) -> np.ndarray:
-    score = np.einsum("btnh,bsnh->btns", *(x.astype(np.float64) for x in (case.work.query, case.work.key)))
-    top = np.where(case.work.seen[:, :, None], score * case.work.scale, -np.inf).max(axis=-1)
+    """The row maximum that the kernel has: of the logits as it rounds them, `[B, T, N]`."""
+    top = np.where(case.work.seen[:, None], scores(case.work), -np.inf).max(axis=-1).swapaxes(1, 2).astype(np.float64)
     return np.where(np.isneginf(top), 0.0, top)
 
 
