@@ -55,6 +55,14 @@ def test_scaled_queries_are_rounded_with_the_scale_that_is_wrong(fault, with_lse
     assert answer.outcome == "alone", answer.sentences
 
 
+@pytest.mark.parametrize("form", ["maximum", "sum", "log of the sum", "maximum + log2"])
+def test_a_row_maximum_that_is_handed_over_has_its_rounding(form):
+    """In lse it has none: the sum is relative to it."""
+    answer = answer_to(Task(f"lse: {form}", ROUNDED[0], True, 0))
+    assert answer is not None
+    assert answer.outcome == "alone", answer.sentences
+
+
 @with_and_without_lse
 @pytest.mark.parametrize("factor", [1.037, 1.45, 0.7])
 @pytest.mark.parametrize("setting", [*PLAIN, ROUNDED[0]])
