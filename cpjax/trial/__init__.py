@@ -9,7 +9,8 @@
     faults       wrong results, one named function each
     rivals       the acceptance rules of others, on the same results
     localise     how often the diagnosis names the place of a fault
-    naming       how often it names the cause: reported_faults and unnamed_faults in settings, by a plain_attention
+    naming       how often it names the cause: reported_faults and unnamed_faults in settings, by a plain_attention;
+                 what is reported is in merge_, row_, mask_, key_ and logit_faults, each made of a fault_case
 
 `python -m cpjax.trial --help` runs them; docs/trial.md has the figures.
 """

@@ -26,9 +26,10 @@ from cpjax.crosscheck.diagnosis.words import UNKNOWN
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.crosscheck.run.workers import each
 from cpjax.trial.emulators import PROFILES
+from cpjax.trial.fault_case import Case, Name, Reported, case_of
 from cpjax.trial.faults import changes
 from cpjax.trial.problem import Result
-from cpjax.trial.reported_faults import REPORTED, Case, Name, Reported, case_of
+from cpjax.trial.reported_faults import REPORTED
 from cpjax.trial.settings import SETTINGS, Setting, problem_of
 from cpjax.trial.unnamed_faults import UNNAMED
 

@@ -1,6 +1,6 @@
 """Attention in plain NumPy, one array a head, in which anything may be changed: what `reported_faults` breaks.
 
-    s_c   = scale · q·k, softcap, − slope · distance, + bias      rounded to `score`, of part c of the keys
+    s_c   = scale · q·k (or (scale · q)·k), softcap, − slope · distance, + bias   rounded to `score`, of part c of keys
     out_c = Σ w e^(s − m) v / Σ w e^(s − m)                       e^… rounded to `probability`, out_c to `block`
     lse_c = m + ln Σ w e^(s − m)
 
@@ -115,9 +115,12 @@ def handed_over(out: np.ndarray, lse: np.ndarray, work: Work) -> Result:
 
 def scores(work: Work) -> Float[np.ndarray, "B N T S"]:
     """The logits, before the mask."""
-    fmt = work.arithmetic.score
-    s = rounded(np.einsum("btnh,bsnh->bnts", work.query, work.key), fmt)
-    s = rounded(s * rounded(np.asarray(work.scale, F), fmt), fmt)
+    how, scale, query = work.arithmetic, np.asarray(work.scale, F), work.query
+    fmt = how.score
+    if how.query:  # scale · q is a tensor of its own
+        scale, query = np.asarray(1, F), rounded(query * scale, how.query)
+    s = rounded(np.einsum("btnh,bsnh->bnts", query, work.key), fmt)
+    s = rounded(s * rounded(scale, how.scale or fmt), fmt)
     if work.softcap is not None:
         s = rounded(F(work.softcap) * np.tanh(s / F(work.softcap)), fmt)
     if work.alibi is not None:

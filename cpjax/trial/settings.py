@@ -58,6 +58,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("GQA, batch of 3", batch=3, heads=8, kv_heads=2),
         Setting("one head of 16", heads=16, kv_heads=16, one_head=True),
         Setting("scores in FP16, cp 2", cp=2, profile="ring_mla_fp16"),
+        Setting("scaled queries in FP16", profile="scaled_query_fp16"),
         Setting("float32", profile="float32"),
         Setting("BF16, full", is_causal=False, profile="flash_bf16"),
     )

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from cpjax.trial.fault_case import Case, Made, Reported
 from cpjax.trial.plain_attention import attend
 from cpjax.trial.problem import Result
-from cpjax.trial.reported_faults import Case, Made, Reported
 from cpjax.trial.settings import DIM, TOKENS
 
 

@@ -67,9 +67,18 @@ def test_a_peer_asked_with_another_scale_is_wrong_and_the_factor_is_named(tmp_pa
     arrays = inputs("float16")
     code, said = judged(tmp_path, arrays, peer(arrays, "float16"), scale=0.1)
     assert code == 1
+    # They took their default.
+    assert "the scale is 1/√64, that of a head_dim of 64: 1.25 times the stated one" in said, said
+
+
+@pytest.mark.parametrize("peer", [of_torch, of_jax])
+def test_a_factor_that_has_no_name_is_told(tmp_path, peer):
+    arrays = inputs("float16")
+    code, said = judged(tmp_path, arrays, peer([2 * arrays[0], *arrays[1:]], "float16"))
+    assert code == 1
     (factor,) = re.findall(r"the scale is (\S+) times the stated one", said)
     # Fitted to FP16 outputs: their spacing is 2^-11, some thousand of them are averaged.
-    assert abs(float(factor) / 1.25 - 1) < 1e-4, said
+    assert abs(float(factor) / 2 - 1) < 1e-4, said
 
 
 def test_one_rounding_at_the_end_is_told_from_rounded_probabilities(tmp_path):

@@ -8,11 +8,22 @@ import pytest
 from typer.testing import CliRunner
 
 from cpjax.crosscheck.diagnosis import words
-from cpjax.trial import emulators, plain_attention, reported_faults, unnamed_faults
+from cpjax.trial import (
+    emulators,
+    fault_case,
+    key_faults,
+    logit_faults,
+    mask_faults,
+    merge_faults,
+    plain_attention,
+    reported_faults,
+    row_faults,
+    unnamed_faults,
+)
 from cpjax.trial.__main__ import app
 from cpjax.trial.emulators import PROFILES
+from cpjax.trial.fault_case import case_of
 from cpjax.trial.naming import REPORTED, UNNAMED, Name, Task, answer_to, in_one_head, outcome, tasks_of, verdict_on
-from cpjax.trial.reported_faults import case_of
 from cpjax.trial.settings import SETTINGS, problem_of
 
 SOME = [
@@ -94,7 +105,10 @@ def test_a_fault_in_one_head_leaves_the_others_alone():
     assert [n for n in range(16) if (wrong.out[:, :, n] != case.right.out[:, :, n]).any()] == [14]
 
 
-@pytest.mark.parametrize("module", [plain_attention, reported_faults, unnamed_faults])
+KINDS = (merge_faults, row_faults, mask_faults, key_faults, logit_faults)
+
+
+@pytest.mark.parametrize("module", [plain_attention, fault_case, *KINDS, reported_faults, unnamed_faults])
 def test_no_fault_is_made_by_code_of_the_judge(module):
     tree = ast.parse(Path(str(module.__file__)).read_text())
     imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

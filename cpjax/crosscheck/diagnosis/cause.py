@@ -18,9 +18,9 @@ SAME = 1e-6
 EQUAL = 6.0
 """Faults whose 2 ln(likelihood) differs by less are equals: the better one is not twenty times likelier."""
 
-LEAST_GAIN = 30.0
-"""2 ln(likelihood) by which a fault, its price paid, must explain more than a right result would: e^15 times likelier;
-of 10,000 right results one was explained by a fault with e^10. Of what is wrong it is mostly thousands."""
+LEAST_GAIN = 20.0
+"""2 ln(likelihood) by which a fault, its price paid, must explain more than a right result would: e^10 times likelier.
+Of what is wrong it is mostly thousands."""
 
 
 @dataclass(frozen=True)

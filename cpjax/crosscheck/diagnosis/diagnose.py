@@ -24,8 +24,9 @@ from cpjax.crosscheck.diagnosis.permutation import (
     requests_from,
 )
 from cpjax.crosscheck.diagnosis.row_masks import row_mask
-from cpjax.crosscheck.diagnosis.runs import SAMPLES, run_faults
-from cpjax.crosscheck.diagnosis.sample import out_suspects, samples, samples_of_requests, suspects
+from cpjax.crosscheck.diagnosis.runs import looked_at, run_faults
+from cpjax.crosscheck.diagnosis.sample import out_suspects, samples, samples_of_requests, suspects, with_more_rows
+from cpjax.crosscheck.diagnosis.scales import scale_faults
 from cpjax.crosscheck.diagnosis.unwritten import said as unwritten
 from cpjax.crosscheck.diagnosis.unwritten import sees_nothing, unwritten_rows
 from cpjax.crosscheck.diagnosis.weights import chunk_weights
@@ -75,7 +76,7 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
         return Diagnosis([words.UNKNOWN, *scope], weights)
     samples_beside = samples_of_requests(problem, evidence.rows, out, lse, [one.sample for one in wrong])
     beside = [Measured(sample, problem) for sample in samples_beside]
-    everywhere = [*global_masks(problem, requests_of(wrong)), *with_numbers(wrong)]
+    everywhere = [*global_masks(problem, requests_of(wrong)), *with_numbers(wrong), *scale_faults(problem, wrong)]
     everywhere += global_faults(problem, has_lse=lse is not None, suspects=_keys(evidence, measured))
     everywhere += _precisions(problem, wrong)
     if problem.sink is None:  # with one, every rank's parts may or may not have it
@@ -83,7 +84,7 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
         cached = is_cached(problem, wrong[0].sample.batch)
         everywhere += base_faults(problem.kv_chunk, segment, cached, has_lse=lse is not None)
     everywhere += [
-        *run_faults([*wrong[: SAMPLES - len(beside)], *beside]),
+        *run_faults(_with_more_rows(problem, evidence, out, looked_at(wrong, beside))),
         *data_faults(problem),
         *logit_faults(problem),
     ]
@@ -104,6 +105,10 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
     if not any(cause.faults for cause in chosen):
         scope = [*scope, *wrong_columns(wrong)]
     return Diagnosis([*sentences, *scope], weights, causes, tuple(f for c in common[:1] for f in c.faults))
+
+
+def _with_more_rows(problem: Problem, evidence: Evidence, out: np.ndarray, some: list[Measured]) -> list[Measured]:
+    return [Measured(with_more_rows(problem, evidence.rows, out, one.sample), problem) for one in some]
 
 
 def _holds_beside(fault: Fault, fits: dict[int, Fit], beside: list[Measured], kv_head: int) -> bool:

@@ -22,14 +22,8 @@ LSE_FORMS = (
 SOFTCAPS = (50.0, 30.0, 20.0, 15.0, 10.0)
 """Softcaps of published models (Gemma 2: 50; Grok: 30), and smaller ones."""
 
-MSCALE_SQUARED = float((0.1 * np.log(40) + 1) ** 2)
-"""By which DeepSeek's YaRN raises the softmax scale (mscale_all_dim 1, factor 40; modeling_deepseek.py)."""
-
 MOST_KV_HEADS = 16
 """Key/value heads whose keys or values are tried in the place of a head's own."""
-
-NO_SCALE = 1e-9
-"""A scale of 0, by which nothing can be divided."""
 
 
 def families(problem: Problem, requests: set[int]) -> Iterator[tuple[str, str, float]]:
@@ -87,17 +81,6 @@ def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, 
     Args:
       suspects: keys with the largest scores, and the weights with which they seem to enter.
     """
-    names = {
-        "not applied": 1 / (problem.scale or 1.0),
-        "applied twice": problem.scale,
-        "zero": NO_SCALE,
-        "negated": -1.0,
-    }
-    names |= {"inverted": (problem.scale or 1.0) ** -2}
-    names |= {"without mscale": 1 / MSCALE_SQUARED, "with mscale twice": MSCALE_SQUARED}
-    names |= {"times log2(e)": np.log2(np.e), "times ln 2": np.log(2.0)}
-    for name, factor in names.items():
-        yield Fault(f"scale {name}", scale=float(factor), cost=RARE)
     if has_lse:
         for name in LSE_FORMS:
             yield Fault(f"lse {name}", lse=name, cost=RARE)

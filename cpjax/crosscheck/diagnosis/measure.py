@@ -43,6 +43,9 @@ STORED = 1 / 6
 LEAST_SPACINGS = 1 / 4
 """σ in spacings, at least, of an output that may not be the right one: about 1/√12, its last rounding's."""
 
+OF_THE_MAXIMUM = ("maximum only", "without its maximum", "sum itself", "with log2 of the sum")
+"""What is handed over instead of lse that has the row maximum as it was rounded: q·k, then the scaled score."""
+
 EXACT_SIGMA = 1e-3
 """σ in spacings of an output that must be exact, so that a likelihood can be computed."""
 
@@ -115,6 +118,9 @@ class Measured:
         lse_sigma = expected.lse_sigma
         if fault.lse and not fault.merge:
             lse = changed_lse(model.rows, fault)
+            if fault.lse in OF_THE_MAXIMUM:  # lse does not have its rounding, for the sum is relative to it
+                step = FORMATS[self.problem.precision.score].spacing(model.rows.chunk_max.max(axis=1))
+                lse_sigma = np.sqrt(lse_sigma**2 + STORED * step**2)
             if fault.lse == "sum itself":  # which errs by so much times itself
                 lse_sigma = lse_sigma * np.maximum(1.0, lse)
         return self._score(fault, out, variance, lse, lse_sigma)

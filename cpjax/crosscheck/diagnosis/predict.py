@@ -14,7 +14,7 @@ from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
 from cpjax.crosscheck.exact.logits import Logits
 from cpjax.crosscheck.judging.problem import Problem
-from cpjax.precision import scale_in
+from cpjax.precision import query_in, scale_in
 
 HALVINGS = 8
 """Of ALiBi: the last head's slope is 2^-8."""
@@ -31,7 +31,11 @@ def exact_model(sample: Sample, problem: Problem, fault: Fault = RIGHT) -> Error
     keys, values = _data(sample, problem, fault)
     if fault.run:
         index, seen, log_weight = _with_run(fault, index, seen, log_weight)
-    query, key, scale = sample.query, keys[index], scale_in(precision, sample.scale) * fault.scale
+    query, key, scale = (
+        scaled_query(sample, problem, fault),
+        keys[index],
+        scale_in(precision, sample.scale) * fault.scale,
+    )
     logits = changed_logits(sample, problem, fault).of_keys(index)
     if log_weight.any():  # a bias
         bias = log_weight if logits.bias is None else logits.bias + log_weight
@@ -39,6 +43,16 @@ def exact_model(sample: Sample, problem: Problem, fault: Fault = RIGHT) -> Error
     rows = attention_rows(query, key, values[index], seen, slot, scale, logits)
     merging = problem.merging_of(np.full(len(query), sample.q_chunk), rows.key_chunks)
     return ErrorModel(rows, precision, merging, problem.query.shape[3], scale)
+
+
+def scaled_query(sample: Sample, problem: Problem, fault: Fault) -> Float[np.ndarray, "R H"]:
+    """The queries as they are rounded with the scale that the fault has, where the profile rounds scale · q."""
+    if fault.scale == 1.0 or not problem.precision.query:
+        return sample.query
+    with np.errstate(over="ignore"):
+        query = problem.query[sample.batch, sample.position, sample.head]
+        query = query_in(problem.precision, query, problem.scale * fault.scale)
+    return query if np.isfinite(query).all() else sample.query  # infinite: no number to judge
 
 
 def changed_logits(sample: Sample, problem: Problem, fault: Fault) -> Logits:
@@ -133,7 +147,7 @@ def glance(
 ) -> tuple[Float[np.ndarray, "R V"], Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Exact out, Σ exp(s − base) and lse with another mask, scale, or weight of a key; without an error model."""
     seen = mask_of(sample, problem, fault.mask, fault.number) if fault.mask else sample.seen
-    score = np.where(seen, sample.score_with(fault.scale), -np.inf)
+    score = np.where(seen, sample.score_with(fault.scale, scaled_query(sample, problem, fault)), -np.inf)
     top = score.max(axis=1, keepdims=True)
     sink = sample.logits.sink
     top = top if sink is None else np.maximum(top, sink[:, None])

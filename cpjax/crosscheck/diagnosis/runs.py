@@ -42,9 +42,18 @@ LEAST_LEFT = 1e-9
 """Share of its mass that a row must keep: one that loses all its keys is no output."""
 
 
+def looked_at(wrong: list[Measured], beside: list[Measured]) -> list[Measured]:
+    """Of the wrong query chunks a few from the first to the last, and those of other requests.
+
+    Under a causal mask the first ones see where a run begins, and only the last ones all of it.
+    """
+    count = min(len(wrong), max(SAMPLES - len(beside), 2))
+    return [*(wrong[i] for i in np.linspace(0, len(wrong) - 1, count).astype(int)), *beside]
+
+
 def run_faults(wrong: list[Measured]) -> Iterator[Fault]:
     """The run whose loss, and the run whose doubling, explains the wrong rows best; and the best stale block."""
-    tables = [_Table(one) for one in wrong[:SAMPLES]]
+    tables = [_Table(one) for one in wrong]
     length = tables[0].length
     cost = 2 * float(np.log(max(length, 2) * (length - 1) / 2 + 1))
     for kind, weight in (("run lost", 0.0), ("run doubled", 2.0)):

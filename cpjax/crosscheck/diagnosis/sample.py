@@ -17,6 +17,9 @@ from cpjax.mask import Tokens, visible
 ROWS = 12
 """Most rows of a query chunk that are looked at."""
 
+MORE_ROWS = 48
+"""Rows besides, where a run of keys is looked for."""
+
 ELEMENTS = 2**21
 """Most scores of a query chunk that are looked at; with very long keys fewer rows."""
 
@@ -61,11 +64,11 @@ class Sample:
     @cached_property
     def score(self) -> Float[np.ndarray, "R S"]:
         """The logits of all keys, hidden ones too."""
-        return self.score_with(1.0)
+        return self.score_with(1.0, self.query)
 
-    def score_with(self, factor: float) -> Float[np.ndarray, "R S"]:
-        """The same with the scale times `factor`."""
-        capped = self.logits.capped(factor * self.scale * (self.query @ self.key.T))
+    def score_with(self, factor: float, query: Float[np.ndarray, "R H"]) -> Float[np.ndarray, "R S"]:
+        """The same with the scale times `factor`, and with queries that are rounded for it."""
+        capped = self.logits.capped(factor * self.scale * (query @ self.key.T))
         return (self.logits.shifted(capped) or [capped])[-1]
 
     @cached_property
@@ -165,6 +168,22 @@ def samples_of_requests(
         if len(found) == MOST_REQUESTS:
             break
     return found
+
+
+def with_more_rows(problem: Problem, table: RowTable, out: np.ndarray, one: Sample) -> Sample:
+    """Besides the sample's rows others of the same query chunk, heads and requests, right ones too; without their lse.
+
+    The last key of a run is hidden from most rows, and in those that see it it may have no weight.
+    """
+    segment = np.asarray(problem.q_tokens.segment)[one.batch]
+    mine = (table.batch == one.batch) & (problem.q_chunk[table.position] == one.q_chunk) & np.isin(table.head, one.head)
+    mine &= np.isin(segment[table.position], segment[one.position]) & _is_finite(table, out, None)
+    known = set(zip(one.position.tolist(), one.head.tolist(), strict=True))
+    own = [pair in known for pair in zip(table.position.tolist(), table.head.tolist(), strict=True)]
+    rows = np.flatnonzero(mine)
+    some = min(len(rows), MORE_ROWS, max(LEAST_ROWS, ELEMENTS // problem.key.shape[1]))
+    rows = rows[np.linspace(0, len(rows) - 1, some).astype(int)]
+    return sample_of(problem, table, np.union1d(rows, np.flatnonzero(mine & np.array(own))), out)
 
 
 def sample_of(problem: Problem, table: RowTable, rows: Int[np.ndarray, " n"], out: np.ndarray) -> Sample:

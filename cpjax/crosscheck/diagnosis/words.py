@@ -126,6 +126,13 @@ def _global(fault: Fault) -> str:
         "scale not applied": "the scale was not applied: it is 1",
         "scale applied twice": "the scale was applied twice",
         "scale inverted": "the scale is the inverse of the stated one",
+        "scale without its root": "the scale was applied by its root only, as to queries and not to keys",
+        "scale of a head_dim": f"the scale is 1/√{fault.number:.0f}, that of a head_dim of {fault.number:.0f}:"
+        f" {fault.scale:.6g} times the stated one",
+        "scale log2(e)": "the scale is log2(e): only the base of the exponential was applied",
+        "scale ln 2": "the scale is ln 2: only the base of the exponential was applied",
+        "scale with mscale once": "the scale lacks one of YaRN's two factors mscale (DeepSeek: 1.3689)",
+        "scale with mscale too often": "the scale has YaRN's factor mscale once more (DeepSeek: 1.3689)",
         "scale without mscale": "the scale lacks YaRN's factor mscale² (DeepSeek: 1.8738 for a factor of 40)",
         "scale with mscale twice": "the scale has YaRN's factor mscale² twice (DeepSeek: 1.8738 for a factor of 40)",
         "scale negated": "the scale has the other sign",

@@ -41,6 +41,8 @@ class Problem:
     mask: Mask
     scale: float
     """As the profile rounds it: 192^-1/2 is 3.5e-4 less in FP16, and that is not an error of whoever computes."""
+    stated_scale: float
+    """As it was given."""
     precision: Precision
     partition: Partition
     """Who holds which tokens, and into which chunks the keys were cut."""
@@ -192,6 +194,7 @@ def checked_problem(
         kv_tokens,
         mask,
         rounded,
+        scale,
         precision,
         partition,
         order,

@@ -131,7 +131,8 @@ def _of_quantised(case: LayerCase, stage: Stage) -> Iterator[Cause]:
         yield Cause("gate and up exchanged", {"exchanged": True})
     other = {"exact": "vendor", "vendor": "exact"}[case.arithmetic]
     yield Cause(f"{other} arithmetic; the case says {case.arithmetic}", {"arithmetic": other})
-    kind, one = case.kinds[stage.product.weights[0].format(e=0)], linear_of(case, stage.product.weights[0].format(e=0))
+    name = next(iter(stage.product.weights)).format(e=0)
+    kind, one = case.kinds[name], linear_of(case, name)
     if kind == KINDS[0]:
         yield Cause("quant_bias forgotten", {"bias": 0.0})
         yield Cause("quant_bias added twice", {"bias": 2.0})

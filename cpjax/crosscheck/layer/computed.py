@@ -94,8 +94,10 @@ def _shaped(case: LayerCase, stage: Stage, parts: list[Expected]) -> Expected:
     if stage.name != "q":
         return found
     shape = (len(found.exact), case.config.num_attention_heads, case.config.head_dim)
-    cut = [np.broadcast_to(y, found.exact.shape).reshape(shape) for y in (found.most, found.sigma, found.inward)]
-    return Expected(found.exact.reshape(shape), *cut)
+    most, sigma, inward = (
+        np.broadcast_to(y, found.exact.shape).reshape(shape) for y in (found.most, found.sigma, found.inward)
+    )
+    return Expected(found.exact.reshape(shape), most, sigma, inward)
 
 
 def _expert(case: LayerCase, stage: Stage, x: Inputs, how: Any) -> dict[str, Expected]:
@@ -123,7 +125,8 @@ def _by_expert(index: Int[np.ndarray, "T k"], one: Callable[[int, np.ndarray, np
             found = [np.zeros((*index.shape, part.exact.shape[-1])) for _ in columns]
         for whole, column in zip(found, columns, strict=True):
             whole[rows, slots] = column
-    return Expected(*found)
+    exact, most, sigma, inward = found
+    return Expected(exact, most, sigma, inward)
 
 
 def _quantisation(case: LayerCase, stage: Stage, x: Inputs, how: Any) -> dict[str, Expected]:
@@ -140,7 +143,8 @@ def _quantisation(case: LayerCase, stage: Stage, x: Inputs, how: Any) -> dict[st
     largest = words.pop("largest", LARGEST_INT8)
     whole = formulas.token_scale(source, largest)
     if words.pop("one_scale", False):
-        whole = Expected(*(np.full_like(y, y.max()) for y in (whole.exact, whole.most, whole.sigma)), 0.0, "float32")
+        exact, most, sigma = (np.full_like(y, y.max()) for y in (whole.exact, whole.most, whole.sigma))
+        whole = Expected(exact, most, sigma, 0.0, "float32")
     return {scale: whole, stage.name: formulas.quantised_token(source, x[scale], **words)}
 
 

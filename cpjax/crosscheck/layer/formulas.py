@@ -184,10 +184,10 @@ def rope(
 
     first, second = one(a, b, -1), one(b, a, 1)
     if how.out == "interleaved":
-        pairs = [np.stack(both, axis=-1).reshape(x.shape) for both in zip(first, second, strict=True)]
+        exact, most, sigma = (np.stack(both, axis=-1).reshape(x.shape) for both in zip(first, second, strict=True))
     else:
-        pairs = [np.concatenate(both, axis=-1) for both in zip(first, second, strict=True)]
-    return Expected(*pairs)
+        exact, most, sigma = (np.concatenate(both, axis=-1) for both in zip(first, second, strict=True))
+    return Expected(exact, most, sigma)
 
 
 # Sums and activations ------------------------------------------------------------------------------------------------
@@ -320,7 +320,8 @@ def quantised(
     by = np.ones(a.shape[:-1]) if scale is None or not how.has_token_scale else scale
     second = weights.second if weights.second is not None and how.has_second else None
     scales = weights.weight_scale[:, None] * (1.0 if second is None else second)
-    columns = np.split(np.arange(weight.shape[1]), scales.shape[1])
+    groups = 1 if second is None else second.shape[1]
+    columns = np.split(np.arange(weight.shape[1]), groups)
     most: np.ndarray | float = 0.0
     sigma: np.ndarray | float = 0.0
     if weights.scale_bias is not None and is_vendor:

@@ -110,7 +110,7 @@ def _held(
             reasons.append(f"the experts of {counted(count, 'token')} are not those with the largest choices")
             where.append(words_of("token", np.flatnonzero(~is_right)))
             ratio = np.inf
-        in_range = ((index >= 0) & (index < case.config.n_routed_experts)).all(axis=1)
+        in_range = np.all((index >= 0) & (index < case.config.n_routed_experts), axis=1)
         used = used & in_range  # weights are those of the experts that were chosen, right or wrong
         inputs["expert_index"] = np.where(in_range[:, None], index, 0)
     for name, expected in compute(case, stage, inputs, how).items():
