@@ -21,7 +21,7 @@ FAULTS = {
     "pairs left": ("query", "pairs left side by side"),
     "plain frequencies": ("query", "plain frequencies, without YaRN"),
     "positions": ("k_rope", "positions one too large"),
-    "mscale": ("attention", "the scale is 0.53"),
+    "mscale": ("attention", "the scale lacks YaRN's factor mscale²"),
     "key value apart": ("key_value", "kv_b_proj read as the keys of all heads"),
     "gate and up": ("activated", "gate and up exchanged"),
     "gate and up of the product": ("gate_up", "gate and up exchanged"),

@@ -320,8 +320,7 @@ def quantised(
     by = np.ones(a.shape[:-1]) if scale is None or not how.has_token_scale else scale
     second = weights.second if weights.second is not None and how.has_second else None
     scales = weights.weight_scale[:, None] * (1.0 if second is None else second)
-    groups = 1 if second is None else second.shape[1]
-    columns = np.split(np.arange(weight.shape[1]), groups)
+    columns = np.split(np.arange(weights.weight.shape[1]), scales.shape[-1])
     most: np.ndarray | float = 0.0
     sigma: np.ndarray | float = 0.0
     if weights.scale_bias is not None and is_vendor:
