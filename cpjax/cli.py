@@ -508,14 +508,15 @@ def judge_dump(
         for remark in [*said.remarks, *taken]:
             print(f"cpjax: {remark}", file=sys.stderr)
         name = question.out.name
+        verdict, remarks = said.verdict, tuple(said.verdict.remarks)
         judged = Judged(
-            name, "dump", said.verdict.precision, said.verdict.order, verdict=said.verdict, about=said.about
+            name, "dump", verdict.precision, verdict.order, verdict=verdict, remarks=remarks, about=said.about
         )
         if report is not None:
             # What is no result at all, by its form, cannot be drawn.
             shown = Shown(said.problem, said.out, said.lse)
-            shown = None if "form" in said.verdict.failed_tests else shown
-            judged = replace(judged, shown=shown, remarks=tuple(said.remarks))
+            shown = None if "form" in verdict.failed_tests else shown
+            judged = replace(judged, shown=shown, remarks=(*said.remarks, *remarks))
         report_to(report, [judged], "cpjax judge-dump")
         show([judged], as_json, asked=True, provenance=True, backward=backward)
 

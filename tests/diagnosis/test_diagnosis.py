@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from strategies import examples
 
 from cpjax.crosscheck import judge
+from cpjax.crosscheck.diagnosis.cause import Cause
+from cpjax.crosscheck.diagnosis.dictionary import Fault
 from cpjax.crosscheck.diagnosis.places import numbers
+from cpjax.crosscheck.diagnosis.words import causes
+from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.trial.emulators import PROFILES, attend
 from cpjax.trial.faults import FAULTS, Bench
 from cpjax.trial.localise import KINDS, count_one, places, problem
@@ -27,7 +31,7 @@ SAYS = {
     "one key doubled": "key 1 was counted twice",
     "causal mask +1": "causal mask is shifted by +1",
     "causal mask −1": "causal mask is shifted by -1",
-    "diagonal unmasked": "rank 0, step 0: query chunk 3 sees all of its own chunk",
+    "diagonal unmasked": "rank 0, step 0: query chunk 3 saw all of its own chunk",
     "scale +0.1 %": "the scale is 1.001 times the stated one",
     "scale +1 %": "the scale is 1.01 times the stated one",
     "heads exchanged": "head 0 has the outputs of head 1",
@@ -56,7 +60,7 @@ def test_each_fault_is_named_first(name):
 @pytest.mark.parametrize("name", ["another case", "one row + 1 %"])
 def test_what_is_in_no_dictionary_is_not_named(name):
     said = verdict_of(name, is_causal=True).diagnosis
-    assert "cannot be said" in said[0], said
+    assert "the cause is unknown" in said[0], said
 
 
 def test_a_single_wrong_row_is_named_even_so():
@@ -123,3 +127,22 @@ def test_outputs_that_are_exactly_zero_are_diagnosed_too(profile):
     assert not said.passed
     assert "no causal mask was applied" in said.diagnosis[0]
     assert not wrong.out[..., :3].any()
+
+
+def test_faults_that_differ_do_not_share_a_sentence():
+    """Of two query chunks: one sentence for one weight, two for two, and each merge with its own number."""
+    arrays = (np.ones((1, 32, 1, 8), np.float16),) * 3
+    asked = checked_problem(*arrays, cp=2)
+
+    def said(*faults):
+        return causes(asked, tuple(Cause(chunk, (fault,), 1.0, 9.0, 50.0) for chunk, fault in enumerate(faults)))
+
+    half, other = Fault("weight", (0,), number=0.4996), Fault("weight", (0,), number=1.5)
+    assert len(said(half, half._replace(number=0.5001))) == 1
+    assert "weight 0.4999 instead of 1" in said(half, half._replace(number=0.5001))[0]
+    apart = said(half, other)
+    assert ["weight 0.4996" in apart[0], "weight 1.5" in apart[1]] == [True, True]
+    merges = said(Fault("not rescaled", unrescaled=(1,)), Fault("not rescaled", unrescaled=(2,)))
+    assert ["merge 1" in merges[0], "merge 2" in merges[1]] == [True, True]
+    keys = said(Fault("key lost", key=5), Fault("key lost", key=17))
+    assert ["key 5 " in keys[0], "key 17 " in keys[1]] == [True, True]

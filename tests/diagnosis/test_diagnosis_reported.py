@@ -261,7 +261,9 @@ def test_what_has_no_entry_is_unknown_and_no_cause_is_told(change, has_lse):
     out = out.copy()
     change(out, np.random.default_rng(1))
     verdict = said((out, lse), {}, has_lse)
-    assert verdict.diagnosis[0].startswith("It is wrong, and no fault of the dictionary explains it"), verdict.diagnosis
+    assert verdict.diagnosis[0].startswith("The result is wrong, and no fault in the judge's list explains it"), (
+        verdict.diagnosis
+    )
     assert np.isfinite(verdict.hard_ratio)
     where = list(verdict.diagnosis[1:])
     if change in COLUMNS:

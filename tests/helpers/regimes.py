@@ -504,8 +504,9 @@ class Bench(faults.Bench):
         return fold(blocks, visits(self.problem, self.order), arithmetic, join)
 
     def failed(self, result: Result, *, with_lse: bool) -> tuple[str, ...]:
-        """The tests that a result fails."""
-        return Regime(self.problem, self.profile).verdict(result, with_lse=with_lse).failed_tests
+        """The tests that a result fails; and `scale`, where it is only remarked that it is off."""
+        verdict = Regime(self.problem, self.profile).verdict(result, with_lse=with_lse)
+        return (*verdict.failed_tests, *(["scale"] if verdict.remarks else []))
 
 
 @cache

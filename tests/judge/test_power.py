@@ -297,6 +297,12 @@ def scale_is_not_named(noise: float) -> bool:
     return "scale" not in one.failed(result, with_lse=False)
 
 
+def scale_is_wrong(size: float) -> bool:
+    """Whether FP16 outputs of a scale that is off by so much are called wrong, and not only remarked on."""
+    one = Regime(bench("flash_fp16").problem, "flash_fp16")
+    return not one.verdict(wrong("flash_fp16", "scale", 0.0, size), with_lse=False).passed
+
+
 def is_out_of_range(dtype: str, keys: int, value: float, beyond: float) -> bool:
     """Whether an output that exceeds all values by `beyond` is garbage."""
     key = np.zeros((1, keys, 1, 1))
@@ -325,6 +331,7 @@ EDGES: dict[str, tuple[Callable[[float], bool], float]] = {
     "range of float32, few keys": (partial(is_out_of_range, "float32", 4, 1.0), 8.705e-6),
     "range of float16": (partial(is_out_of_range, "float16", 4, 1.0), 4.894e-3),
     "rows of which a sample is judged": (lambda keys: rows_chosen(keys) < 1, 2**28 / 4096),
+    "a scale that is no exponential": (scale_is_wrong, 1.07e-4),
     "range near 0": (partial(is_out_of_range, "float16", 4, 0.0), 4 * 2.0**-24),
 }
 
@@ -472,6 +479,7 @@ GUARDS = (
     of_constant(f"{JUDGING}.sampling", "TILE", "one row in 128"),
     of_constant(f"{JUDGING}.range_check", "GENEROUS", "range of float32, few keys", "range of float16"),
     of_constant(f"{JUDGING}.range_check", "OTHER", "range of float32, few keys"),
+    of_constant(f"{JUDGING}.verdict", "APPROXIMATE_EXP", "a scale that is no exponential"),
     of_constant(f"{JUDGING}.range_check", "STORED", "range near 0"),
 )  # fmt: skip
 
@@ -490,7 +498,6 @@ EXPLAINED = {
     "sampling.ROWS": "costs memory",
     "sampling.LEAST_ROWS": "costs time",
     "statistic.LEAST_PROBABILITY": "a z-score of 37 is beyond LIMIT, as are those of its double and its half",
-    "verdict.APPROXIMATE_EXP": "words: from where on the sentence has no second cause",
     "verdict.MOST_NAMES": "words: how many names a sentence has",
     "verdict.TELLING": "words: below it the mean is not told",
     "evidence.BEYOND": "words: what lies beyond its bound is not told as 100 % of it",
@@ -541,14 +548,33 @@ def test_sums_that_are_cut_off_move_as_far_as_their_terms_say(regime, of_lse):
     assert 0.5 < together / size < 1.5
 
 
+@pytest.mark.parametrize("with_lse", [True, False])
 @pytest.mark.parametrize(
-    ("profile", "size", "has_second"),
+    ("profile", "size", "is_remark"),
     [("flash_fp16", 8e-5, True), ("flash_fp16", 2e-4, False), ("float32", 1e-6, False)],
 )
-def test_a_scale_as_little_off_as_approximate_exponentials_has_a_second_cause(profile, size, has_second):
-    one = Regime(bench(profile).problem, profile).verdict(wrong(profile, "scale", 0.0, size), with_lse=False)
-    assert one.failed_tests == ("scale",)
-    assert [("approximate exponentials" in reason) for reason in one.reasons] == [has_second]
+def test_a_scale_as_little_off_as_approximate_exponentials_is_a_remark(profile, size, is_remark, with_lse):
+    """It is one only where nothing else is wrong: with lse the errors of lse show it."""
+    one = Regime(bench(profile).problem, profile).verdict(wrong(profile, "scale", 0.0, size), with_lse=with_lse)
+    if with_lse and profile == "flash_fp16":
+        assert {"lse spread", "scale"} <= set(one.failed_tests)
+        assert (one.passed, one.remarks) == (False, [])
+        return
+    assert one.passed is is_remark
+    assert one.failed_tests == (() if is_remark else ("scale",))
+    assert [("approximate exponentials" in remark) for remark in one.remarks] == [True] * is_remark
+    assert not any("approximate" in reason for reason in one.reasons)
+    assert len(one.reasons) == (0 if is_remark else 1)
+
+
+def test_a_scale_a_little_off_beside_another_fault_counts():
+    """A row of another place is wrong as well: then both are told."""
+    result = wrong("flash_fp16", "scale", 0.0, 8e-5)
+    out = result.out.copy()
+    out[0, 3, 0] = out[0, 4, 0]
+    one = Regime(bench("flash_fp16").problem, "flash_fp16").verdict(result._replace(out=out), with_lse=False)
+    assert not one.passed
+    assert not one.remarks
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -89,7 +89,7 @@ def test_the_vendors_operators_are_right_and_it_is_said(name):
     assert said == ["input_norm", "q_a_norm", "query", "c_kv", "k_rope", "post_norm"]
     norms, turns = verdict.sentences()
     assert norms.startswith("input_norm, q_a_norm, c_kv, post_norm: ")
-    assert turns == "query, k_rope: cosines and sines are given as FP16, as the vendor's operators take them"
+    assert turns == "query, k_rope: agrees; cosines and sines are given as FP16, as the vendor's operators take them"
 
 
 @pytest.mark.parametrize("fault", ["eps of the config", "eps 1e-6", "weight of the norm", "rope halves", "positions"])

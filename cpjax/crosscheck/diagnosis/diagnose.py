@@ -73,7 +73,7 @@ def diagnose(problem: Problem, evidence: Evidence, out: np.ndarray, lse: np.ndar
     if scope and words.tells_broken(scope[0]) and not any(one.sample.is_wrong for one in measured):
         return Diagnosis(scope, weights)
     if not measured:
-        return Diagnosis([words.UNKNOWN, *scope], weights)
+        return Diagnosis([f"{words.UNKNOWN}.", *scope], weights)
     samples_beside = samples_of_requests(problem, evidence.rows, out, lse, [one.sample for one in wrong])
     beside = [Measured(sample, problem) for sample in samples_beside]
     everywhere = [*global_masks(problem, requests_of(wrong)), *with_numbers(wrong), *scale_faults(problem, wrong)]

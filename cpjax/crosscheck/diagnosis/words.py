@@ -13,7 +13,7 @@ from cpjax.crosscheck.judging.problem import Problem
 from cpjax.mask import Tokens, visible
 from cpjax.wording import is_are
 
-UNKNOWN = "It is wrong, and no fault of the dictionary explains it: where it went wrong cannot be said."
+UNKNOWN = "The result is wrong, and no fault in the judge's list explains it: the cause is unknown"
 
 MOST_NAMES, MOST_EQUALS, MOST_AHEAD = 8, 6, 100
 """What a sentence lists: heads or chunks, faults that are equals, the largest power of ten by which one is ahead."""
@@ -41,19 +41,31 @@ def causes(problem: Problem, found: tuple[Any, ...]) -> list[str]:
     """One sentence for each kind of cause, those with a place first; chunks with the same cause share one."""
     together: dict[tuple, list[Any]] = defaultdict(list)
     for cause in found:
-        names = tuple((fault.kind, fault.chunks, fault.sources) for fault in cause.faults)
+        names = tuple(_told_by(fault) for fault in cause.faults)
         together[names].append(cause)
     sentences, unknown = [], []
     for names, group in sorted(together.items(), key=lambda item: -len(item[1])):
         chunks = np.array([cause.query_chunk for cause in group])
         if not names:
-            unknown.append(UNKNOWN + _held_by(problem, chunks))
+            unknown.append(f"{UNKNOWN}{_held_by(problem, chunks)}.")
             continue
         said = [_sentence(problem, fault, group) for fault in group[0].faults]
         if len(said) > 1:
             said = [f"one of {len(said)} that the outputs cannot tell apart: " + "; or ".join(said[:MOST_EQUALS])]
         sentences.append(f"{said[0]} {_evidence(group)}")
     return sentences + unknown
+
+
+def _told_by(fault: Fault) -> tuple:
+    """What its sentence says of a fault besides where: faults that differ in it do not share a sentence.
+
+    Weights are fitted in each query chunk, and are the same if two digits are.
+    """
+    number = fault.number
+    number = None if number != number else float(f"{number:.2g}") if fault.kind == "weight" else number
+    places = (fault.chunks, fault.sources, fault.unrescaled, fault.run, fault.key, fault.keys_of, fault.values_of)
+    words = (fault.mask, fault.lse, fault.merge, fault.cut, fault.logits, fault.rule)
+    return (fault.kind, number, fault.value_shift, fault.extra, *places, *words)
 
 
 def _held_by(problem: Problem, chunks: np.ndarray) -> str:
@@ -68,9 +80,10 @@ def _evidence(group: list[Any]) -> str:
     worst, before = max(cause.z for cause in group), max(cause.z_right for cause in group)
     ahead = min(cause.ahead for cause in group) / np.log(10)
     times = f"10^{ahead:.0f}" if ahead < MOST_AHEAD else f"more than 10^{MOST_AHEAD}"
-    against = f"; {times} times likelier than the next explanation" if np.isfinite(ahead) else ""
+    against = f"; the next explanation is {times} times less likely" if np.isfinite(ahead) else ""
     return (
-        f"(leaves errors of {worst:.2f} σ, where rounding leaves about 1; without it they are {before:.3g} σ{against})."
+        f"(with this fault errors of {worst:.2f} σ are left, and rounding leaves about 1; as stated they are "
+        f"{before:.3g} σ{against})."
     )
 
 
@@ -94,9 +107,9 @@ def _sentence(problem: Problem, fault: Fault, group: list[Any]) -> str:
         "weight": f"{place}: {theirs} entered {mine} with weight {np.mean(weights):.4g} instead of 1",
         "stale": f"{place}: in the place of {theirs} the data of chunk {_list(fault.sources)} entered {mine} (stale)",
         "exchanged": f"{place}: key/value chunks {_list(fault.chunks)} were exchanged in {mine}",
-        "masked": f"{place}: a causal mask was applied in {theirs}, which {mine} sees whole",
-        "unmasked": f"{place}: {mine} sees all of its own chunk: no causal mask on the diagonal",
-        "shown": f"{place}: {mine} sees {theirs}, which is hidden from it",
+        "masked": f"{place}: {mine} must see all of {theirs}, but a causal mask was applied there",
+        "unmasked": f"{place}: {mine} saw all of its own chunk: no causal mask was applied on the diagonal",
+        "shown": f"{place}: {mine} must not see {theirs}, but it was used",
         "not rescaled": f"{place}: {mine} was not rescaled at merge {_list(fault.unrescaled)} of its order",
     }
     return texts.get(fault.kind) or f"{place}, {mine}: {_global(fault)}"
@@ -144,7 +157,7 @@ def _global(fault: Fault) -> str:
         "lse maximum only": "lse is the row maximum; the logarithm of the sum was not added",
         "lse without its maximum": "lse is the logarithm of the sum; the row maximum was not added",
         "lse sum itself": "lse is the sum itself, not its logarithm",
-        "lse zero": "lse is zero: it was never written",
+        "lse zero": "lse is zero, as if never written",
         "lse with log2 of the sum": "lse is the row maximum plus log2 of the sum: only the sum is in base two",
         "keys of another head": f"the keys of key/value head {fault.keys_of} were used, with the right values",
         "values of another head": f"the values of key/value head {fault.values_of} were used, with the right keys",

@@ -41,7 +41,12 @@ TELLING = 1.05
 """RMS(error / σ) from which on it is told; below, some rows stand out and the mean says nothing of them."""
 
 APPROXIMATE_EXP = 1e-4
-"""Words: kernels in half precision may approximate exp this well; a scale off by less cannot be told from that."""
+"""Kernels in half precision may approximate exp this well, as PyTorch's for CPUs do (docs/trial.md). A scale off by
+less, where nothing else is wrong, cannot be told from that, and is not called wrong."""
+
+ALIKE = (
+    "approximate exponentials, as in PyTorch's FP16 and BF16 kernels for CPUs, look the same, so it is not called wrong"
+)
 
 MOST_NAMES = 8
 """Heads, chunks or ranks that a sentence names: words, which no test pins."""
@@ -108,6 +113,8 @@ class Verdict:
     parts: list[Part] = field(repr=False, default_factory=list)
     asked: dict[str, Any] = field(repr=False, default_factory=dict)
     """The question that this answers, and what was assumed (`cpjax.crosscheck.judging.asked`)."""
+    remarks: list[str] = field(default_factory=list)
+    """What was seen and does not count: errors of a scale that is off by less than an approximate exp explains."""
     search: Callable[[], Explanation] | None = field(repr=False, compare=False, default=None)
     """Looks for what went wrong; None when passed. It takes seconds, so it runs when somebody asks."""
 
@@ -192,11 +199,14 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
     enough = EXPLAINED * _excess(table) if failures else 0.0
     directed: list[Failure] = []
     if not abs(scale_z_score) <= SCALE_LIMIT and _gain(scale) >= enough:
-        is_half = problem.precision.probability in HALVES
-        directed.append(("scale", _scale_sentence(scale_error, scale_z_score, is_half=is_half)))
+        directed.append(("scale", _scale_sentence(scale_error, scale_z_score)))
     directed += _keys(evidence, enough)
     failures += [(name, None) for name, _ in directed] if failures else directed
     failures += _bfloat16(evidence)
+    remarks: list[str] = []
+    may_approximate = problem.precision.probability in HALVES and abs(scale_error) < APPROXIMATE_EXP
+    if may_approximate and [name for name, _ in failures] == ["scale"]:
+        remarks, failures = [f"{failures[0][1]}; {ALIKE}"], []
     unjudged = int(table.unjudged.sum())
     wrong = bool(failures)
     if unjudged:
@@ -222,6 +232,7 @@ def decide(problem: Problem, evidence: Evidence, *, has_lse: bool, row_count: in
         scale_z_score=scale_z_score,
         parts=parts,
         asked=asked_of(problem),
+        remarks=remarks,
     )
 
 
@@ -345,14 +356,11 @@ def _scale_score(evidence: Evidence) -> Score:
     return Score(*(np.asarray(column) for column in (table.scale_value.sum(), variance, *columns)))
 
 
-def _scale_sentence(error: float, z_score: float, *, is_half: bool) -> str:
-    said = (
+def _scale_sentence(error: float, z_score: float) -> str:
+    return (
         f"the errors of all rows together are those of a scale {100 * error:+.2g} % off, too little to be seen in one "
         f"row ({_beside(abs(z_score), SCALE_LIMIT)})"
     )
-    if is_half and abs(error) < APPROXIMATE_EXP:
-        said += "; approximate exponentials, as in PyTorch's FP16 and BF16 kernels for CPUs, look the same"
-    return said
 
 
 def _keys(evidence: Evidence, enough: float) -> Iterator[Failure]:

@@ -21,7 +21,7 @@ def table_of(verdict: LayerVerdict, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("stage", "kind"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("of bound", "z", "not nearest", "expected at most"):
+    for heading in ("of bound", "z-score", "not rounded to nearest", "allowed"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for stage in verdict.stages:

@@ -69,12 +69,12 @@ class LayerVerdict:
         """What is wrong: of each wrong stage where, why, and which computation it equals."""
         said = []
         for number, one in enumerate(self.wrong):
-            first = "the first wrong stage is" if number == 0 else "also wrong:"
+            first = "the first wrong stage is" if number == 0 else "also wrong, judged from its own inputs:"
             said.append(f"{first} {one.stage} ({one.kind}), {'; '.join(one.where) or 'everywhere'}")
             said += [f"{one.stage}: {reason}" for reason in one.reasons]
             said += [f"{one.stage}: {cause}" for cause in one.causes]
         for one in self.stages:
             said += [f"{one.stage}: not judgeable: {'; '.join(one.reasons)}"] * (one.outcome == "not judgeable")
         for remark in dict.fromkeys(remark for one in self.stages for remark in one.remarks):
-            said.append(f"{', '.join(one.stage for one in self.stages if remark in one.remarks)}: {remark}")
+            said.append(f"{', '.join(one.stage for one in self.stages if remark in one.remarks)}: agrees; {remark}")
         return said

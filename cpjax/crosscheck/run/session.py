@@ -55,7 +55,7 @@ class Judged:
     unsupported: str | None = None
     """Why the backend does not compute this case."""
     remarks: tuple[str, ...] = ()
-    """What a diagnostic case says of the result (`cpjax.crosscheck.conformance.explain`)."""
+    """What was seen and does not count; what a diagnostic case says (`cpjax.crosscheck.conformance.explain`)."""
     about: dict[str, Any] | None = None
     """Provenance, as the result states it."""
     shown: Shown | None = None
@@ -133,7 +133,7 @@ def judge_result(
         result.order,
         seconds_per_step=result.about.get("seconds_per_step"),
         verdict=verdict,
-        remarks=(*remarks, *read(case, result)),
+        remarks=(*remarks, *verdict.remarks, *read(case, result)),
         about=result.about,
         shown=Shown(problem, result.out, result.lse) if draw and "form" not in verdict.failed_tests else None,
     )
