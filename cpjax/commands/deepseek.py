@@ -96,7 +96,7 @@ def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
     prompt_ids: Annotated[str | None, typer.Option(help="token ids with commas", metavar="ID,…")] = None,
     text: Annotated[
-        str | None, typer.Option(help="the prompt as text, by MODEL's tokenizer.json (cpjax[text])", metavar="TEXT")
+        str | None, typer.Option(help="the prompt as text, by MODEL's tokenizer.json (cpjax[text])", metavar="PROMPT")
     ] = None,
     cp: Annotated[
         int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said", metavar="N")
@@ -152,7 +152,7 @@ def generate(
 
     with errors():
         if (prompt_ids is None) == (text is None):
-            raise InputError("give the prompt once: as --prompt-ids ID,… or as --text TEXT")
+            raise InputError("give the prompt once: as --prompt-ids ID,… or as --text PROMPT")
         tokenizer = open_tokenizer(model) if text is not None else None
         ids = tokenizer.encode(text or "") if tokenizer else whole_numbers(prompt_ids, "--prompt-ids") or ()
         shape = read_config(model) if model.is_dir() else None

@@ -37,14 +37,18 @@ class Format:
         return np.dtype(ml_dtypes.bfloat16 if self.name == "bfloat16" else self.name)
 
     def spacing(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """The distance between neighbours at |x|, as float64; `tiny` for zero and subnormals.
+        """The distance between neighbours at |x|, as float64; `tiny` for zero and subnormals. Infinity and NaN count as ½.
 
         >>> FORMATS["float16"].spacing(np.array([1.0, 0.999, 0.0])) == np.array([2**-10, 2**-11, 2**-24])
         array([ True,  True,  True])
+        >>> FORMATS["float16"].spacing(np.array([-np.inf, np.nan])) == 2**-11
+        array([ True,  True])
         """
         # The bits of a float64's exponent alone are the power of two at or below |x|.
         binade = (np.asarray(x, np.float64).view(np.int64) & (0x7FF << 52)).view(np.float64)
-        return np.maximum(binade, self.least_normal) * 2.0 ** (1 - self.digits)
+        spacing = np.maximum(binade, self.least_normal) * 2.0 ** (1 - self.digits)
+        is_infinite = spacing == np.inf
+        return np.where(is_infinite, self.u, spacing) if is_infinite.any() else spacing
 
     def round(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """`x` rounded to nearest, ties to even, and back in float64; beyond the range it is infinite."""
