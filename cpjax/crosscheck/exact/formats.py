@@ -37,7 +37,9 @@ class Format:
         return np.dtype(ml_dtypes.bfloat16 if self.name == "bfloat16" else self.name)
 
     def spacing(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """The distance between neighbours at |x|, as float64; `tiny` for zero and subnormals. Infinity and NaN count as ½.
+        """The distance between neighbours at |x|, as float64; `tiny` for zero and subnormals.
+
+        Infinity and NaN count as ½.
 
         >>> FORMATS["float16"].spacing(np.array([1.0, 0.999, 0.0])) == np.array([2**-10, 2**-11, 2**-24])
         array([ True,  True,  True])
