@@ -92,6 +92,6 @@ LSE_FORMS = {
     "sum": "lse is the sum itself",
     "log of the sum": "lse is the logarithm of the sum; the row maximum was not added",
     "maximum + log2": "lse is the row maximum plus log2 of the sum",
-    "zero": "lse is zero: it was never written",
+    "zero": "lse is zero, as if never written",
     "+ 0.25": r"lse is off by \+0.25",
 }
