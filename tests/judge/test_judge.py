@@ -357,3 +357,19 @@ def test_what_chunks_that_cancel_leave_did_not_go_through_bf16(seed):
     out, lse = attend(p, PROFILES["flash_fp16"])
     verdict = judge(p.query, p.key, p.value, out, lse, **p.judge_arguments())
     assert verdict.passed, verdict.reasons
+
+
+def test_the_largest_error_is_told_where_another_row_is_worse_beside_its_bound():
+    """Early rows average few values, so an error is many times their bound; a later row has the larger error."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 256, 1, 16)).astype(np.float32) for _ in range(3))
+    score = (query[0, :, 0] @ key[0, :, 0].T).astype(float) / 4
+    p = np.exp(np.where(np.tri(256, dtype=bool), score, -np.inf))
+    out = ((p / p.sum(axis=1, keepdims=True)) @ value[0, :, 0])[None, :, None].astype(np.float32)
+    out[0, 0, 0, 3] += 0.5  # of one key, which is exact
+    out[0, 200, 0, 5] += 0.7
+    reason = judge(query, key, value, out, is_causal=True).reasons[0]
+    assert "the largest error, 0.7, is at batch 0, position 200, head 0" in reason
+    assert "beside its bound the worst, at batch 0, position 0, head 0, is" in reason
+    out[0, 200, 0, 5] -= 0.7
+    assert "the worst, at batch 0, position 0, head 0, is off by 0.5," in judge(query, key, value, out).reasons[0]

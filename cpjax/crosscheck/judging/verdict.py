@@ -262,16 +262,21 @@ def _mean(x: np.ndarray, weight: np.ndarray) -> float:
 def _bound(table: RowTable, name: str, ratio: np.ndarray, outside: np.ndarray) -> Iterator[Failure]:
     rows = np.flatnonzero(~(ratio <= 1.0))
     if len(rows):
-        worst = rows[np.argmax(ratio[rows])]
-        error = (table.error if name == "out" else table.lse_error)[worst]
-        size = f"is off by {error:.3g}, {ratio[worst]:.3g} times its bound"
+        error = table.error if name == "out" else table.lse_error
+        worst, largest = (int(rows[np.argmax(x[rows])]) for x in (ratio, error))
+        size = f"the worst, at {_place(table, worst)}, is off by {error[worst]:.3g}, {ratio[worst]:.3g} times its bound"
         if np.isinf(ratio[worst]):
-            size = "is no finite number, or should not be one"
+            size = f"the worst, at {_place(table, worst)}, is no finite number, or should not be one"
+        elif error[largest] > error[worst]:
+            size = (
+                f"the largest error, {error[largest]:.3g}, is at {_place(table, largest)}; beside its bound the worst, "
+                f"at {_place(table, worst)}, is {ratio[worst]:.3g} times it"
+            )
         many = int(outside[rows].sum())
         yield (
             "bound" if name == "out" else "lse bound",
             f"{name}: {counted(many, 'value')} in {counted(len(rows), 'row')} {'lies' if many == 1 else 'lie'} beyond "
-            f"what any rounding explains; the worst, at {_place(table, int(worst))}, {size}",
+            f"what any rounding explains; {size}",
         )
 
 
