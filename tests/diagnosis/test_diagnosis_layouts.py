@@ -51,7 +51,7 @@ def test_a_chunk_of_one_request():
 def test_a_prefix():
     case = CASES["37-prefix-gqa-cp2"]
     tokens, keys = case.query.shape[1], case.key.shape[1]
-    assert "a cached prefix) were dropped (leaves" in of_case(case.name, lost=range(tokens, keys))[0]
+    assert "a cached prefix) were dropped (with" in of_case(case.name, lost=range(tokens, keys))[0]
     last = tokens + np.flatnonzero(np.asarray(case.kv_tokens.segment)[0, tokens:] == 2)
     said = " ".join(of_case(case.name, lost=last))
     assert "key/value chunk 14 (a prefix, request 2) never entered query chunk 10" in said, said

@@ -138,11 +138,13 @@ def test_a_scale_that_is_off_is_seen_beside_values_that_are_cut_off():
     rng = np.random.default_rng(0)
     query, key, value = (rng.standard_normal((1, n, 1, 64)) for n in (256, 16384, 16384))
     problem = Problem(query, key, value, 0.125).cast("float16")
-    for error, test in ((0.0, set()), (5e-5, {"scale"}), (-1e-4, {"scale"})):
+    for error, is_seen in ((0.0, False), (5e-5, True), (-1e-4, True)):
         given = replace(problem, scale=problem.scale * (1 + error))
         out, _ = KERNELS["NumPy, matrix units"].compute(given, np.random.default_rng(0))
         verdict = judge(problem.query, problem.key, problem.value, out, None, **problem.judge_arguments())
-        assert set(verdict.failed_tests) == test, (error, verdict.scale_z_score)
+        assert set(verdict.failed_tests) <= {"scale"}
+        # A scale so little off is a remark, for an approximate exp would look the same.
+        assert bool(verdict.remarks or verdict.failed_tests) is is_seen, (error, verdict.scale_z_score)
 
 
 def test_half_profiles_are_drawn_with_matrix_units_and_others_are_not():
