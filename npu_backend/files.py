@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,28 +86,14 @@ def read_case(path: Path) -> Case:
 
 
 def _read_case(path: Path) -> Case:
-    if not path.is_file():
-        raise InputError("is no file" if path.exists() else "does not exist")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            dtypes = {name: header.get_dtype() for name, header in headers.items()}
-            _check_tensors(dtypes, {name: header.get_shape() for name, header in headers.items()})
-            arrays = {name: file.get_tensor(name) for name in headers}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"is not a whole safetensors file ({_first_line(error)})") from None
-    _expect(metadata, "format", "cpjax.case")
-    _expect(metadata, "version", VERSION)
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", path.stem):
-        raise InputError(f"the name {path.stem!r} may have only letters, digits, '.', '_' and '-'; rename the case")
-    _expect(metadata, "name", path.stem)
-    description = metadata.get("case", "")
-    if metadata.get("digest") != digest(description, arrays, dtypes):
-        raise InputError(
-            "the content does not have the digest that the file states; the file was altered, make it again"
-        )
-    said = _description(description)
+    with opened(path) as file:
+        dtypes, shapes = forms_of(file)
+        _check_tensors(dtypes, shapes)
+        arrays = {name: file.get_tensor(name) for name in dtypes}
+        metadata = file.metadata() or {}
+    check_header(metadata, "cpjax.case", path.stem)
+    check_digest(metadata, arrays, dtypes)
+    said = _description(metadata.get("case", ""))
     if "key" in arrays:
         rows, up = (arrays.pop("key"), arrays.pop("value")), None
     else:
@@ -114,6 +102,54 @@ def _read_case(path: Path) -> Case:
         if said["layout"] == "decode":
             raise InputError("is a decode with tensor 'c_kv'; decode takes the latent as key and value of one head")
     return Case(path.stem, metadata["digest"], rows=rows, up=up, **arrays, **said)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, to read in the block.
+
+    Raises:
+      InputError: there is none, or what is read in the block is not whole.
+    """
+    if not path.is_file():
+        raise InputError("is no file" if path.exists() else "does not exist")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"is not a whole safetensors file ({_first_line(error)})") from None
+
+
+def forms_of(file: Any) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Dtype, as safetensors writes it, and shape of each tensor of an opened file; no tensor is read."""
+    headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    dtypes = {name: header.get_dtype() for name, header in headers.items()}
+    return dtypes, {name: header.get_shape() for name, header in headers.items()}
+
+
+def check_header(metadata: dict[str, str], form: str, name: str) -> None:
+    """Refuse a case of another format or version, and a name that is not the file's or none at all.
+
+    Raises:
+      InputError: what is wrong.
+    """
+    _expect(metadata, "format", form)
+    _expect(metadata, "version", VERSION)
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise InputError(f"the name {name!r} may have only letters, digits, '.', '_' and '-'; rename the case")
+    _expect(metadata, "name", name)
+
+
+def check_digest(metadata: dict[str, str], arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> None:
+    """Refuse a case whose content is not that of its digest.
+
+    Raises:
+      InputError: it is not.
+    """
+    if metadata.get("digest") != digest(metadata.get("case", ""), arrays, dtypes):
+        raise InputError(
+            "the content does not have the digest that the file states; the file was altered, make it again"
+        )
 
 
 def latent_rows(c_kv: np.ndarray, k_rope: np.ndarray) -> tuple[np.ndarray]:

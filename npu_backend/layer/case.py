@@ -1,15 +1,13 @@
 """A layer comes in: the format "cpjax.layer", version 1, of docs/formats.md. Reading believes nothing."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from npu_backend.errors import InputError
-from npu_backend.files import VERSION, digest
+from npu_backend.files import check_digest, check_header, forms_of, opened
 from npu_backend.layer.config import LayerConfig, config_of
 from npu_backend.layer.weights import check_tensors, check_values, kinds_of, rules
 
@@ -42,26 +40,16 @@ def read_layer(path: Path) -> LayerCase:
 
 
 def _read_layer(path: Path) -> LayerCase:
-    if not path.is_file():
-        raise InputError("is no file" if path.exists() else "does not exist")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            dtypes = {name: header.get_dtype() for name, header in headers.items()}
-            shapes = {name: header.get_shape() for name, header in headers.items()}
-            metadata = file.metadata() or {}
-            said = _description(path, metadata)
-            config = config_of(said["config"], said["is_moe"])
-            kinds = kinds_of(said["kinds"], config, said["is_moe"])
-            check_tensors(dtypes, shapes, rules(config, said["is_moe"], kinds))
-            arrays = {name: file.get_tensor(name) for name in headers}
-    except (SafetensorError, OSError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"is not a whole safetensors file ({first})") from None
-    if metadata.get("digest") != digest(metadata["case"], arrays, dtypes):
-        raise InputError(
-            "the content does not have the digest that the file states; the file was altered, make it again"
-        )
+    with opened(path) as file:
+        dtypes, shapes = forms_of(file)
+        metadata = file.metadata() or {}
+        check_header(metadata, FORMAT, path.stem)
+        said = _description(metadata)
+        config = config_of(said["config"], said["is_moe"])
+        kinds = kinds_of(said["kinds"], config, said["is_moe"])
+        check_tensors(dtypes, shapes, rules(config, said["is_moe"], kinds))
+        arrays = {name: file.get_tensor(name) for name in dtypes}
+    check_digest(metadata, arrays, dtypes)
     check_values(arrays, kinds)
     tokens = np.arange(len(arrays["hidden"]), dtype=np.int32)
     if not np.array_equal(arrays["position"], tokens):
@@ -71,14 +59,7 @@ def _read_layer(path: Path) -> LayerCase:
     return LayerCase(path.stem, metadata["digest"], config, said["is_moe"], kinds, said["arithmetic"], arrays)
 
 
-def _description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    for key, value in (("format", FORMAT), ("version", VERSION)):
-        if metadata.get(key) != value:
-            raise InputError(f"metadata {key!r} is {metadata.get(key)!r}; it must be {value!r}")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", path.stem):
-        raise InputError(f"the name {path.stem!r} may have only letters, digits, '.', '_' and '-'; rename the case")
-    if metadata.get("name") != path.stem:
-        raise InputError(f"metadata 'name' is {metadata.get('name')!r}; it must be {path.stem!r}")
+def _description(metadata: dict[str, str]) -> dict[str, Any]:
     try:
         said = json.loads(metadata.get("case", ""))
     except (ValueError, RecursionError):

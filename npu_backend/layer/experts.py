@@ -8,6 +8,7 @@ they are spread, so that a token has the same integers for each of its experts.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,14 +102,14 @@ def _grouped(case: LayerCase, parts: tuple[str, ...], device: torch.device) -> G
     matrices = [[f"mlp.experts.{e}.{part}" for part in parts] for e in range(case.config.n_routed_experts)]
     if kind == "W4A8_DYNAMIC":
         packed = packed_of(arrays, matrices, device)
-        product: Grouped = lambda rows: grouped_packed_linear(rows, packed)  # noqa: E731
+        product: Grouped = partial(grouped_packed_linear, packed=packed)
     else:
         weight = on(np.stack([stacked(arrays, names, "weight").T for names in matrices]), device)
         if kind == "FLOAT":
-            return lambda rows: grouped_linear(rows, weight)
+            return partial(grouped_linear, weight=weight)
         scales = np.stack([stacked(arrays, names, "weight_scale")[:, 0] for names in matrices])
         weight_scale = on(scales.astype(np.float32), device)
-        product = lambda rows: grouped_dynamic_linear(rows, weight, weight_scale)  # noqa: E731
+        product = partial(grouped_dynamic_linear, weight=weight, weight_scale=weight_scale)
 
     def compute(rows: Rows) -> Tensor:
         with as_computed(case.arithmetic):

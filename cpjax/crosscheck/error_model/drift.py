@@ -100,15 +100,14 @@ def equal_terms(rows: Rows, ties: Ties, fmt: Format) -> EqualTerms:
         is_rounded = (p >= step / 2) & (p != 1.0)
         number = np.rint(p / step * SAME)
         counts = np.array([_again(one[counted]) for one, counted in zip(number, is_rounded, strict=True)])
-        found.row_sum[at] += weight**2 * counts * _lost_of_one(total, fmt) ** 2
-        worth = weight / np.maximum(total, 1.0)
+        worth = weight / np.maximum(total, 1.0)  # the largest p is 1, where a key is seen
+        found.row_sum[at] += counts * (_lost_of_one(total, fmt) * worth) ** 2
         for columns in (np.flatnonzero(few), np.flatnonzero(~few)):
             if len(columns):
                 sums = p @ rows.size[start:stop, columns]
                 counts = _products_again(p, value[:, columns], fmt.spacing(sums))
-                found.products[np.ix_(at, columns)] += (
-                    counts[:, None] * (_lost_of_one(sums, fmt) * sums * worth[:, None]) ** 2
-                )
+                lost = _lost_of_one(sums, fmt) * worth[:, None]
+                found.products[np.ix_(at, columns)] += counts[:, None] * lost**2
     return found
 
 
@@ -133,9 +132,8 @@ def _products_again(
 
 
 def _lost_of_one(total: Float[np.ndarray, "..."], fmt: Format) -> Float[np.ndarray, "..."]:
-    """Standard deviation of what one term loses in a sum that grows evenly to `total`, as a share of it."""
-    lost = fmt.spacing(total) * _share_of_additions(total) / np.sqrt(12)
-    return np.divide(lost, total, out=np.zeros_like(lost), where=total > 0)
+    """Standard deviation of what one term loses in a sum that grows evenly to `total`."""
+    return fmt.spacing(total) * _share_of_additions(total) / np.sqrt(12)
 
 
 def _share_of_additions(total: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

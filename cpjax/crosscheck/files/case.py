@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ from cpjax.partition.partition import MOST_CP
 from cpjax.precision import PROFILES
 
 VERSION = "1"
+Description = TypeVar("Description", bound=BaseModel)
 NAME = r"[A-Za-z0-9._-]+"
 _COMMON = {
     "query": ("F16", "BTNH"),
@@ -213,16 +214,7 @@ def _case(name: str, tensors: dict[str, np.ndarray], dtypes: dict[str, str], met
     if not re.fullmatch(NAME, name):
         raise InputError(f"the name {name!r} may have only letters, digits, '.', '_' and '-'; rename the case")
     _check_tensors(tensors, dtypes)
-    text = metadata.get("case", "")
-    if metadata.get("digest") != content_digest(text, tensors, dtypes):
-        raise InputError("the content does not have the digest that the file states; the file was altered")
-    try:
-        said = _Description.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"metadata 'case', {'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg']}"
-        ) from None
+    said = described(_Description, metadata, tensors, dtypes)
     unknown = [word for word in said.precision.values() if word not in PROFILES]
     if unknown:
         raise InputError(f"precision {unknown[0][:40]!r} is unknown; known are {', '.join(PROFILES)}")
@@ -316,6 +308,26 @@ def content_digest(text: str, arrays: dict[str, np.ndarray], dtypes: dict[str, s
             sha.update(word.encode() + b"\0")
         sha.update(np.ascontiguousarray(arrays[name]).tobytes())
     return sha.hexdigest()
+
+
+def described(
+    model: type[Description], metadata: dict[str, str], tensors: dict[str, np.ndarray], dtypes: dict[str, str]
+) -> Description:
+    """What the metadata say of a case, as `model`; the digest of the content is computed again.
+
+    Raises:
+      InputError: another digest, or a description that the model refuses.
+    """
+    text = metadata.get("case", "")
+    if metadata.get("digest") != content_digest(text, tensors, dtypes):
+        raise InputError("the content does not have the digest that the file states; the file was altered")
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"metadata 'case', {'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg']}"
+        ) from None
 
 
 def expect_metadata(metadata: dict[str, str], wanted: dict[str, str]) -> None:

@@ -60,6 +60,18 @@ def write_note(folder: Path, case: Named, backend: str, note: Note) -> Path:
     return path
 
 
+def note_beside(path: Path) -> Path | None:
+    """The note in the place of a result at `path`; None if there is none.
+
+    Raises:
+      InputError: both are there.
+    """
+    note = path.with_suffix(".json")
+    if note.exists() and path.exists():
+        raise InputError(f"is there, and a note that there is none ({note.name}); remove one of them")
+    return note if note.exists() else None
+
+
 def read_note(path: Path, case: Named) -> tuple[str, Note]:
     """The backend that left a note, and what it says.
 

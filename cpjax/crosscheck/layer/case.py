@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictBool
 
-from cpjax.crosscheck.files.case import NAME, content_digest, expect_metadata, read_tensors, write_tensors
+from cpjax.crosscheck.files.case import NAME, content_digest, described, expect_metadata, read_tensors, write_tensors
 from cpjax.crosscheck.layer.shape import case_tensors, linears_of, may_have, products_of
 from cpjax.deepseek.config import DeepseekConfig, config_of
 from cpjax.deepseek.description import FLOAT, KINDS
@@ -84,15 +84,7 @@ def read_layer_case(path: Path) -> LayerCase:
     try:
         tensors, dtypes, metadata = read_tensors(path)
         expect_metadata(metadata, {"format": FORMAT, "version": VERSION, "name": path.stem})
-        text = metadata.get("case", "")
-        if metadata.get("digest") != content_digest(text, tensors, dtypes):
-            raise InputError("the content does not have the digest that the file states; the file was altered")
-        try:
-            said = _Description.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "as a whole"
-            raise InputError(f"metadata 'case', {where}: {first['msg']}") from None
+        said = described(_Description, metadata, tensors, dtypes)
         case = LayerCase(
             name=path.stem,
             config=config_of(said.config),

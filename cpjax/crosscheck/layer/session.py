@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from cpjax.crosscheck.files.checksums import verify
 from cpjax.crosscheck.files.folders import result_folders
-from cpjax.crosscheck.files.note import read_note
+from cpjax.crosscheck.files.note import note_beside, read_note
 from cpjax.crosscheck.layer.case import FORMAT, LayerCase, read_layer_case
 from cpjax.crosscheck.layer.judge import judge_layer
 from cpjax.crosscheck.layer.result import read_layer_result
@@ -86,11 +86,10 @@ def judge_layers(
 
 
 def _judged(case: LayerCase, path: Path, progress: Progress) -> JudgedLayer:
-    backend, note = path.parent.name, path.with_suffix(".json")
+    backend = path.parent.name
     try:
-        if note.exists() and path.exists():
-            raise InputError(f"is there, and a note that there is none ({note.name}); remove one of them")
-        if note.exists():
+        note = note_beside(path)
+        if note is not None:
             backend, said = read_note(note, case)
             error, unsupported = (said.reason, None) if said.outcome == "error" else (None, said.reason)
             return JudgedLayer(case.name, backend, error=error, unsupported=unsupported)

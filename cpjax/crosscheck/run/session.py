@@ -13,7 +13,7 @@ import numpy as np
 from cpjax.crosscheck.conformance.explain import read
 from cpjax.crosscheck.files.case import Case
 from cpjax.crosscheck.files.folders import result_folders
-from cpjax.crosscheck.files.note import read_note
+from cpjax.crosscheck.files.note import note_beside, read_note
 from cpjax.crosscheck.files.result import Result, read_result
 from cpjax.crosscheck.judge import judge_problem
 from cpjax.crosscheck.judging.expansion import check_expanded
@@ -113,11 +113,10 @@ def judge_result(
 
     A note in its place (`path` with the suffix .json) says why there is none.
     """
-    backend, note = path.parent.name, path.with_suffix(".json")
+    backend = path.parent.name
     try:
-        if note.exists() and path.exists():
-            raise InputError(f"is there, and a note that there is none ({note.name}); remove one of them")
-        if note.exists():
+        note = note_beside(path)
+        if note is not None:
             return _without_result(case, note)
         result = read_result(path, case)
     except InputError as error:
