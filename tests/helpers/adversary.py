@@ -12,6 +12,7 @@ from cpjax.crosscheck.error_model.bound import Bound
 from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
 from cpjax.crosscheck.exact.formats import FORMATS
+from cpjax.crosscheck.exact.logits import Logits
 from cpjax.precision import PROFILES, Precision
 
 EPS = 2.0**-24
@@ -127,6 +128,32 @@ def scores_in_fp16() -> float:
     scale = 0.755859375
     keys = np.float32(np.random.default_rng(2).uniform(8.0, 8.2, 40000) / scale).astype(np.float64)
     return _of_two(WIDE_RING, np.ones(1), _extremes(1.0, keys, scale, "float16"), scale)
+
+
+def _of_logits(products: np.ndarray, computed: np.ndarray, logits: Logits) -> float:
+    """As `_of_two`, of two products `[2]`, the float32 logits that were computed from them, and what makes these."""
+    value, no_chunks = np.array([[1.0], [-1.0]]), np.zeros(2, int)
+    rows = attention_rows(np.ones((1, 1)), products[:, None], value, np.ones((1, 2), bool), no_chunks, 1.0, logits)
+    out, _ = softmax(computed, value)
+    bound = bound_of(rows, PROFILES["float32"], 1, 1.0)
+    return float(abs(out[0] - rows.out[0, 0]) / bound.parts["scores"][0, 0])
+
+
+def logits_of_a_softcap() -> float:
+    """Small products under a softcap of 4,096, by 2 sigmoid(2y) - 1: the sum, and the quotient near 1, are rounded."""
+    cap = np.float32(4096)
+    products = np.float32(np.random.default_rng(7).uniform(-0.5, 0.5, 4000))
+    power = np.exp(np.float64(-2) * (products / cap)).astype(np.float32)  # the nearest, whatever library there is
+    computed = cap * (np.float32(2) / (1 + power) - np.float32(1))
+    error = computed - cap * np.tanh(products.astype(np.float64) / cap)
+    two = [error.argmax(), error.argmin()]
+    return _of_logits(products[two].astype(np.float64), computed[two], Logits(softcap=float(cap)))
+
+
+def logits_with_a_bias() -> float:
+    """A bias of 1,000, and products of a little more and a little less than half a unit of it."""
+    products, bias = np.float32([0.51, 0.49]) * np.float32(2.0**-14), np.full((1, 2), 1000.0)
+    return _of_logits(products.astype(np.float64), np.float32(bias[0]) + products, Logits(bias=bias))
 
 
 def _of_exponent(precision: Precision, query: float, top: float, keys: np.ndarray, scale: float) -> float:

@@ -144,6 +144,24 @@ def large_scores() -> Regime:
 
 
 @cache
+def capped() -> Regime:
+    """Small scores under a softcap of 4,096: 2 sigmoid(2y) - 1 errs by some roundings of 1, whatever y is."""
+    some = rng(50)
+    problem = one_row(some.uniform(-1, 1, (ROWS, 64)), some.standard_normal((ROWS, 64, 16)))
+    arithmetic = replace(ARITHMETIC["float32"], tanh_of_sigmoid=True)
+    return Regime(replace(problem, softcap=4096.0), "float32", arithmetic=arithmetic)
+
+
+@cache
+def biased() -> Regime:
+    """Small scores and a bias near 1,000: their sum has the bias's spacing."""
+    some = rng(51)
+    problem = one_row(some.uniform(-1, 1, (ROWS, 64)), some.standard_normal((ROWS, 64, 16)))
+    bias = some.uniform(1000, 1001, (ROWS, 1, 1, 64)).astype(np.float32)
+    return Regime(replace(problem, bias=bias, cuts=1), "float32")
+
+
+@cache
 def distant_keys() -> Regime:
     """3,000 keys with scores in one cell lie 8 below a sink: together they have half the weight.
 

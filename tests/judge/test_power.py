@@ -65,6 +65,8 @@ OUT: dict[str, tuple[Callable[[], Regime], tuple[str, ...], float, float]] = {
     "large scores": (regimes.large_scores, ("scores",), 0.9, 0.3507),
     "distant keys": (regimes.distant_keys, ("scores",), 0.5, 0.05618),
     "a factor in base two": (regimes.common_factor, ("factor of q·k",), 0.5, 0.5794),
+    "scores under a softcap": (regimes.capped, ("scores",), 0.9, 0.3662),
+    "scores with a bias": (regimes.biased, ("scores",), 0.9, 0.163),
     "orthogonal": (regimes.orthogonal, ("scores",), 0.9, 0.3278),
     "long products": (regimes.long_products, ("scores",), 0.8, 1.104),
     "coarse products": (regimes.coarse_products, ("scores",), 0.9, 0.9287),
@@ -403,6 +405,8 @@ GUARDS = (
     of_constant(f"{MODEL}.scores", "OF_SCORE", "large scores"),
     of_constant(f"{MODEL}.scores", "OF_DISTANCE", "distant keys"),
     of_constant(f"{MODEL}.scores", "OF_PRODUCT", "orthogonal"),
+    of_constant(f"{MODEL}.scores", "OF_TANH", "scores under a softcap"),
+    of_constant(f"{MODEL}.scores", "OF_ADDED", "scores with a bias"),
     of_text(
         f"{MODEL}.scores",
         "a.head_dim * (rows",
@@ -503,8 +507,6 @@ EXPLAINED = {
     "evidence.BEYOND": "words: what lies beyond its bound is not told as 100 % of it",
     "problem.FURTHEST": "positions beyond it are refused, and none is meant to be near it",
     "problem.PAIRS": "costs memory",
-    "scores.OF_TANH": "no pin yet: test_logit_terms.py asks only that correct results pass and that faults do not",
-    "scores.OF_ADDED": "no pin yet, likewise",
 }
 """Constants that no pin guards, and why."""
 
