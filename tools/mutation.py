@@ -1,9 +1,14 @@
 """Mutation testing: `python tools/mutation.py --of specification --sample 150 --seed 0 [--json FILE]`.
 
 A mutant is one small change of a file of the algorithm, or of the instrument that judges others (`--of instrument`),
-made in a copy of the project; the tests of that file run on it in a fresh process. It is killed if a test fails. A
-timeout is not a kill, and is listed apart. `--control` runs the unchanged project and a mutant that is known to be
-equivalent: both must survive.
+made in a copy of the project; tests run on it in a fresh process. It is killed if a test fails. A timeout is not a
+kill, and is listed apart. `--control` runs the unchanged project and a mutant that is known to be equivalent: both must
+survive.
+
+Which tests: of the specification those of the list below, for what JAX has compiled once runs no line of Python again.
+Of the instrument the tests of its rooms that run the changed statement, the quickest first, or if it runs when the
+module is imported, those that run any line of the file; `lines_of_tests` says which they are. Tests of the text of the
+source, which fail for any change, do not count.
 
 First the unchanged project runs the same tests and leaves its compiled programs on disk (JAX's compilation cache, whose
 key is the program itself): a mutant compiles only what it changes. Mutants read that folder and never write it, so no
@@ -21,7 +26,8 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+
+from mutants import Mutant, mutants
 
 ROOT = Path(__file__).parent.parent
 # The tests that speak about a file, by their paths below tests/, the quickest first; pytest stops at the first failure.
@@ -50,135 +56,58 @@ SPECIFICATION = {
     "exchange/ring_backward.py": ["spec/test_backward.py"],
     "exchange/device.py": ["spec/test_backward.py", "spec/test_exchange.py"],
 }
-JUDGE = [
-    "judge/test_error_model.py",
-    "judge/test_bound.py",
-    "judge/test_judge.py",
-    "judge/test_power.py",
-    "judge/test_error_budget.py",
-    "judge/test_judge_profiles.py",
-]
-DIAGNOSIS = [
-    "diagnosis/test_diagnosis.py",
-    "diagnosis/test_diagnosis_layouts.py",
-    "diagnosis/test_diagnosis_dictionary.py",
-]
-INSTRUMENT = {
-    f"crosscheck/{room}/{path.name}": tests
-    for room, tests in (("error_model", JUDGE), ("judging", JUDGE), ("diagnosis", DIAGNOSIS))
+INSTRUMENT = [
+    f"crosscheck/{room}/{path.name}"
+    for room in ("error_model", "judging", "diagnosis")
     for path in sorted((ROOT / "cpjax" / "crosscheck" / room).glob("*.py"))
-    if path.name != "__init__.py"
-}
-# These have tests of their own.
-INSTRUMENT |= {
-    "crosscheck/judging/expansion.py": ["judge/test_expansion.py"],
-    "crosscheck/judging/pairwise.py": ["judge/test_pairwise.py"],
-    "crosscheck/judging/error_budget.py": ["judge/test_error_budget.py"],
-    "crosscheck/diagnosis/precision_search.py": ["dumps/test_dumps.py"],
-}
-TESTS = SPECIFICATION | INSTRUMENT
-SWAPS: dict[type, type] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.BitAnd: ast.BitOr,
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-}
-CALLS = {"maximum": "minimum", "max": "min", "exp": "exp2", "log": "log2", "min": "max"}
+]
+ROOMS = ["judge", "diagnosis", "dumps/test_dumps.py"]
+"""Below tests/: where tests of the instrument are looked for."""
+
+OF_TEXT = ("test_constants", "test_twice_or_half", "test_every_constant", "test_what_is_explained", "_words.py")
+"""Tests of constants in a text and of the pins themselves, which do not ask what the code does."""
+
+COPIED = ("cpjax", "npu_backend", "tests", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml")
 
 
-class Mutant(NamedTuple):
-    """One change: the file, its line, what was done, and the whole changed source."""
-
-    file: str
-    line: int
-    change: str
-    source: str
-
-
-def mutants(file: str) -> list[Mutant]:
-    """Every mutant of a file; docstrings, annotations, messages and imports are left alone."""
-    tree = ast.parse((ROOT / "cpjax" / file).read_text())
-    alone = _left_alone(tree)
-    nodes = [n for n in ast.walk(tree) if hasattr(n, "lineno") and id(n) not in alone]
-    found = []
-    for node in nodes:
-        for change, apply, undo in _changes(node):
-            apply()
-            found.append(Mutant(file, node.lineno, change, ast.unparse(tree)))
-            undo()
-    return found
+def recorded(folder: Path) -> list[dict]:
+    """What `lines_of_tests` writes, of each of `ROOMS`. A failure ends everything."""
+    records = []
+    for number, room in enumerate(ROOMS):
+        written = folder / f"{number}.json"
+        done = pytest([f"tests/{room}"], plugin=written)
+        if done.returncode != 0:
+            raise SystemExit(
+                f"{room} fails without a mutant, so that it can judge none:\n{done.stdout.decode()[-2000:]}"
+            )
+        records.append(json.loads(written.read_text()))
+        print(f"unchanged {room} passes: {len(records[-1]['tests'])} tests", flush=True)
+    return records
 
 
-def _left_alone(tree: ast.AST) -> set[int]:
-    skip: set[int] = set()
-    for node in ast.walk(tree):
-        parts: list[ast.AST] = []
-        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if text or isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom):
-            parts = [node]
-        elif isinstance(node, ast.arg | ast.AnnAssign) and node.annotation:
-            parts = [node.annotation]
-        elif isinstance(node, ast.FunctionDef) and node.returns:
-            parts = [node.returns]
-        skip |= {id(part) for root in parts for part in ast.walk(root)}
-    return skip
+def tests_of(mutant: Mutant, records: list[dict]) -> list[str]:
+    """The tests that run the mutant's statement, or if none does, its file: the quickest first."""
+    seconds = {}
+    for wanted in (set(mutant.statement), None):
+        for record in records:
+            runs = record["lines"].get(mutant.file, {})
+            numbers = {k for line, ks in runs.items() if wanted is None or int(line) in wanted for k in ks}
+            seconds |= {record["tests"][k]: record["seconds"][k] for k in numbers}
+        if seconds:
+            break
+    return sorted(seconds, key=lambda test: seconds[test])
 
 
-def _changes(node: ast.AST) -> list:
-    """(description, apply, undo) for each way to change this node."""
-    out = []
-
-    def replace(what: str, owner, field: str, new) -> None:
-        old = getattr(owner, field)
-        out.append((what, lambda: setattr(owner, field, new), lambda: setattr(owner, field, old)))
-
-    if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in SWAPS:
-        new = SWAPS[type(node.op)]
-        replace(f"{type(node.op).__name__} -> {new.__name__}", node, "op", new())
-    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-        new = SWAPS[type(node.ops[0])]
-        replace(f"{type(node.ops[0]).__name__} -> {new.__name__}", node, "ops", [new()])
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        replace("USub -> UAdd", node, "op", ast.UAdd())
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        replace(f"{node.value} -> {node.value + 1}", node, "value", node.value + 1)
-    if isinstance(node, ast.Constant) and type(node.value) is bool:
-        replace(f"{node.value} -> {not node.value}", node, "value", not node.value)
-    if isinstance(node, ast.Attribute) and node.attr in CALLS:
-        replace(f"{node.attr} -> {CALLS[node.attr]}", node, "attr", CALLS[node.attr])
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("rounded", "merge"):
-        kept = 0 if node.func.id == "rounded" else 1  # no rounding; only the newer partial
-        out.append(_as_its_argument(node, kept))
-    return out
-
-
-def _as_its_argument(node: ast.Call, index: int):
-    """`f(a, b)` becomes `(lambda *x: x[i])(a, b)`, so that the arguments are still evaluated."""
-    name = ast.unparse(node.func)
-    pick = ast.parse(f"(lambda *x: x[{index}])", mode="eval").body
-    old = node.func
-    return f"{name}(…) -> its argument {index}", lambda: setattr(node, "func", pick), lambda: setattr(node, "func", old)
-
-
-def run(mutant: Mutant, compiled: Path, timeout: float) -> str:
-    """killed, survived or timeout."""
+def run(mutant: Mutant, tests: list[str], compiled: Path | None, timeout: float) -> str:
+    """killed, survived or timeout; what no test runs survives."""
+    if not tests:
+        return "survived"
     try:
-        done = pytest(TESTS[mutant.file], compiled, writes=False, mutant=mutant, timeout=timeout)
+        done = pytest(tests, compiled, mutant=mutant, timeout=timeout)
     except subprocess.TimeoutExpired:
         return "timeout"
+    if done.returncode not in (0, 1):  # 1: a test failed
+        raise SystemExit(f"{mutant.file}:{mutant.line} {mutant.change}: pytest ended with {done.returncode}")
     return "survived" if done.returncode == 0 else "killed"
 
 
@@ -190,29 +119,41 @@ def compile_unchanged(file: str, compiled: Path) -> None:
 
 
 def pytest(
-    tests: list[str], compiled: Path, writes: bool, mutant: Mutant | None = None, timeout: float | None = None
+    tests: list[str],
+    compiled: Path | None = None,
+    writes: bool = False,
+    mutant: Mutant | None = None,
+    timeout: float | None = None,
+    plugin: Path | None = None,
 ) -> subprocess.CompletedProcess:
     """Run tests in a copy of the project, in a fresh process, with the programs compiled before."""
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder)
-        for name in ("cpjax", "npu_backend", "tests"):
-            shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copied)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, copied)
         if mutant:
-            (copied / "cpjax" / mutant.file).write_text(mutant.source)
+            (copied / "cpjax" / mutant.file).write_text(mutant.text)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
         environment = {
             **os.environ,
-            "PYTHONPATH": folder,
+            "PYTHONPATH": os.pathsep.join([folder, str(Path(__file__).parent)]),
             "HYPOTHESIS_PROFILE": "mutants",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            # Only what took longer to compile than this many seconds is written; reading has no such bound.
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if writes else "1e9",
+            "JAX_PLATFORMS": "cpu",
+            "OPENBLAS_NUM_THREADS": "1",
         }
-        files = [f"tests/{name}" for name in tests]
+        if plugin:
+            command += ["-p", "lines_of_tests", "-k", " and ".join(f"not {name}" for name in OF_TEXT)]
+            environment["LINES_OF_TESTS"] = str(plugin)
+        if compiled:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+            environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+            # Only what took longer to compile than this many seconds is written; reading has no such bound.
+            environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0" if writes else "1e9"
         return subprocess.run(
-            [*command, *files], cwd=copied, env=environment, capture_output=True, timeout=timeout, check=False
+            [*command, *tests], cwd=copied, env=environment, capture_output=True, timeout=timeout, check=False
         )
 
 
@@ -228,28 +169,49 @@ def main() -> None:
     parser.add_argument("--control", action="store_true", help="only the mutants that must survive")
     parser.add_argument("--json", type=Path, help="write the verdicts to this file")
     options = parser.parse_args()
-    part = SPECIFICATION if options.of == "specification" else INSTRUMENT
-    everything = [m for file in ([options.file] if options.file else part) for m in mutants(file)]
+    of_instrument = options.of == "instrument"
+    files = [options.file] if options.file else INSTRUMENT if of_instrument else list(SPECIFICATION)
+    everything = [m for file in files for m in mutants(file, (ROOT / "cpjax" / file).read_text())]
     chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
     if options.control:
-        source = (ROOT / "cpjax" / "partial.py").read_text()
-        equivalent = source.replace("total = weight_a + weight_b", "total = weight_b + weight_a")
-        assert equivalent != source
-        chosen = [Mutant("partial.py", 0, "unchanged", source), Mutant("partial.py", 0, "a + b -> b + a", equivalent)]
+        chosen = _controls(of_instrument)
+    for mutant in chosen:
+        ast.parse(mutant.text)  # a mutant that is no Python would be killed by every test
     print(f"{len(chosen)} of {len(everything)} mutants, seed {options.seed}")
     verdicts = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        compiled = Path(folder)
-        files = sorted({test for mutant in chosen for test in TESTS[mutant.file]})
-        for file, _ in zip(files, pool.map(lambda f: compile_unchanged(f, compiled), files), strict=True):
-            print(f"unchanged {file} passes", flush=True)
-        for mutant, verdict in zip(chosen, pool.map(lambda m: run(m, compiled, options.timeout), chosen), strict=True):
-            verdicts.append({"file": mutant.file, "line": mutant.line, "change": mutant.change, "verdict": verdict})
-            print(f"{verdict:9} {mutant.file}:{mutant.line}  {mutant.change}", flush=True)
+        compiled = None if of_instrument else Path(folder)
+        if of_instrument:
+            records = recorded(Path(folder))
+            tests = [tests_of(mutant, records) for mutant in chosen]
+        else:
+            tests = [[f"tests/{name}" for name in SPECIFICATION[mutant.file]] for mutant in chosen]
+            unchanged = sorted({file for files in tests for file in files})
+            for file, _ in zip(
+                unchanged, pool.map(lambda f: compile_unchanged(f, Path(folder)), unchanged), strict=True
+            ):
+                print(f"unchanged {file} passes", flush=True)
+        outcomes = pool.map(lambda pair: run(*pair, compiled, options.timeout), zip(chosen, tests, strict=True))
+        for mutant, asked, verdict in zip(chosen, tests, outcomes, strict=True):
+            found = {"file": mutant.file, "line": mutant.line, "change": mutant.change, "verdict": verdict}
+            verdicts.append(found | {"tests": len(asked)})
+            print(f"{verdict:9} {mutant.file}:{mutant.line}  {mutant.change}  ({len(asked)} tests)", flush=True)
     counts = {name: sum(v["verdict"] == name for v in verdicts) for name in ("killed", "survived", "timeout")}
     print(f"killed {counts['killed']}, survived {counts['survived']}, timeout {counts['timeout']}")
     if options.json:
         options.json.write_text(json.dumps({"seed": options.seed, "counts": counts, "mutants": verdicts}, indent=1))
+
+
+def _controls(of_instrument: bool) -> list[Mutant]:
+    """The unchanged project, and a change that computes the same."""
+    file, old, new = "partial.py", "total = weight_a + weight_b", "total = weight_b + weight_a"
+    if of_instrument:
+        file, old, new = "crosscheck/judging/statistic.py", "return ", "return 0 or "
+    text = (ROOT / "cpjax" / file).read_text()
+    assert old in text
+    line = text[: text.index(old)].count("\n") + 1
+    changed = text.replace(old, new, 1)
+    return [Mutant(file, line, "unchanged", text, (line,)), Mutant(file, line, f"{old} -> {new}", changed, (line,))]
 
 
 if __name__ == "__main__":

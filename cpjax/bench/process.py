@@ -4,7 +4,7 @@ import multiprocessing
 import time
 from typing import NamedTuple
 
-from cpjax.bench.contenders import CONTENDERS
+from cpjax.bench.contenders import CONTENDERS, Prepared
 from cpjax.bench.setting import Setting
 
 
@@ -25,7 +25,7 @@ class Contender:
         """Start the process and wait for its first run."""
         spawn = multiprocessing.get_context("spawn")
         self._here, there = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(name, setting, there), daemon=True)
+        self._process = spawn.Process(target=_serve, args=(name, setting, there))
         self._process.start()
         there.close()
         answer = self._answer()
@@ -61,17 +61,17 @@ class Contender:
 
 def _serve(name: str, setting: Setting, parent) -> None:
     try:
-        run = CONTENDERS[name](setting)
-        parent.send(_timed(run))
+        prepared = CONTENDERS[name](setting)
+        parent.send(_timed(prepared))
         while parent.recv():
-            parent.send(_timed(run))
+            parent.send(_timed(prepared))
     except EOFError:  # the bench is over
         return
     except (ValueError, RuntimeError, ImportError, MemoryError) as error:
         parent.send(next(iter(str(error).splitlines()), "") or type(error).__name__)
 
 
-def _timed(run) -> Times:
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return Times(time.perf_counter() - wall, time.process_time() - cpu)
+def _timed(prepared: Prepared) -> Times:
+    wall, cpu, others = time.perf_counter(), time.process_time(), prepared.others()
+    prepared.run()
+    return Times(time.perf_counter() - wall, time.process_time() - cpu + prepared.others() - others)

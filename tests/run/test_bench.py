@@ -1,6 +1,7 @@
 """`cpjax bench`: who takes part, in which order, and what is made of the times. How long it took is no test's."""
 
 import json
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -15,13 +16,13 @@ from cpjax.bench.setting import Setting
 from cpjax.cli import app
 from cpjax.errors import InputError
 
-SETTING = Setting(16, 2, 4, 3, "float32", True, "both", 2)
+SETTING = Setting(16, 2, 2, 4, 3, "float32", True, "both", 2)
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("direction", ["forward", "both"])
 def test_contenders_run_in_processes_of_their_own(direction):
-    setting = Setting(16, 2, 4, 3, "float32", True, direction, 2)
+    setting = Setting(16, 2, 2, 4, 3, "float32", True, direction, 2)
     with Contender("cpjax", setting) as ours, Contender("torch_sdpa", setting) as theirs:
         assert ours._process.pid != theirs._process.pid
         for one in (ours, theirs):
@@ -38,6 +39,7 @@ def test_who_cannot_compute_says_why():
 
 
 def dense(q, k, v, *, causal):
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     score = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[3])
     if causal:
         score = np.where(np.tri(*score.shape[2:], dtype=bool), score, -np.inf)
@@ -45,20 +47,55 @@ def dense(q, k, v, *, causal):
     return np.einsum("bnts,bsnv->btnv", p / p.sum(axis=-1, keepdims=True), v)
 
 
+# Sums of 16 terms of size 1 in float32 are off by about 1e-6; another mask or another order of keys by 0.1.
+same = partial(np.testing.assert_allclose, atol=1e-5)
+
+
+def computed(name, setting):
+    return np.asarray(CONTENDERS[name](setting).run())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("causal", [False, True])
-def test_all_compute_the_same_attention(causal):
+def test_all_compute_the_same_attention(causal, kv_heads):
     """Else a ratio would compare two problems. Ours holds its tokens in zigzag: chunks 0 and 3, then 1 and 2."""
-    setting = Setting(16, 2, 4, 4, "float32", causal, "forward", 2)  # JAX has one head dim
+    setting = Setting(16, 4, kv_heads, 4, 4, "float32", causal, "forward", 2)  # JAX has one head dim
     q, k, v, _ = setting.arrays()
     want = dense(q, k, v, causal=causal)
-    # Sums of 16 terms of size 1 in float32 are off by about 1e-6; another mask or another order of keys by 0.1.
-    theirs = np.asarray(CONTENDERS["torch_sdpa"](setting)()).transpose(0, 2, 1, 3)
-    np.testing.assert_allclose(theirs, want, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(CONTENDERS["jax_dense"](setting)()), want, atol=1e-5)
+    same(computed("torch_sdpa", setting).transpose(0, 2, 1, 3), want)
+    same(computed("jax_dense", setting), want)
     order = np.concatenate([np.arange(0, 4), np.arange(12, 16), np.arange(4, 12)])
     inverse = np.argsort(order)
     in_text = dense(q[:, inverse], k[:, inverse], v[:, inverse], causal=causal)[:, order]
-    np.testing.assert_allclose(np.asarray(CONTENDERS["cpjax"](setting)()), in_text, atol=1e-5)
+    same(computed("cpjax", setting), in_text)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_decode_the_same_token(dtype):
+    setting = Setting(16, 4, 2, 4, 4, dtype, True, "decode", 2)
+    want = dense(*(x.astype(np.float64) for x in setting.arrays()[:3]), causal=False)
+    of_dtype = partial(same, atol=1e-5 if dtype == "float32" else 2e-3)  # a spacing of 2^-10 at 1
+    of_dtype(computed("torch_sdpa", setting).transpose(0, 2, 1, 3), want)
+    of_dtype(computed("cpjax", setting), want)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_ring_of_others_computes_it_too(causal):
+    setting = Setting(16, 2, 2, 4, 4, "float32", causal, "forward", 2)
+    prepared = CONTENDERS["ring_attention_pytorch"](setting)
+    before = prepared.others()
+    same(prepared.run().numpy(), dense(*setting.arrays()[:3], causal=causal))
+    assert prepared.others() > before > 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"kv_heads": 1}, {"value_dim": 3}, {"direction": "decode"}, {"dtype": "float16"}], ids=str
+)
+def test_the_ring_of_others_says_what_it_has_not(change):
+    setting = Setting(**vars(SETTING) | {"value_dim": 4} | change)
+    with pytest.raises(ValueError, match=r"it has as many key/value heads|only float32 is timed"):
+        CONTENDERS["ring_attention_pytorch"](setting)
 
 
 class Scripted(Contender):
@@ -107,7 +144,8 @@ def test_rounds_turn_and_ratios_are_of_one_round(monkeypatch):
     [
         ({"tokens": 6}, "6 tokens cannot be dealt to 2 devices"),
         ({"dtype": "int8"}, "the bench knows float32 and float16"),
-        ({"direction": "backward"}, "it is forward or both"),
+        ({"direction": "backward"}, "it is forward, both, decode"),
+        ({"kv_heads": 3}, "2 query heads cannot share 3 key/value heads"),
     ],
 )
 def test_a_setting_that_nobody_computes_is_refused(change, said):
@@ -127,4 +165,7 @@ def test_the_command_prints_a_table_and_json():
     ]
     said = CliRunner().invoke(app, [*line, "--contenders", "gemm,flash"])
     assert said.exit_code == 2
-    assert "--contenders has 'flash'; known are cpjax, torch_sdpa, gemm, jax_dense" in said.stderr
+    assert "--contenders has 'flash'; known are cpjax, torch_sdpa, gemm, jax_dense, ring_att" in said.stderr
+    said = CliRunner().invoke(app, [*line, "--backward", "--decode"])
+    assert said.exit_code == 2
+    assert "a decode step has no backward pass" in said.stderr
