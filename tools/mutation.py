@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,15 +72,16 @@ COPIED = ("cpjax", "npu_backend", "tests", "docs", "examples", "README.md", "CON
 
 
 def recorded(folder: Path) -> list[dict]:
-    """What `lines_of_tests` writes, of each of `ROOMS`. A failure ends everything."""
+    """What `lines_of_tests` writes, of each of `ROOMS`, unless it is there. A failure ends everything."""
     records = []
-    for number, room in enumerate(ROOMS):
-        written = folder / f"{number}.json"
-        done = pytest([f"tests/{room}"], plugin=written)
-        if done.returncode != 0:
-            raise SystemExit(
-                f"{room} fails without a mutant, so that it can judge none:\n{done.stdout.decode()[-2000:]}"
-            )
+    for room in ROOMS:
+        written = folder / f"{Path(room).stem}.json"
+        if not written.exists():
+            done = pytest([f"tests/{room}"], plugin=written)
+            if done.returncode != 0:
+                raise SystemExit(
+                    f"{room} fails without a mutant, so that it can judge none:\n{done.stdout.decode()[-2000:]}"
+                )
         records.append(json.loads(written.read_text()))
         print(f"unchanged {room} passes: {len(records[-1]['tests'])} tests", flush=True)
     return records
@@ -99,16 +101,14 @@ def tests_of(mutant: Mutant, records: list[dict]) -> list[str]:
 
 
 def run(mutant: Mutant, tests: list[str], compiled: Path | None, timeout: float) -> str:
-    """killed, survived or timeout; what no test runs survives."""
+    """killed, survived or timeout; what no test runs survives, and what cannot be imported is killed."""
     if not tests:
         return "survived"
     try:
         done = pytest(tests, compiled, mutant=mutant, timeout=timeout)
     except subprocess.TimeoutExpired:
         return "timeout"
-    if done.returncode not in (0, 1):  # 1: a test failed
-        raise SystemExit(f"{mutant.file}:{mutant.line} {mutant.change}: pytest ended with {done.returncode}")
-    return "survived" if done.returncode == 0 else "killed"
+    return {0: "survived", 1: "killed", 2: "killed"}.get(done.returncode, f"pytest ended with {done.returncode}")
 
 
 def compile_unchanged(file: str, compiled: Path) -> None:
@@ -167,9 +167,12 @@ def main() -> None:
     parser.add_argument("--of", choices=("specification", "instrument"), default="specification")
     parser.add_argument("--file", help="only this file, as in exchange/ring.py")
     parser.add_argument("--control", action="store_true", help="only the mutants that must survive")
+    parser.add_argument("--lines", type=Path, help="a folder: which tests run which line is kept there, and read again")
     parser.add_argument("--json", type=Path, help="write the verdicts to this file")
     options = parser.parse_args()
     of_instrument = options.of == "instrument"
+    if options.lines:
+        options.lines.mkdir(parents=True, exist_ok=True)
     files = [options.file] if options.file else INSTRUMENT if of_instrument else list(SPECIFICATION)
     everything = [m for file in files for m in mutants(file, (ROOT / "cpjax" / file).read_text())]
     chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
@@ -182,7 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         compiled = None if of_instrument else Path(folder)
         if of_instrument:
-            records = recorded(Path(folder))
+            records = recorded(options.lines or Path(folder))
             tests = [tests_of(mutant, records) for mutant in chosen]
         else:
             tests = [[f"tests/{name}" for name in SPECIFICATION[mutant.file]] for mutant in chosen]
@@ -196,8 +199,8 @@ def main() -> None:
             found = {"file": mutant.file, "line": mutant.line, "change": mutant.change, "verdict": verdict}
             verdicts.append(found | {"tests": len(asked)})
             print(f"{verdict:9} {mutant.file}:{mutant.line}  {mutant.change}  ({len(asked)} tests)", flush=True)
-    counts = {name: sum(v["verdict"] == name for v in verdicts) for name in ("killed", "survived", "timeout")}
-    print(f"killed {counts['killed']}, survived {counts['survived']}, timeout {counts['timeout']}")
+    counts = Counter(v["verdict"] for v in verdicts)
+    print(", ".join(f"{name} {count}" for name, count in counts.most_common()))
     if options.json:
         options.json.write_text(json.dumps({"seed": options.seed, "counts": counts, "mutants": verdicts}, indent=1))
 

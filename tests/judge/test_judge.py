@@ -12,6 +12,7 @@ from oracle import dense
 from strategies import examples
 
 from cpjax.crosscheck import Verdict, judge
+from cpjax.crosscheck.judging.asked import sentences
 from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.judging.range_check import rows_out_of_range
 from cpjax.crosscheck.judging.sampling import chosen_rows
@@ -373,3 +374,15 @@ def test_the_largest_error_is_told_where_another_row_is_worse_beside_its_bound()
     assert "beside its bound the worst, at batch 0, position 0, head 0, is" in reason
     out[0, 200, 0, 5] -= 0.7
     assert "the worst, at batch 0, position 0, head 0, is off by 0.5," in judge(query, key, value, out).reasons[0]
+
+
+@pytest.mark.parametrize(("precision", "is_rounded"), [("ring_mla_fp16", True), ("flash_fp16", False)])
+def test_the_scale_is_told_as_it_was_stated_and_as_the_profile_rounds_it(precision, is_rounded):
+    x = np.ones((1, 4, 1, 192), np.float16)
+    asked = judge(x, x, x, x, precision=precision).asked
+    assert asked["scale"] == 192**-0.5
+    assert asked.get("rounded_scale") == (float(np.float16(192**-0.5)) if is_rounded else None)
+    said = sentences(asked)[0]
+    assert (
+        "scale 0.0721687836, rounded scale 0.0721435547, mask" if is_rounded else "scale 0.0721687836, mask"
+    ) in said

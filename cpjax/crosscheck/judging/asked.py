@@ -13,6 +13,8 @@ OPTIONS = ("sink", "softcap", "bias", "alibi")
 def asked_of(problem: Problem) -> dict[str, Any]:
     """The question as plain values; "assumed" names what was not said and taken to be absent.
 
+    "rounded_scale" is there if the profile keeps the scale in a format coarser than float32 that does not have it.
+
     >>> from cpjax.crosscheck.judging.problem import checked_problem
     >>> x = np.ones((1, 4, 2, 8), np.float16)
     >>> asked_of(checked_problem(x, x, x))["assumed"]
@@ -26,7 +28,8 @@ def asked_of(problem: Problem) -> dict[str, Any]:
     arrays = zip(("query", "key", "value"), (problem.query, problem.key, problem.value), dtypes, strict=True)
     return {
         **{name: f"{dtype} {list(x.shape)}" for name, x, dtype in arrays},
-        "scale": problem.scale,
+        "scale": problem.stated_scale,
+        **({"rounded_scale": problem.scale} if _is_coarser(problem) else {}),
         "mask": "causal" if mask.is_causal else "full",
         "window": mask.window,
         **{name: _plain(value) for name, value in options.items() if value is not None},
@@ -49,8 +52,15 @@ def sentences(asked: dict[str, Any]) -> list[str]:
     """
     told = {k: v for k, v in asked.items() if k not in ("formats", "assumed", "pads", "requests") and v is not None}
     told |= {k: asked[k] for k in ("pads", "requests") if asked.get(k, 0) > (k == "requests")}
-    words = (f"{name} {value:.9g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items())
+    words = (
+        f"{name.replace('_', ' ')} {f'{value:.9g}' if isinstance(value, float) else value}"
+        for name, value in told.items()
+    )
     return [f"asked: {', '.join(words)}", f"assumed: {asked['assumed']}"]
+
+
+def _is_coarser(problem: Problem) -> bool:
+    return problem.scale not in (problem.stated_scale, float(np.float32(problem.stated_scale)))
 
 
 def _is_natural(problem: Problem) -> bool:
