@@ -109,7 +109,7 @@ def test_a_broken_result_fails_with_verdict_reason_and_question(name):
     assert message.startswith("attention is WRONG: not what correct flash_fp16 arithmetic gives - ")
     assert says in message
     assert "asked: query float16 [1, 96, 2, 32], " in message
-    assert "scale 0.176776692, mask causal" in message
+    assert "scale 0.176776695, mask causal" in message
     assert "assumed: no sink, no softcap, no bias, no alibi, no window" in message
 
 
