@@ -70,7 +70,8 @@ notebooks fresh: export JAX_PLATFORMS = cpu
 notebooks: $(READY)  ## execute every notebook; what is stored in it must be what comes out
 	$(BIN)/python tools/fresh_notebooks.py notebooks/*.ipynb
 
-fresh: $(READY)  ## execute every notebook and store what comes out
+fresh: $(READY)  ## execute every notebook and store what comes out; what was edited, notebook or its text, is taken over
+	$(BIN)/jupytext --quiet --sync notebooks/*.ipynb
 	$(BIN)/python tools/fresh_notebooks.py --write notebooks/*.ipynb
 
 lab: $(LAB)  ## the notebooks in a browser
