@@ -84,11 +84,17 @@ docs: $(DOCS)  ## the site: the book, the pages and the reference as HTML, into 
 	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -c site -d build/doctrees . build/site
 	@echo "build/site/index.html"
 
-bench: $(READY)  ## speed beside PyTorch's fused kernel, the matrix products alone, and dense JAX
-	$(BIN)/cpjax bench
-	$(BIN)/cpjax bench --tokens 4096 --dtype float32 --backward
-	$(BIN)/cpjax bench --tokens 4096 --heads 8 --head-dim 192 --value-dim 128
-	$(BIN)/cpjax bench --tokens 32768 --heads 2 --dtype float32 --contenders cpjax,torch_sdpa,gemm --repeats 3
+ALL := cpjax,torch_sdpa,gemm,jax_dense,ring_attention_pytorch
+FUSED := cpjax,torch_sdpa,gemm
+LATENT := --heads 16 --kv-heads 1 --head-dim 576 --value-dim 512
+
+bench: $(READY)  ## speed beside PyTorch's fused kernel, the matrix products alone, dense JAX and another ring: docs/peers.md
+	$(BIN)/cpjax bench --tokens 2048,8192 --contenders $(ALL)
+	$(BIN)/cpjax bench --tokens 32768 --heads 2 --dtype float32 --contenders $(FUSED) --repeats 3
+	$(BIN)/cpjax bench --tokens 4096 --dtype float32 --backward --contenders $(ALL)
+	$(BIN)/cpjax bench --tokens 4096 --heads 8 --head-dim 192 --value-dim 128 --contenders $(FUSED)
+	$(BIN)/cpjax bench --tokens 2048 $(LATENT) --contenders $(FUSED)
+	$(BIN)/cpjax bench --tokens 32768 $(LATENT) --decode --contenders $(FUSED)
 
 inspect: export PYTHONPATH = .venv/tpu
 inspect: $(TPU)  ## what the TPU compiler makes of rings on 4 to 256 chips: the figures of docs/scale.md

@@ -36,6 +36,7 @@ from cpjax.trial.unnamed_faults import UNNAMED
 OUTCOMES = ("wrong", "unknown", "in part", "among equals", "alone")
 UNSEEN = ("within rounding", "changes no bit")
 
+WHERE = re.compile(r"[\d,]+ of [\d,]+ judged rows (is|are) wrong: |Of \d+ columns only |At batch ")
 EQUALS = re.compile(r"^one of \d+ that the outputs cannot tell apart: ")
 
 
@@ -138,7 +139,7 @@ def outcome(sentences: Sequence[str], names: Sequence[Name]) -> str:
 
 def only_where(sentence: str) -> bool:
     """Which rows are wrong, hold a NaN, or are zero for whatever reason: no cause."""
-    return sentence.startswith(("Wrong is ", "Wrong are ", "At batch ")) or SAW_NOTHING in sentence
+    return WHERE.match(sentence) is not None or SAW_NOTHING in sentence
 
 
 def tells_where(sentence: str) -> bool:

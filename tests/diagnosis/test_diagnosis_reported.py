@@ -4,6 +4,7 @@ And faults that have no entry: there the answer is where, and that the cause is 
 """
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -250,7 +251,7 @@ def foreign_rows(out, rng):
     out[0, 40:56] = rng.standard_normal((16, N, H)) * 0.3
 
 
-COLUMNS = {column: "is column 5", element: "is column 7", tile: "are columns 8–15"}
+COLUMNS = {column: "column 5 is", element: "column 7 is", tile: "columns 8–15 are"}
 """What is said of columns, where some are right."""
 
 
@@ -267,9 +268,9 @@ def test_what_has_no_entry_is_unknown_and_no_cause_is_told(change, has_lse):
     assert np.isfinite(verdict.hard_ratio)
     where = list(verdict.diagnosis[1:])
     if change in COLUMNS:
-        assert where.pop() == f"Wrong {COLUMNS[change]} only, of {H}."
+        assert where.pop() == f"Of {H} columns only {COLUMNS[change]} wrong."
     assert len(where) == (change is not column), verdict.diagnosis
-    assert all(sentence.startswith(("Wrong are ", "Wrong is 1 ")) for sentence in where)
+    assert all(re.match(r"\d+ of \d+ judged rows (are|is) wrong: ", sentence) for sentence in where)
 
 
 def test_the_worst_output_is_the_worst():

@@ -74,11 +74,11 @@ def test_a_name_of_another_fault_is_counted_as_wrong(monkeypatch):
 def test_the_worst_of_the_sentences_counts():
     names = [Name("key 7 was lost"), Name(r"scale is ([\d.]+) times", 1.05)]
     equals = "one of 2 that the outputs cannot tell apart: key 7 was lost; or no causal mask was applied (leaves …)."
-    assert outcome(["key 7 was lost (leaves …).", "Wrong are 3 of 9 judged rows: head 0 only."], names) == "alone"
+    assert outcome(["key 7 was lost (leaves …).", "3 of 9 judged rows are wrong: head 0 only."], names) == "alone"
     assert outcome([equals], names) == "among equals"
     assert outcome([equals, "no causal mask was applied (leaves …)."], names) == "wrong"
     assert outcome(["key 7 was lost (leaves …).", words.UNKNOWN + " (query chunk 3)"], names) == "in part"
-    assert outcome([words.UNKNOWN, "Wrong is 1 of 9 judged rows: head 0 only."], names) == "unknown"
+    assert outcome([words.UNKNOWN, "1 of 9 judged rows is wrong: head 0 only."], names) == "unknown"
     assert outcome(["the scale is 1.0499 times the stated one"], names) == "alone"
     assert outcome(["the scale is 1.2 times the stated one"], names) == "wrong"
     assert (

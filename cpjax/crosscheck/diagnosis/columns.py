@@ -4,6 +4,7 @@ import numpy as np
 
 from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.places import numbers
+from cpjax.wording import is_are
 
 WRONG, RIGHT = 4.0, 2.0
 """RMS(error / σ) of the rows that are looked at from which on a column is wrong, and up to which it is right."""
@@ -18,4 +19,4 @@ def wrong_columns(wrong: list[Measured]) -> list[str]:
     if not 0 < count < len(rms) or (rms[~is_wrong] > RIGHT).any():
         return []
     which = numbers(np.flatnonzero(is_wrong))
-    return [f"Wrong {'is column' if count == 1 else 'are columns'} {which} only, of {len(rms)}."]
+    return [f"Of {len(rms)} columns only column{'s' * (count > 1)} {which} {is_are(count)} wrong."]

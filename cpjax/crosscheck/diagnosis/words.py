@@ -293,7 +293,7 @@ def scope(
             parts.append(f"position{'s' * (len(places) > 1)} {numbers(places)} only")
         if parts:
             count = int(wrong.sum())
-            sentences.append(f"Wrong {is_are(count)} {count:,} of {len(wrong):,} judged rows: {', '.join(parts)}.")
+            sentences.append(f"{count:,} of {len(wrong):,} judged rows {is_are(count)} wrong: {', '.join(parts)}.")
     return sentences
 
 
