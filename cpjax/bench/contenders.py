@@ -71,17 +71,23 @@ def jax_dense(setting: Setting) -> Prepared:
 
 
 def torch_sdpa(setting: Setting) -> Prepared:
-    """PyTorch's fused `scaled_dot_product_attention`, `[B, N, T, H]` contiguous, one thread a core."""
+    """PyTorch's fused `scaled_dot_product_attention`, `[B, N, T, H]` contiguous, one thread a core.
+
+    Without a mask, query heads that share keys are rows of one head, which takes a fraction of the time of enable_gqa.
+    """
     import torch
 
     torch.set_num_threads(setting.cores)
     query, key, value, dout = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in setting.arrays())
     backward = setting.direction == "both"
     inputs = [x.requires_grad_(backward) for x in (query, key, value)]
-    how = {"is_causal": _hides(setting), "enable_gqa": setting.kv_heads != setting.heads}
+    how = {"is_causal": _hides(setting), "enable_gqa": _hides(setting) and setting.kv_heads != setting.heads}
+    heads = setting.heads if _hides(setting) else setting.kv_heads
 
     def attention() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, **how)
+        rows = query.view(1, heads, -1, setting.head_dim)
+        out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, dropout_p=0.0, **how)
+        return out.reshape(1, setting.heads, -1, setting.value_dim)
 
     return Prepared((lambda: torch.autograd.grad(attention(), inputs, dout)) if backward else attention)
 
