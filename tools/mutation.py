@@ -7,7 +7,8 @@ survive.
 
 Which tests: of the specification those of the list below, for what JAX has compiled once runs no line of Python again.
 Of the instrument the tests of its rooms that run the changed statement, the quickest first, or if it runs when the
-module is imported, those that run any line of the file; `lines_of_tests` says which they are. Tests of the text of the
+module is imported, those that run any line of the file; `lines_of_tests` says which they are. They get 90 seconds
+together: what survives might be killed by a dearer one. Tests of the text of the
 source, which fail for any change, do not count.
 
 First the unchanged project runs the same tests and leaves its compiled programs on disk (JAX's compilation cache, whose
@@ -26,6 +27,7 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 from mutants import Mutant, mutants
@@ -87,8 +89,8 @@ def recorded(folder: Path) -> list[dict]:
     return records
 
 
-def tests_of(mutant: Mutant, records: list[dict]) -> list[str]:
-    """The tests that run the mutant's statement, or if none does, its file: the quickest first."""
+def tests_of(mutant: Mutant, records: list[dict], budget: float) -> list[str]:
+    """The tests that run the mutant's statement, or its file if none does: the quickest first, for `budget` seconds."""
     seconds = {}
     for wanted in (set(mutant.statement), None):
         for record in records:
@@ -97,7 +99,9 @@ def tests_of(mutant: Mutant, records: list[dict]) -> list[str]:
             seconds |= {record["tests"][k]: record["seconds"][k] for k in numbers}
         if seconds:
             break
-    return sorted(seconds, key=lambda test: seconds[test])
+    quickest = sorted(seconds, key=lambda test: seconds[test])
+    together = accumulate(seconds[test] for test in quickest)
+    return [test for test, so_far in zip(quickest, together, strict=True) if so_far <= budget or test == quickest[0]]
 
 
 def run(mutant: Mutant, tests: list[str], compiled: Path | None, timeout: float) -> str:
@@ -164,6 +168,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600, help="seconds a mutant (default 600)")
+    parser.add_argument(
+        "--budget", type=float, default=90, help="CPU seconds of tests that a mutant of the instrument gets (90)"
+    )
     parser.add_argument("--of", choices=("specification", "instrument"), default="specification")
     parser.add_argument("--file", help="only this file, as in exchange/ring.py")
     parser.add_argument("--control", action="store_true", help="only the mutants that must survive")
@@ -186,7 +193,7 @@ def main() -> None:
         compiled = None if of_instrument else Path(folder)
         if of_instrument:
             records = recorded(options.lines or Path(folder))
-            tests = [tests_of(mutant, records) for mutant in chosen]
+            tests = [tests_of(mutant, records, options.budget) for mutant in chosen]
         else:
             tests = [[f"tests/{name}" for name in SPECIFICATION[mutant.file]] for mutant in chosen]
             unchanged = sorted({file for files in tests for file in files})
