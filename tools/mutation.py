@@ -21,6 +21,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -104,14 +105,20 @@ def tests_of(mutant: Mutant, records: list[dict], budget: float) -> list[str]:
     return [test for test, so_far in zip(quickest, together, strict=True) if so_far <= budget or test == quickest[0]]
 
 
+KILLS: Counter[str] = Counter()
+"""How many mutants each test has killed. Those that killed most are asked first: the same verdict, sooner."""
+
+
 def run(mutant: Mutant, tests: list[str], compiled: Path | None, timeout: float) -> str:
     """killed, survived or timeout; what no test runs survives, and what cannot be imported is killed."""
     if not tests:
         return "survived"
+    tests = sorted(tests, key=lambda test: -KILLS[test])
     try:
         done = pytest(tests, compiled, mutant=mutant, timeout=timeout)
     except subprocess.TimeoutExpired:
         return "timeout"
+    KILLS.update(re.findall(r"(?m)^FAILED (.+?)(?: - .*)?$", done.stdout.decode()))
     return {0: "survived", 1: "killed", 2: "killed"}.get(done.returncode, f"pytest ended with {done.returncode}")
 
 
