@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from regimes import normal
 
 from cpjax.crosscheck.diagnosis.dictionary import FITTED
 from cpjax.crosscheck.diagnosis.measure import Measured
+from cpjax.crosscheck.diagnosis.predict import noisier
 from cpjax.crosscheck.diagnosis.sample import MORE_ROWS, samples, with_more_rows
 from cpjax.crosscheck.diagnosis.scales import head_dims, price
 from cpjax.crosscheck.judging.evidence import collect
@@ -163,3 +165,13 @@ def test_the_worst_rows_stay_where_more_are_looked_at():
     assert set(range(301, 305)) & set(one.position.tolist())
     assert set(one.position.tolist()) < set(more.position.tolist())
     assert MORE_ROWS <= len(more.position) <= MORE_ROWS + len(one.position)
+
+
+def test_exponentials_that_err_add_what_weights_that_err_add():
+    """Held against drawn weights: the variance of out where each of them errs by 1 % at random, on its own."""
+    some = np.random.default_rng(5)
+    for rows, model, _ in normal("float32", keys=64).models():
+        weight = rows.weight * (1 + 0.01 * some.standard_normal((4000, *rows.weight.shape)))
+        drawn = np.einsum("drs,sv->drv", weight, rows.value) / weight.sum(axis=2)[:, :, None]
+        added = noisier(model, np.full(rows.out.shape, 3.0), 0.01) - 3.0
+        np.testing.assert_allclose(added, drawn.var(axis=0), rtol=0.15)
