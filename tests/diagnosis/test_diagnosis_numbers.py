@@ -7,10 +7,12 @@ import pytest
 from regimes import normal
 
 from cpjax.crosscheck.diagnosis.dictionary import FITTED
+from cpjax.crosscheck.diagnosis.masks import thresholds
 from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.predict import noisier
 from cpjax.crosscheck.diagnosis.sample import MORE_ROWS, samples, with_more_rows
-from cpjax.crosscheck.diagnosis.scales import head_dims, price
+from cpjax.crosscheck.diagnosis.scales import LOG_SCALES, head_dims, price
+from cpjax.crosscheck.diagnosis.scan import row_misfit
 from cpjax.crosscheck.judging.evidence import collect
 from cpjax.crosscheck.judging.problem import checked_problem
 from cpjax.crosscheck.judging.sampling import chosen_rows
@@ -83,14 +85,13 @@ def test_a_default_scale_in_the_place_of_the_stated_one(setting, with_lse):
     assert said(case, with_lse=with_lse, scale=32**-0.5)[0].startswith("the scale is 1/√32, that of a head_dim of 32")
 
 
-def measured(profile: str, scale: float, size: float) -> list[Measured]:
+def measured(profile: str, scale: float, size: float, *, with_lse: bool = False) -> list[Measured]:
     rng = np.random.default_rng(0)
     query, key, value = (x * rng.standard_normal((1, 64, 1, 32)) for x in (size, 1.0, 1.0))
     case = checked_problem(*(x.astype(np.float16) for x in (query, key, value)), scale=scale, precision=profile)
-    out = np.zeros((1, 64, 1, 32), np.float16)
-    return [
-        Measured(one, case) for one in samples(case, collect(case, out, None, chosen_rows(case, 0)).rows, out, None)
-    ]
+    out, lse = np.zeros((1, 64, 1, 32), np.float16), np.zeros((1, 64, 1), np.float32) if with_lse else None
+    rows = collect(case, out, lse, chosen_rows(case, 0)).rows
+    return [Measured(one, case) for one in samples(case, rows, out, lse)]
 
 
 def test_a_fitted_factor_costs_more_where_it_is_known_more_precisely():
@@ -175,3 +176,36 @@ def test_exponentials_that_err_add_what_weights_that_err_add():
         drawn = np.einsum("drs,sv->drv", weight, rows.value) / weight.sum(axis=2)[:, :, None]
         added = noisier(model, np.full(rows.out.shape, 3.0), 0.01) - 3.0
         np.testing.assert_allclose(added, drawn.var(axis=0), rtol=0.15)
+
+
+@with_and_without_lse
+def test_the_price_is_that_of_the_derivatives(with_lse):
+    """Of out: Σ A s (v − out), of lse: Σ A s, by ln(factor); in units of their standard deviations."""
+    some = measured("flash_fp16", 32**-0.5, 1.0, with_lse=with_lse)
+    information = 0.0
+    for one in some:
+        rows = one.model.rows
+        moved = rows.weight * np.where(rows.seen, rows.score, 0.0)
+        slope = (moved @ rows.value - moved.sum(axis=1, keepdims=True) * rows.out) / np.maximum(
+            one.expected.sigma, 1e-7
+        )
+        information += (one.dof * (slope**2).mean(axis=1)).sum()
+        if with_lse:
+            information += ((moved.sum(axis=1) / one.expected.lse_sigma) ** 2).sum()
+    extent = LOG_SCALES[-1] - LOG_SCALES[0]
+    assert price(some, 1.0) == pytest.approx(np.log(extent**2 * information / (2 * np.pi)), rel=1e-3)
+
+
+def test_the_misfit_of_a_mask_is_that_of_attention_under_it():
+    """Also of one under which a row sees nothing: its output is 0."""
+    (one, *_) = measured("flash_fp16", 32**-0.5, 1.0)
+    sample = one.sample
+    threshold = thresholds(sample, one.problem, "shift")
+    numbers = np.array([-70.0, -40.0, -3.0, -1.0, 0.0, 2.0])
+    for row in (0, 5, 11):
+        want = []
+        for number in numbers:
+            p = np.where(threshold[row] <= number, np.exp(sample.score[row]), 0.0)
+            out = p @ sample.value / p.sum() if p.any() else np.zeros(sample.value.shape[1])
+            want.append((((out - sample.out[row]) / one.sigma[row]) ** 2).mean())
+        np.testing.assert_allclose(row_misfit(one, threshold[row], row, numbers), want, rtol=1e-9)
