@@ -34,10 +34,10 @@ def test_no_success_is_no_surprise(successes, trials):
 
 @given(dof=st.floats(1, 1e4), z=st.floats(0, 8))
 def test_a_mean_square_is_a_chi_square(dof, z):
-    """Wilson and Hilferty's cube root gives no larger z-score, and a smaller one far out: 5.4 for 6 at one degree."""
+    """Wilson and Hilferty's cube root is good to 0.05 up to 3; far out it gives less: 5.4 for 6 at one degree."""
     mean_square = stats.chi2.isf(stats.norm.sf(z), dof) / dof
     found = float(z_score(np.array(mean_square), np.array(dof)))
-    assert z - (0.05 if z < 3 else 1.25 / np.sqrt(dof)) <= found <= z + 1e-3
+    assert z - (0.05 if z < 3 else 1.25 / np.sqrt(dof)) <= found <= z + 0.02
 
 
 def test_no_degree_of_freedom_is_no_evidence():
