@@ -67,7 +67,7 @@ def checkpoint(
         print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
 
 
-GENERATE_HELP = """Prefill a prompt under context parallelism, and decode greedily over the sharded cache of latents.
+GENERATE_HELP = """Prefill prompts under context parallelism, and decode greedily over the sharded cache of latents.
 
 MODEL is the folder of a DeepSeek-V3 checkpoint, of floats or quantised by the vendor's tool to W8A8 or W4A8. Devices
 are simulated: cp ranks share the tokens, tp ranks the heads, both together the experts. --config takes cp, tp and sp of
@@ -81,22 +81,34 @@ over to a decode instance of N ranks, as in a disaggregated deployment.
 --arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results depend on tp
 then.
 
-The prompt is --prompt-ids, or --text where the folder has a tokenizer.json: what is generated is then printed as text,
-too.
+A prompt is --prompt-ids, or --text where the folder has a tokenizer.json: what is generated is then printed as text,
+too. Several prompts are prefilled together in one row, each cut for itself, as MindIE packs a batch; with --cached some
+of their tokens are in the cache before.
 
-Example:
+Examples:
 
 \b
 cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
+
+\b
+cpjax generate build/small --prompt-ids 1,2,3,4,5 --prompt-ids 6,7,8 \\
+    --cached 4,0 --check
 """
 
 
 @app.command(help=GENERATE_HELP, short_help="run a DeepSeek checkpoint, prompt to tokens", epilog=GENERATED)
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
-    prompt_ids: Annotated[str | None, typer.Option(help="token ids with commas", metavar="ID,…")] = None,
+    prompt_ids: Annotated[
+        list[str] | None, typer.Option(help="token ids with commas; once for each prompt", metavar="ID,…")
+    ] = None,
     text: Annotated[
-        str | None, typer.Option(help="the prompt as text, by MODEL's tokenizer.json (cpjax[text])", metavar="PROMPT")
+        list[str] | None,
+        typer.Option(help="a prompt as text, by MODEL's tokenizer.json (cpjax[text]); once for each", metavar="PROMPT"),
+    ] = None,
+    cached: Annotated[
+        str | None,
+        typer.Option(help="tokens of each prompt that are in the cache already; none if not said", metavar="N,…"),
     ] = None,
     cp: Annotated[
         int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said", metavar="N")
@@ -151,17 +163,20 @@ def generate(
     from cpjax.parallel import simulate_devices
 
     with errors():
-        if (prompt_ids is None) == (text is None):
-            raise InputError("give the prompt once: as --prompt-ids ID,… or as --text PROMPT")
-        tokenizer = open_tokenizer(model) if text is not None else None
-        ids = tokenizer.encode(text or "") if tokenizer else whole_numbers(prompt_ids, "--prompt-ids") or ()
+        if bool(prompt_ids) == bool(text):
+            raise InputError("give the prompts once: as --prompt-ids ID,… or as --text PROMPT")
+        tokenizer = open_tokenizer(model) if text else None
+        ids = tuple(whole_numbers(one, "--prompt-ids") or () for one in prompt_ids or ())
+        if tokenizer is not None:
+            ids = tuple(tokenizer.encode(one) for one in text or ())
         shape = read_config(model) if model.is_dir() else None
         if last_block not in LAST.split("|"):
             raise InputError(f"--last-block is {last_block!r:.60}; it must be {LAST.replace('|', ' or ')}")
         sizes, is_sp, remarks = ranks_of(cp, tp, config, shape, is_sp=sp)
         sharing = Sharing(block, is_sp, last_block == "mindie")
         how = (exchange, dtype, precision, check, chunk, draft, border, arithmetic, decode_tp)
-        request = Request(model, ids, steps, sizes, sharing, *how)
+        before = whole_numbers(cached, "--cached")
+        request = Request(model, ids, steps, sizes, sharing, *how, cached=before)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         if decode_tp and draft:
@@ -169,9 +184,14 @@ def generate(
         simulate_devices(request.devices)
         with jax.enable_x64(dtype == "float64"), progress() as advance:
             said = run(request, advance)
-    continued = None if tokenizer is None else tokenizer.decode(said.generated.ids[0].tolist())
+    new = said.generated.ids.tolist()
+    continued = [None] * len(new) if tokenizer is None else [tokenizer.decode(row) for row in new]
     if as_json:
-        print(json.dumps(said.as_json() | {"text": continued}, indent=2, allow_nan=False))
+        found = said.as_json()
+        found["requests"] = [one | {"text": text} for one, text in zip(found["requests"], continued, strict=True)]
+        print(json.dumps(found, indent=2, allow_nan=False))
     else:
-        print(said.text() if continued is None else f"{said.text()}\ntext: {continued!r}")
+        print(said.text())
+        for one in continued if tokenizer else ():
+            print(f"text: {one!r}")
     raise typer.Exit(0 if said.passed else 1)

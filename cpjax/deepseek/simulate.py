@@ -1,14 +1,15 @@
-"""`cpjax generate`: a checkpoint, a prompt and a number of ranks in; tokens, times and a check out."""
+"""`cpjax generate`: a checkpoint, prompts and a number of ranks in; tokens, times and a check out."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from cpjax.deepseek.checkpoint import Advance, check_computed, load, load_mtp, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import Drafted
-from cpjax.deepseek.generate import Checked, Decoder, Generated, Sharing, check, generate, text_of
+from cpjax.deepseek.generate import Checked, Decoder, Generated, Sharing, check, generate, rows_of, texts_of
 from cpjax.deepseek.parallel import checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
@@ -30,7 +31,8 @@ class Request(NamedTuple):
     """What is asked for; sizes are (cp, tp)."""
 
     model: Path
-    ids: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids; several prompts are packed into one row."""
     steps: int
     sizes: tuple[int, int]
     sharing: Sharing
@@ -44,6 +46,8 @@ class Request(NamedTuple):
     arithmetic: str = "exact"
     decode_tp: int | None = None
     """Ranks of a decode instance of its own; None: the prefill's decode."""
+    cached: tuple[int, ...] | None = None
+    """How many tokens of each prompt are in the cache already; None: none."""
 
     @property
     def devices(self) -> int:
@@ -75,8 +79,8 @@ class Said(NamedTuple):
         said = {"model": str(request.model), "cp": cp, "tp": tp, "exchange": request.exchange, "chunk": request.chunk}
         said |= {"sp": request.sharing.is_sp, "block": request.sharing.block}
         said |= {"last block": "mindie" if request.sharing.is_last_moved else "turn"}
-        said |= {"dtype": request.dtype, "precision": self.precision, "prompt": list(request.ids)}
-        said |= {"tokens": self.generated.ids[0].tolist(), "seconds": self.generated.seconds, "check": None}
+        said |= {"dtype": request.dtype, "precision": self.precision, "requests": self._requests()}
+        said |= {"seconds": self.generated.seconds, "check": None}
         fetched = {"tp": request.decode_tp, "bytes a rank": self.generated.handed_over}
         said["decode instance"] = fetched if request.decode_tp else None
         drafted = self.generated.drafted
@@ -87,8 +91,8 @@ class Said(NamedTuple):
                 "tokens a step": drafted.tokens,
                 "border": request.border,
                 "steps": drafted.steps,
-                "drafted": drafted.tokens * drafted.steps,
-                "accepted": sum(drafted.accepted[0]),
+                "drafted": drafted.tokens * sum(map(len, drafted.accepted)),
+                "accepted": sum(map(sum, drafted.accepted)),
             }
         )
         said |= {"quantised": list(self.kinds), "arithmetic": request.arithmetic if self.kinds else None}
@@ -103,6 +107,11 @@ class Said(NamedTuple):
             }
         return said
 
+    def _requests(self) -> list[dict[str, Any]]:
+        cached = self.request.cached or [0] * len(self.request.prompts)
+        of_rows = zip(self.request.prompts, cached, self.generated.ids.tolist(), strict=True)
+        return [{"prompt": list(prompt), "cached": count, "tokens": new} for prompt, count, new in of_rows]
+
     def text(self) -> str:
         """For a person."""
         cp, tp = self.request.sizes
@@ -110,11 +119,12 @@ class Said(NamedTuple):
         count = self.generated.ids.shape[1] - 1 if drafted is None else drafted.steps
         further = f", {seconds['further steps'] / (count - 1):.3f} s each of {count - 1} more" if count > 1 else ""
         first = f"; first step {seconds['first step']:.1f} s (compiled)" if count else ""
+        tokens = [", ".join(map(str, row)) for row in self.generated.ids.tolist()]
         lines = [
-            f"tokens: {', '.join(map(str, self.generated.ids[0].tolist()))}",
+            *(f"tokens{f' of request {n}' if len(tokens) > 1 else ''}: {row}" for n, row in enumerate(tokens)),
             f"cp {cp}, tp {tp}{_shared(self.request)}, exchange {self.request.exchange}, {self.request.dtype}, "
             f"attention {self.precision}",
-            f"prefill of {len(self.request.ids)} tokens {seconds['prefill']:.1f} s (compiled){first}{further}",
+            f"prefill of {_prefilled(self.request)} {seconds['prefill']:.1f} s (compiled){first}{further}",
         ]
         if self.generated.handed_over is not None:
             lines.append(
@@ -144,11 +154,18 @@ def _shared(request: Request) -> str:
     return sp + (", the prompt's last block on the last rank" if request.sharing.is_last_moved else "")
 
 
+def _prefilled(request: Request) -> str:
+    """How many tokens of how many requests."""
+    every = counted(sum(map(len, request.prompts)), "token")
+    packed = "" if len(request.prompts) == 1 else f" of {len(request.prompts)} requests in one row"
+    return every + packed + (f", {sum(request.cached)} of them cached before," if request.cached else "")
+
+
 def _drafts(drafted: Drafted, border: str) -> str:
-    accepted = sum(drafted.accepted[0])
+    made = drafted.tokens * sum(map(len, drafted.accepted))
     return (
-        f"drafts: {counted(drafted.tokens, 'token')} a step, border {border}; {accepted} of "
-        f"{drafted.tokens * drafted.steps} accepted, {counted(drafted.steps, 'step')}"
+        f"drafts: {counted(drafted.tokens, 'token')} a step, border {border}; {sum(map(sum, drafted.accepted))} of "
+        f"{made} accepted, {counted(drafted.steps, 'step')}"
     )
 
 
@@ -201,7 +218,9 @@ def run(request: Request, advance: Advance) -> Said:
     config, kinds = checkpoint.config, tuple(sorted(set(checkpoint.quantized.values())))
     if arithmetic != "exact" and not kinds:
         raise InputError(f"{request.model} is not quantised, so --arithmetic changes nothing; leave it out")
-    ids = checked_ids(config, np.array([request.ids]))
+    ids, lengths = rows_of(request.prompts)
+    prompts = {"lengths": lengths, "cached": request.cached, "is_packed": len(lengths) > 1}
+    checked_ids(config, ids)
     options = {"dtype": request.dtype, "precision": request.precision, "exchange": request.exchange}
     how = setup(config, model_mesh(*request.sizes), **options, arithmetic=arithmetic)
     decode = None
@@ -218,6 +237,7 @@ def run(request: Request, advance: Advance) -> Said:
         weights,
         ids,
         request.steps,
+        **prompts,
         sharing=request.sharing,
         chunk=request.chunk,
         modules=modules,
@@ -229,11 +249,13 @@ def run(request: Request, advance: Advance) -> Said:
     checked = reason = None
     if request.is_checked:
         alone = load(checkpoint, request.dtype)
-        checked = check(config, alone, ids, generated, arithmetic)
+        checked = check(config, alone, ids, generated, arithmetic, lengths=lengths)
         if kinds and not checked.passed and arithmetic == "vendor" and request.sizes[1] > 1:
             reason = OWN_MAXIMA
         elif kinds and not checked.passed:
-            reason = reason_of(count_near_ties(config, alone, text_of(ids, generated), arithmetic))
+            texts = texts_of(ids, generated, lengths)
+            near = [count_near_ties(config, alone, jnp.asarray(text[None]), arithmetic) for text in texts]
+            reason = reason_of(Near(*map(sum, zip(*near, strict=True))))
     return Said(request, how.attention.precision.name, generated, checked, kinds, reason)
 
 
