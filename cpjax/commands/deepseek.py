@@ -74,8 +74,8 @@ are simulated: cp ranks share the tokens, tp ranks the heads, both together the 
 a MindIE deployment.
 
 --sp cuts the cache over the tp ranks as well. --draft N lets the checkpoint's MTP modules guess N tokens for each step,
-which verifies them: the tokens are the same, and how many guesses were right is printed. --decode-tp N hands the cache
-over to a decode instance of N ranks, as in a disaggregated deployment.
+which verifies them: the tokens are the same, and how many guesses were right is printed. --decode-tp N hands the caches
+over to a decode instance of N ranks, as in a disaggregated deployment; with --draft it is this instance that drafts.
 
 --check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same. With
 --arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results depend on tp
@@ -179,8 +179,6 @@ def generate(
         request = Request(model, ids, steps, sizes, sharing, *how, cached=before)
         for remark in remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
-        if decode_tp and draft:
-            raise InputError("--draft is of the instance that did the prefill; leave out --draft or --decode-tp")
         simulate_devices(request.devices)
         with jax.enable_x64(dtype == "float64"), progress() as advance:
             said = run(request, advance)

@@ -7,6 +7,8 @@
     verify   one step of the model over token L and N drafts, which see each other causally
     accept   the longest run of drafts that are the model's choice, and one token more, its choice after them
     back     caches are as long as what was accepted; slots behind that are written anew
+    handed over: modules run over the prompt where the prefill is, and draft where the decode instance is; their caches
+             travel as the model's does, and with them the hidden states of the prompt's last places
 
 What is generated is what greedy decoding without drafts generates, whatever the modules say: a draft only saves a step.
 MindIE drafts so with one module (mtp_plugin.py and mtp/decoding_policy.py in mindie_llm/text_generator/plugins of

@@ -61,7 +61,7 @@ class Generated(NamedTuple):
     """prefill and first step, with compilation; all further steps together."""
     drafted: Drafted | None = None
     handed_over: int | None = None
-    """Bytes that each rank of the decode instance has fetched; None: the same instance decoded."""
+    """Bytes of latents that each rank of the decode instance has fetched; None: the same instance decoded."""
 
 
 class Checked(NamedTuple):
@@ -173,16 +173,18 @@ def generate(
     started = time.perf_counter()
     # The last step may draft tokens beyond the end.
     cut = sharing.cut(setup, length + steps + draft)
-    who = drafter(setup, weights, modules, draft, cut, prompt.last(chunk)) if draft else None
+    last = prompt.last(chunk)
+    who = drafter(setup, weights, modules, draft, cut, last) if draft else None
+    there = drafter(*decoder, draft, cut, last) if draft and decoder is not None else None
     found = _prefilled(setup, weights, prompt, cut, chunk, who, border, is_packed)
     seconds = {"prefill": time.perf_counter() - started, "first step": 0.0, "further steps": 0.0}
     advance("tokens", 1, steps)
     size = None
     if decoder is not None:
         started = time.perf_counter()
-        setup, weights, modules = decoder
+        setup, weights, _ = decoder
         cut, found, size = _handed_over(cut, found, setup)
-        who = drafter(setup, weights, modules, draft, cut, prompt.last(chunk)) if draft else None
+        who = None if there is None else there._replace(cut=cut)
         seconds["hand-over"] = time.perf_counter() - started
     if who is None:
         generated = _one_by_one(setup, weights, cut, steps, found, seconds, advance)

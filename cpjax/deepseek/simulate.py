@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from cpjax.deepseek.checkpoint import Advance, check_computed, load, load_mtp, open_checkpoint
+from cpjax.deepseek.checkpoint import Advance, Checkpoint, check_computed, load, load_mtp, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import Drafted
 from cpjax.deepseek.generate import Checked, Decoder, Generated, Sharing, check, generate, rows_of, texts_of
-from cpjax.deepseek.parallel import checked_ids, model_mesh, mtp_specs, setup, specs
+from cpjax.deepseek.mtp import MtpWeights
+from cpjax.deepseek.parallel import Setup, checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
 from cpjax.mindie.crosscheck import accepted
@@ -227,11 +228,12 @@ def run(request: Request, advance: Advance) -> Said:
     if request.decode_tp is not None:
         mesh = model_mesh(1, request.decode_tp, first=request.sizes[0] * request.sizes[1])
         decode = setup(config, mesh, **options, arithmetic=arithmetic)
-    modules = load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(config)) if request.draft else ()
+    modules = _modules(checkpoint, request, how)
     weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
     decoder = None
     if decode is not None:
-        decoder = Decoder(decode, load(checkpoint, request.dtype, mesh=decode.mesh, specs=specs(config)))
+        there = load(checkpoint, request.dtype, mesh=decode.mesh, specs=specs(config))
+        decoder = Decoder(decode, there, _modules(checkpoint, request, decode))
     generated = generate(
         how,
         weights,
@@ -257,6 +259,13 @@ def run(request: Request, advance: Advance) -> Said:
             near = [count_near_ties(config, alone, jnp.asarray(text[None]), arithmetic) for text in texts]
             reason = reason_of(Near(*map(sum, zip(*near, strict=True))))
     return Said(request, how.attention.precision.name, generated, checked, kinds, reason)
+
+
+def _modules(checkpoint: Checkpoint, request: Request, how: Setup) -> tuple[MtpWeights, ...]:
+    """The MTP modules on the devices of an instance, where they draft."""
+    if not request.draft:
+        return ()
+    return load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(checkpoint.config))
 
 
 def reason_of(found: Near) -> str:

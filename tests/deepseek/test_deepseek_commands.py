@@ -65,15 +65,16 @@ def test_a_checkpoint_is_written_once(model, tmp_path):
 
 
 def test_a_decode_instance_takes_the_cache_over(model):
-    """On two devices behind those of the prefill."""
+    """On two devices behind those of the prefill; and drafts there."""
     words = ("generate", model, "--prompt-ids", "5,6,7,8,9", "--cp", "1", "--steps", "3", "--decode-tp", "2")
-    result = run(*words, "--block", "2", "--check", "--json")
+    result = run(*words, "--block", "2", "--draft", "1", "--check", "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert said["check"]["passed"]
     assert said["decode instance"]["tp"] == 2
-    assert said["decode instance"]["bytes a rank"] > 0
-    assert "leave out --draft or --decode-tp" in refused(*words, "--draft", "1")
+    latents = 5 * 8 * (32 + 8)  # of 5 tokens in float64, in a layer
+    assert said["decode instance"]["bytes a rank"] == (2 + 1) * latents, "of two layers and a module"
+    assert said["draft"]["drafted"] == 2 - said["draft"]["accepted"]
 
 
 def test_several_prompts(model, monkeypatch):

@@ -24,7 +24,7 @@ from cpjax.deepseek.cache import Cache
 from cpjax.deepseek.checkpoint import load, load_mtp
 from cpjax.deepseek.config import SMALL
 from cpjax.deepseek.draft import following
-from cpjax.deepseek.generate import Sharing, check, generate, on_one_device
+from cpjax.deepseek.generate import Decoder, Sharing, check, generate, on_one_device
 from cpjax.deepseek.model import attention_for, run_layers
 from cpjax.deepseek.moe import MoeWeights
 from cpjax.deepseek.mtp import Drafting, draft
@@ -86,9 +86,13 @@ def one_device(checkpoint):
 @pytest.fixture(scope="module")
 def on_mesh(checkpoint):
     """cp 2 and tp 2: setup, weights, modules."""
-    how = setup(TINY, model_mesh(2, 2), dtype="float64")
-    weights = load(checkpoint, "float64", mesh=how.mesh, specs=specs(TINY))
-    return how, *guessing(weights, load_mtp(checkpoint, "float64", mesh=how.mesh, specs=mtp_specs(TINY)))
+    return instance(checkpoint, model_mesh(2, 2))
+
+
+def instance(checkpoint, mesh):
+    weights = load(checkpoint, "float64", mesh=mesh, specs=specs(TINY))
+    modules = load_mtp(checkpoint, "float64", mesh=mesh, specs=mtp_specs(TINY))
+    return setup(TINY, mesh, dtype="float64"), *guessing(weights, modules)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -206,6 +210,17 @@ def test_one_module_drafts_two_tokens(on_mesh, plain, right):
             assert (n > 0) == (right[0][row, known - 2] and not last)
             known += n + 1
     assert 2 in sum(accepted(found), ())
+
+
+def test_a_decode_instance_drafts(on_mesh, checkpoint, plain, right):
+    """The caches of both modules go with the model's to other devices. There is accepted what one device says."""
+    decoder = Decoder(*instance(checkpoint, model_mesh(1, 2, first=4)))
+    found = generated(on_mesh, 2, 2, decoder=decoder)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+    assert accepted(found) == accepted_by_hand(right, 2)
+    assert found.handed_over == LENGTHS.sum() * 8 * (1 + 2) * (TINY.kv_lora_rank + TINY.qk_rope_head_dim)
+    with pytest.raises(InputError, match="there is no MTP module to draft with"):
+        generated(on_mesh, 2, 2, decoder=decoder._replace(modules=()))
 
 
 # The prefill of modules -----------------------------------------------------------------------------------------------
