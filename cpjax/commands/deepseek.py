@@ -71,7 +71,8 @@ GENERATE_HELP = """Prefill prompts under context parallelism, and decode greedil
 
 MODEL is the folder of a DeepSeek-V3 checkpoint, of floats or quantised by the vendor's tool to W8A8 or W4A8. Devices
 are simulated: cp ranks share the tokens, tp ranks the heads, both together the experts. --config takes cp, tp and sp of
-a MindIE deployment.
+a MindIE deployment, and how many tokens its MTP drafts; --decode-config the decode node's ranks of a disaggregated one.
+A user_config.json has both.
 
 --sp cuts the cache over the tp ranks as well. --draft N lets the checkpoint's MTP modules guess N tokens for each step,
 which verifies them: the tokens are the same, and how many guesses were right is printed. --decode-tp N hands the caches
@@ -117,15 +118,23 @@ def generate(
         int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said", metavar="N")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="a MindIE config.json, for its cp, tp and sp", metavar="FILE")
+        Path | None,
+        typer.Option(help="a MindIE config.json, for its cp, tp, sp and drafts", metavar="FILE"),
+    ] = None,
+    decode_config: Annotated[
+        Path | None, typer.Option(help="that of the decode node; --config is the prefill node's then", metavar="FILE")
     ] = None,
     sp: Annotated[bool, typer.Option("--sp", help="cut the cache over the tp ranks too, not over cp alone")] = False,
     steps: Annotated[int, typer.Option(min=1, help="new tokens", metavar="N")] = 8,
     block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache", metavar="N")] = 128,
     last_block: Annotated[
-        str,
-        typer.Option(help="where a prompt's last block lies: in turn, or on the last rank as in MindIE", metavar=LAST),
-    ] = "turn",
+        str | None,
+        typer.Option(
+            help="where a prompt's last block lies: in turn, or on the last rank as in MindIE, and with --config if "
+            "not said",
+            metavar=LAST,
+        ),
+    ] = None,
     chunk: Annotated[
         int | None,
         typer.Option(min=1, help="tokens of the prompt that are prefilled at once; all if not said", metavar="N"),
@@ -135,8 +144,11 @@ def generate(
         typer.Option(min=1, help="ranks of a decode instance that takes the cache over; none if not said", metavar="N"),
     ] = None,
     draft: Annotated[
-        int, typer.Option(min=0, help="tokens that MTP modules guess for a step; 0: none", metavar="N")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0, help="tokens that MTP modules guess for a step; the deployment's, or 0, if not said", metavar="N"
+        ),
+    ] = None,
     border: Annotated[
         str,
         typer.Option(help="how the modules' prefill finds the token after a chunk's last", metavar="exact|vendor"),
@@ -158,7 +170,7 @@ def generate(
 
     from cpjax.deepseek.config import read_config
     from cpjax.deepseek.generate import Sharing
-    from cpjax.deepseek.simulate import Request, ranks_of, run
+    from cpjax.deepseek.simulate import Request, chosen, run
     from cpjax.deepseek.tokenizer import open_tokenizer
     from cpjax.parallel import simulate_devices
 
@@ -170,14 +182,28 @@ def generate(
         if tokenizer is not None:
             ids = tuple(tokenizer.encode(one) for one in text or ())
         shape = read_config(model) if model.is_dir() else None
-        if last_block not in LAST.split("|"):
+        if last_block not in (None, *LAST.split("|")):
             raise InputError(f"--last-block is {last_block!r:.60}; it must be {LAST.replace('|', ' or ')}")
-        sizes, is_sp, remarks = ranks_of(cp, tp, config, shape, is_sp=sp)
-        sharing = Sharing(block, is_sp, last_block == "mindie")
-        how = (exchange, dtype, precision, check, chunk, draft, border, arithmetic, decode_tp)
-        before = whole_numbers(cached, "--cached")
-        request = Request(model, ids, steps, sizes, sharing, *how, cached=before)
-        for remark in remarks:
+        found = chosen(cp, tp, config, shape, is_sp=sp, decode=decode_config, decode_tp=decode_tp)
+        is_last_moved = config is not None if last_block is None else last_block == "mindie"
+        request = Request(
+            model,
+            ids,
+            steps,
+            found.sizes,
+            Sharing(block, found.is_sp, is_last_moved),
+            exchange,
+            dtype,
+            precision,
+            check,
+            chunk,
+            found.draft if draft is None else draft,
+            border,
+            arithmetic,
+            found.decode_tp,
+            whole_numbers(cached, "--cached"),
+        )
+        for remark in found.remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
         simulate_devices(request.devices)
         with jax.enable_x64(dtype == "float64"), progress() as advance:
@@ -185,9 +211,9 @@ def generate(
     new = said.generated.ids.tolist()
     continued = [None] * len(new) if tokenizer is None else [tokenizer.decode(row) for row in new]
     if as_json:
-        found = said.as_json()
-        found["requests"] = [one | {"text": text} for one, text in zip(found["requests"], continued, strict=True)]
-        print(json.dumps(found, indent=2, allow_nan=False))
+        printed = said.as_json()
+        printed["requests"] = [one | {"text": text} for one, text in zip(printed["requests"], continued, strict=True)]
+        print(json.dumps(printed, indent=2, allow_nan=False))
     else:
         print(said.text())
         for one in continued if tokenizer else ():

@@ -14,7 +14,7 @@ from cpjax.deepseek.mtp import MtpWeights
 from cpjax.deepseek.parallel import Setup, checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
-from cpjax.mindie.crosscheck import accepted
+from cpjax.mindie.crosscheck import accepted, accepted_pair, is_pair
 from cpjax.wording import counted
 
 MOST_DEVICES = 64
@@ -52,8 +52,16 @@ class Request(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Of both instances."""
-        return self.sizes[0] * self.sizes[1] + (self.decode_tp or 0)
+        """Of both instances.
+
+        Raises:
+          InputError: more than are simulated.
+        """
+        count = self.sizes[0] * self.sizes[1] + (self.decode_tp or 0)
+        if count > MOST_DEVICES:
+            more = f" and the decode instance's {self.decode_tp}" if self.decode_tp else ""
+            raise InputError(f"cp·tp{more} is {count}; at most {MOST_DEVICES} devices are simulated")
+        return count
 
 
 class Said(NamedTuple):
@@ -170,41 +178,94 @@ def _drafts(drafted: Drafted, border: str) -> str:
     )
 
 
-def ranks_of(
-    cp: int | None, tp: int | None, deployment: Path | None, model: DeepseekConfig | None, *, is_sp: bool = False
-) -> tuple[tuple[int, int], bool, list[str]]:
-    """(cp, tp) as asked for, whether the cache is cut over both (sp), and remarks for the user.
+class Deployed(NamedTuple):
+    """Where a request is computed, and what is drafted: as asked for, or as a deployment does, scaled down."""
 
-    A deployment's tp is scaled down to at most `MOST_SCALED` devices, and to what divides the model's heads; its sp,
-    where it has one, with it.
+    sizes: tuple[int, int]
+    """cp and tp."""
+    is_sp: bool
+    """The cache is cut over both."""
+    draft: int
+    """Tokens that MTP modules guess for a step."""
+    decode_tp: int | None
+    """Ranks of the decode instance of a disaggregated deployment."""
+    remarks: tuple[str, ...]
+    """For the user."""
+
+
+def chosen(
+    cp: int | None,
+    tp: int | None,
+    config: Path | None,
+    model: DeepseekConfig | None,
+    *,
+    is_sp: bool = False,
+    decode: Path | None = None,
+    decode_tp: int | None = None,
+) -> Deployed:
+    """What the options or the configs of a deployment say.
 
     Raises:
-      InputError: sizes given beside a deployment; one that MindIE does not take; more devices than are simulated; sp
-        without ranks of tp.
+      InputError: options beside a deployment that has them; sp without ranks of tp.
     """
-    if deployment is None:
-        sizes, remarks = (cp or 2, tp or 1), []
-        if is_sp and sizes[1] == 1:
+    if config is None:
+        if decode is not None:
+            raise InputError("--decode-config is the second of two configs; give the prefill node's as --config")
+        if is_sp and (tp or 1) == 1:
             raise InputError("--sp cuts the cache over the ranks of tp as well; give --tp of at least 2 with it")
-    elif cp is None and tp is None and not is_sp:
-        found = accepted(deployment)
-        cp, tp = found.sizes.cp, found.sizes.tp
-        heads = tp if model is None else model.num_attention_heads
-        fits = [n for n in range(1, tp + 1) if tp % n == 0 and heads % n == 0 and cp * n <= max(cp, MOST_SCALED)]
-        sizes, remarks = (cp, fits[-1]), list(found.warnings)
-        is_sp = found.sizes.sp > 1 and sizes[1] > 1
-        if fits[-1] != tp:
-            sp = f", sp {fits[-1]} with it" if is_sp else ""
-            remarks.append(f"scaled down: tp {fits[-1]} instead of the deployment's {tp}{sp}; cp {cp} as it is")
-    else:
+        return Deployed((cp or 2, tp or 1), is_sp, 0, decode_tp, ())
+    if cp is not None or tp is not None or is_sp:
         raise InputError("--config has cp, tp and sp; leave out --cp, --tp and --sp, or --config")
-    if sizes[0] * sizes[1] > MOST_DEVICES:
-        raise InputError(f"cp·tp is {sizes[0] * sizes[1]}; at most {MOST_DEVICES} devices are simulated")
-    return sizes, is_sp, remarks
+    found = deployed(config, decode, model)
+    if decode_tp is not None and found.decode_tp is not None:
+        raise InputError("the decode node's config has its tp; leave out --decode-tp, or that config")
+    return found._replace(decode_tp=decode_tp or found.decode_tp)
+
+
+def deployed(config: Path, decode: Path | None, model: DeepseekConfig | None) -> Deployed:
+    """A MindIE deployment's cp, tp and sp, and MTP's num_speculative_tokens.
+
+    Its tp is scaled down to at most `MOST_SCALED` devices an instance, and to what divides the model's heads; its sp,
+    where it has one, with it. Of a decode instance with dp one group is simulated.
+
+    Args:
+      config: of a hybrid or a prefill node, or MindIE-Motor's user_config.json.
+      decode: of a decode node; None: there is none, unless `config` has it.
+
+    Raises:
+      InputError: what cannot be read, or what MindIE does not take.
+    """
+    if decode is None and not is_pair(config):
+        found, there = accepted(config), None
+    else:
+        found, there = accepted_pair(config, decode)
+    cp, tp = found.sizes.cp, found.sizes.tp
+    fits, remarks = _scaled(tp, cp, model), list(found.warnings)
+    is_sp = found.sizes.sp > 1 and fits > 1
+    if fits != tp:
+        sp = f", sp {fits} with it" if is_sp else ""
+        remarks.append(f"scaled down: tp {fits} instead of the deployment's {tp}{sp}; cp {cp} as it is")
+    draft = found.num_speculative_tokens or 0 if "mtp" in found.plugins else 0
+    decode_tp = None
+    if there is not None:
+        decode_tp = _scaled(there.sizes.tp, 1, model)
+        remarks += there.warnings
+        if decode_tp != there.sizes.tp:
+            remarks.append(f"scaled down: tp {decode_tp} instead of the decode node's {there.sizes.tp}")
+        if there.sizes.dp > 1:
+            remarks.append(f"scaled down: one of the decode node's {there.sizes.dp} groups of dp is computed")
+    return Deployed((cp, fits), is_sp, draft, decode_tp, tuple(remarks))
+
+
+def _scaled(tp: int, cp: int, model: DeepseekConfig | None) -> int:
+    """The largest divisor of tp that is simulated, and that divides the heads."""
+    heads = tp if model is None else model.num_attention_heads
+    fits = [n for n in range(1, tp + 1) if tp % n == 0 and heads % n == 0 and cp * n <= max(cp, MOST_SCALED)]
+    return fits[-1]
 
 
 def run(request: Request, advance: Advance) -> Said:
-    """Read, generate, check. JAX must have cp·tp devices, and float64 if that is asked for.
+    """Read, generate, check. JAX must have the devices of both instances, and float64 if that is asked for.
 
     Raises:
       InputError: whatever does not fit, before a weight is read.

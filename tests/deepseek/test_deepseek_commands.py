@@ -64,17 +64,70 @@ def test_a_checkpoint_is_written_once(model, tmp_path):
     assert "config.json is not there" in refused("checkpoint", tmp_path / "x", "--like", tmp_path)
 
 
-def test_a_decode_instance_takes_the_cache_over(model):
-    """On two devices behind those of the prefill; and drafts there."""
-    words = ("generate", model, "--prompt-ids", "5,6,7,8,9", "--cp", "1", "--steps", "3", "--decode-tp", "2")
-    result = run(*words, "--block", "2", "--draft", "1", "--check", "--json")
+def deployment(folder, **changes):
+    """The example's prefill and decode configs, for 4 cards and for 2: cp 2, tp 2 and sp 2 here, tp 2 there."""
+    small = {
+        "prefill-cp2": {"worldSize": 4, "tp": 2, "sp": 2, "moe_ep": 4},
+        "decode": {"worldSize": 2, "dp": 1, "tp": 2, "moe_ep": 2},
+    }
+    paths = []
+    for name, sizes in small.items():
+        config = json.loads((EXAMPLE.parent / f"{name}.json").read_text())
+        config["BackendConfig"]["npuDeviceIds"] = [[*range(sizes["worldSize"])]]
+        model = config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]
+        model |= sizes | changes.get(name.split("-")[0], {})
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(config))
+    return paths
+
+
+def test_a_disaggregated_deployment(model, tmp_path):
+    """The decode instance is on two devices behind those of the prefill, and drafts as the configs say."""
+    prefill, decode = deployment(tmp_path)
+    words = ("generate", model, "--prompt-ids", "5,6,7,8,9", "--steps", "3", "--config", prefill)
+    result = run(*words, "--decode-config", decode, "--block", "2", "--check", "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
+    assert (said["cp"], said["tp"], said["sp"], said["last block"]) == (2, 2, True, "mindie")
     assert said["check"]["passed"]
-    assert said["decode instance"]["tp"] == 2
     latents = 5 * 8 * (32 + 8)  # of 5 tokens in float64, in a layer
-    assert said["decode instance"]["bytes a rank"] == (2 + 1) * latents, "of two layers and a module"
+    assert said["decode instance"] == {"tp": 2, "bytes a rank": (2 + 1) * latents}, "of two layers and a module"
+    assert said["draft"]["tokens a step"] == 1
     assert said["draft"]["drafted"] == 2 - said["draft"]["accepted"]
+
+
+def test_what_a_deployment_decides(tmp_path):
+    """Of the examples: scaled down to heads that 4 divides; of MindIE-Motor's file, which has both parts."""
+    prefill, decode = EXAMPLE.with_name("prefill-cp2.json"), EXAMPLE.with_name("decode.json")
+    found = simulate.chosen(None, None, prefill, SMALL, decode=decode)
+    assert found[:-1] == ((2, 4), True, 1, 1)
+    assert found.remarks == (
+        "scaled down: tp 4 instead of the deployment's 8, sp 4 with it; cp 2 as it is",
+        "scaled down: one of the decode node's 16 groups of dp is computed",
+    )
+    assert simulate.chosen(None, None, prefill, SMALL) == found._replace(decode_tp=None, remarks=found.remarks[:1])
+    assert simulate.chosen(None, None, EXAMPLE, SMALL)[:-1] == ((2, 4), True, 0, None), "it has no MTP"
+    assert simulate.chosen(None, None, None, SMALL, decode_tp=3) == ((2, 1), False, 0, 3, ())
+    both = simulate.deployed(*deployment(tmp_path), SMALL)
+    assert both == ((2, 2), True, 1, 2, ())
+    parts = [json.loads(path.read_text()) for path in deployment(tmp_path)]
+    names = ("mindie_server_prefill_config", "mindie_server_decode_config")
+    pods = {"p_instances_num": 1, "d_instances_num": 1, "single_p_instance_pod_num": 1, "single_d_instance_pod_num": 1}
+    motor = {"deploy_config": pods | {"p_pod_npu_num": 4, "d_pod_npu_num": 2}, **dict(zip(names, parts, strict=True))}
+    (tmp_path / "user_config.json").write_text(json.dumps(motor))
+    assert simulate.chosen(None, None, tmp_path / "user_config.json", SMALL)[:-1] == both[:-1]
+
+
+def test_two_configs_that_do_not_fit(model, tmp_path):
+    words = ("generate", model, "--prompt-ids", "1")
+    prefill, decode = deployment(tmp_path, decode={"plugin_params": ""})
+    said = refused(*words, "--config", prefill, "--decode-config", decode)
+    assert "decode.json: MindIE does not take this config: pair-both-mtp (MTP 1 and no MTP" in said
+    assert "give the prefill one first" in refused(*words, "--config", decode, "--decode-config", prefill)
+    assert "give the prefill node's as --config" in refused(*words, "--decode-config", decode)
+    pair = ("--config", prefill.with_name("prefill-cp2.json"), "--decode-config", deployment(tmp_path)[1])
+    assert "leave out --decode-tp, or that config" in refused(*words, *pair, "--decode-tp", 2)
+    assert "cp·tp and the decode instance's 63 is 65; at most 64" in refused(*words, "--decode-tp", 63)
 
 
 def test_several_prompts(model, monkeypatch):
@@ -176,7 +229,7 @@ def test_from_nothing_to_tokens(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "scaled down: tp 4 instead of the deployment's 8, sp 4 with it; cp 2 as it is" in done.stderr
     said = json.loads(done.stdout)
-    assert (said["cp"], said["tp"], said["sp"], said["block"], said["last block"]) == (2, 4, True, 128, "turn")
+    assert (said["cp"], said["tp"], said["sp"], said["block"], said["last block"]) == (2, 4, True, 128, "mindie")
     requests = [(one["prompt"], one["cached"], len(one["tokens"])) for one in said["requests"]]
     assert requests == [([5, 6, 7, 8, 9], 0, 8), ([11, 12, 13], 2, 8)]
     drafts = said["draft"]
