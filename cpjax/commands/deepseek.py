@@ -67,36 +67,49 @@ def checkpoint(
         print(f"Next: cpjax generate {folder} --prompt-ids 1,2,3 --cp 2 --steps 8 --check")
 
 
-GENERATE_HELP = """Prefill a prompt under context parallelism, and decode greedily over the sharded cache of latents.
+GENERATE_HELP = """Prefill prompts under context parallelism, and decode greedily over the sharded cache of latents.
 
 MODEL is the folder of a DeepSeek-V3 checkpoint, of floats or quantised by the vendor's tool to W8A8 or W4A8. Devices
 are simulated: cp ranks share the tokens, tp ranks the heads, both together the experts. --config takes cp, tp and sp of
-a MindIE deployment.
+a MindIE deployment, and how many tokens its MTP drafts; --decode-config the decode node's ranks of a disaggregated one.
+A user_config.json has both.
 
 --sp cuts the cache over the tp ranks as well. --draft N lets the checkpoint's MTP modules guess N tokens for each step,
-which verifies them: the tokens are the same, and how many guesses were right is printed. --decode-tp N hands the cache
-over to a decode instance of N ranks, as in a disaggregated deployment.
+which verifies them: the tokens are the same, and how many guesses were right is printed. --decode-tp N hands the caches
+over to a decode instance of N ranks, as in a disaggregated deployment; with --draft it is this instance that drafts.
 
 --check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same. With
 --arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results depend on tp
 then.
 
-The prompt is --prompt-ids, or --text where the folder has a tokenizer.json: what is generated is then printed as text,
-too.
+A prompt is --prompt-ids, or --text where the folder has a tokenizer.json: what is generated is then printed as text,
+too. Several prompts are prefilled together in one row, each cut for itself, as MindIE packs a batch; with --cached some
+of their tokens are in the cache before.
 
-Example:
+Examples:
 
 \b
 cpjax generate build/small --prompt-ids 1,2,3,4,5 --cp 2 --steps 8 --check
+
+\b
+cpjax generate build/small --prompt-ids 1,2,3,4,5 --prompt-ids 6,7,8 \\
+    --cached 4,0 --check
 """
 
 
 @app.command(help=GENERATE_HELP, short_help="run a DeepSeek checkpoint, prompt to tokens", epilog=GENERATED)
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="the folder of a checkpoint")],
-    prompt_ids: Annotated[str | None, typer.Option(help="token ids with commas", metavar="ID,…")] = None,
+    prompt_ids: Annotated[
+        list[str] | None, typer.Option(help="token ids with commas; once for each prompt", metavar="ID,…")
+    ] = None,
     text: Annotated[
-        str | None, typer.Option(help="the prompt as text, by MODEL's tokenizer.json (cpjax[text])", metavar="PROMPT")
+        list[str] | None,
+        typer.Option(help="a prompt as text, by MODEL's tokenizer.json (cpjax[text]); once for each", metavar="PROMPT"),
+    ] = None,
+    cached: Annotated[
+        str | None,
+        typer.Option(help="tokens of each prompt that are in the cache already; none if not said", metavar="N,…"),
     ] = None,
     cp: Annotated[
         int | None, typer.Option(min=1, help="ranks over which tokens are cut; 2 if not said", metavar="N")
@@ -105,15 +118,23 @@ def generate(
         int | None, typer.Option(min=1, help="ranks over which heads are cut; 1 if not said", metavar="N")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="a MindIE config.json, for its cp, tp and sp", metavar="FILE")
+        Path | None,
+        typer.Option(help="a MindIE config.json, for its cp, tp, sp and drafts", metavar="FILE"),
+    ] = None,
+    decode_config: Annotated[
+        Path | None, typer.Option(help="that of the decode node; --config is the prefill node's then", metavar="FILE")
     ] = None,
     sp: Annotated[bool, typer.Option("--sp", help="cut the cache over the tp ranks too, not over cp alone")] = False,
     steps: Annotated[int, typer.Option(min=1, help="new tokens", metavar="N")] = 8,
     block: Annotated[int, typer.Option(min=1, help="tokens of a block of the cache", metavar="N")] = 128,
     last_block: Annotated[
-        str,
-        typer.Option(help="where a prompt's last block lies: in turn, or on the last rank as in MindIE", metavar=LAST),
-    ] = "turn",
+        str | None,
+        typer.Option(
+            help="where a prompt's last block lies: in turn, or on the last rank as in MindIE, and with --config if "
+            "not said",
+            metavar=LAST,
+        ),
+    ] = None,
     chunk: Annotated[
         int | None,
         typer.Option(min=1, help="tokens of the prompt that are prefilled at once; all if not said", metavar="N"),
@@ -123,8 +144,11 @@ def generate(
         typer.Option(min=1, help="ranks of a decode instance that takes the cache over; none if not said", metavar="N"),
     ] = None,
     draft: Annotated[
-        int, typer.Option(min=0, help="tokens that MTP modules guess for a step; 0: none", metavar="N")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0, help="tokens that MTP modules guess for a step; the deployment's, or 0, if not said", metavar="N"
+        ),
+    ] = None,
     border: Annotated[
         str,
         typer.Option(help="how the modules' prefill finds the token after a chunk's last", metavar="exact|vendor"),
@@ -146,32 +170,52 @@ def generate(
 
     from cpjax.deepseek.config import read_config
     from cpjax.deepseek.generate import Sharing
-    from cpjax.deepseek.simulate import Request, ranks_of, run
+    from cpjax.deepseek.simulate import Request, chosen, run
     from cpjax.deepseek.tokenizer import open_tokenizer
     from cpjax.parallel import simulate_devices
 
     with errors():
-        if (prompt_ids is None) == (text is None):
-            raise InputError("give the prompt once: as --prompt-ids ID,… or as --text PROMPT")
-        tokenizer = open_tokenizer(model) if text is not None else None
-        ids = tokenizer.encode(text or "") if tokenizer else whole_numbers(prompt_ids, "--prompt-ids") or ()
+        if bool(prompt_ids) == bool(text):
+            raise InputError("give the prompts once: as --prompt-ids ID,… or as --text PROMPT")
+        tokenizer = open_tokenizer(model) if text else None
+        ids = tuple(whole_numbers(one, "--prompt-ids") or () for one in prompt_ids or ())
+        if tokenizer is not None:
+            ids = tuple(tokenizer.encode(one) for one in text or ())
         shape = read_config(model) if model.is_dir() else None
-        if last_block not in LAST.split("|"):
+        if last_block not in (None, *LAST.split("|")):
             raise InputError(f"--last-block is {last_block!r:.60}; it must be {LAST.replace('|', ' or ')}")
-        sizes, is_sp, remarks = ranks_of(cp, tp, config, shape, is_sp=sp)
-        sharing = Sharing(block, is_sp, last_block == "mindie")
-        how = (exchange, dtype, precision, check, chunk, draft, border, arithmetic, decode_tp)
-        request = Request(model, ids, steps, sizes, sharing, *how)
-        for remark in remarks:
+        found = chosen(cp, tp, config, shape, is_sp=sp, decode=decode_config, decode_tp=decode_tp)
+        is_last_moved = config is not None if last_block is None else last_block == "mindie"
+        request = Request(
+            model,
+            ids,
+            steps,
+            found.sizes,
+            Sharing(block, found.is_sp, is_last_moved),
+            exchange,
+            dtype,
+            precision,
+            check,
+            chunk,
+            found.draft if draft is None else draft,
+            border,
+            arithmetic,
+            found.decode_tp,
+            whole_numbers(cached, "--cached"),
+        )
+        for remark in found.remarks:
             print(f"cpjax: {remark}", file=sys.stderr)
-        if decode_tp and draft:
-            raise InputError("--draft is of the instance that did the prefill; leave out --draft or --decode-tp")
         simulate_devices(request.devices)
         with jax.enable_x64(dtype == "float64"), progress() as advance:
             said = run(request, advance)
-    continued = None if tokenizer is None else tokenizer.decode(said.generated.ids[0].tolist())
+    new = said.generated.ids.tolist()
+    continued = [None] * len(new) if tokenizer is None else [tokenizer.decode(row) for row in new]
     if as_json:
-        print(json.dumps(said.as_json() | {"text": continued}, indent=2, allow_nan=False))
+        printed = said.as_json()
+        printed["requests"] = [one | {"text": text} for one, text in zip(printed["requests"], continued, strict=True)]
+        print(json.dumps(printed, indent=2, allow_nan=False))
     else:
-        print(said.text() if continued is None else f"{said.text()}\ntext: {continued!r}")
+        print(said.text())
+        for one in continued if tokenizer else ():
+            print(f"text: {one!r}")
     raise typer.Exit(0 if said.passed else 1)

@@ -13,6 +13,7 @@ Read in this order; a file imports only what stands above it:
     description   a quantised checkpoint's own word: which tensor is quantised, in which way
     sources       which tensors an array comes from
     checkpoint    sharded safetensors: each device reads its slice; a random one is written
+    layout        several requests' new tokens in a prefill: a row each, or all packed in one row
     cache         latents of past tokens, cut over the ranks of cp, or of cp and tp
     parallel      prefill with tokens in zigzag over cp, heads over tp, experts over both; decode; on a mesh
     draft         tokens that MTP modules guess, and what of them is accepted

@@ -129,7 +129,7 @@ def with_text(cut: CacheCut, cache: Cache, latent: Latent, length: Int[Array, " 
     # Out of range, so that the write is dropped, behind the last token of a row and where there is no room.
     is_kept = (index < length[:, None]) & (slot < cut.slots)
     place = jnp.where(is_kept, rank * cut.slots + slot, cut.ranks * cut.slots)
-    row = jnp.arange(len(length), dtype=jnp.int32)[:, None]
+    row = rows(len(length))
     held = jax.tree.map(lambda x, y: x.at[:, row, place].set(y, mode="drop"), cache.latent, latent)
     return cache._replace(latent=held, length=cache.length + length)
 
@@ -141,15 +141,22 @@ def with_new(
     owner, slot = cut.place(position, prompt)
     # Out of range, so that the write is dropped, where the token is another rank's.
     index = jnp.where(owner == rank, slot, cut.slots)
-    row = jnp.arange(len(position), dtype=jnp.int32)[:, None]
+    row = rows(len(position))
     return jax.tree.map(lambda x, y: x.at[:, row, index].set(y, mode="drop"), held, new)
 
 
+def rows(count: int) -> Int[Array, "B 1"]:
+    """The numbers of rows, to stand beside what each has."""
+    return jnp.arange(count, dtype=jnp.int32)[:, None]
+
+
 def cache_tokens(cut: CacheCut, length: Int[Array, " B"], prompt: Int[Array, " B"]) -> Tokens:
-    """The places of what all ranks hold, rank after rank, when rows have `length` tokens; empty slots are pads.
+    """The places of what all ranks hold, rank after rank, when rows have `length` tokens.
+
+    A token's segment is the number of its row; empty slots are pads.
 
     >>> cache_tokens(CacheCut(2, 1, 4), jnp.array([3]), jnp.array([3]))
     Tokens(position=Array([[0, 2, 1, 3]], dtype=int32), segment=Array([[ 0,  0,  0, -1]], dtype=int32))
     """
     position = cut.positions(prompt).reshape(len(prompt), -1)
-    return Tokens(position, jnp.where(position < length[:, None], 0, PAD).astype(jnp.int32))
+    return Tokens(position, jnp.where(position < length[:, None], rows(len(prompt)), PAD))

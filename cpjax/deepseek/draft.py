@@ -7,16 +7,18 @@
     verify   one step of the model over token L and N drafts, which see each other causally
     accept   the longest run of drafts that are the model's choice, and one token more, its choice after them
     back     caches are as long as what was accepted; slots behind that are written anew
+    handed over: modules run over the prompt where the prefill is, and draft where the decode instance is; their caches
+             travel as the model's does, and with them the hidden states of the prompt's last places
 
 What is generated is what greedy decoding without drafts generates, whatever the modules say: a draft only saves a step.
 MindIE drafts so with one module (mtp_plugin.py and mtp/decoding_policy.py in mindie_llm/text_generator/plugins of
 Ascend/MindIE-LLM); DeepSeek-V3 (arXiv 2412.19437, §2.2) has one as well, and defines several.
 
-*Border.* On a rank of the prefill lie two runs of tokens, one early and one late. The token after the last of a run is
-another rank's; the exact shift is made before tokens are cut. MindIE turns each rank's whole list by one, and puts the
-model's new token at its end: at the border of the runs a place gets the first token of the rank's other run, and at the
-end of the list the new token. That is right on the last rank, whose runs are neighbours, and at the end of rank 0, if
-there are no pads. Only drafts can get worse by it.
+*Border.* On a rank of the prefill lie two runs of a request's tokens, one early and one late. The token after the last
+of a run is another rank's; the exact shift is made before tokens are cut. MindIE turns each rank's whole list by one,
+and puts each request's new token at the end of its part: at the border of the runs a place gets the first token of the
+rank's other run, and at the end of the part the new token. That is right on the last rank, whose runs are neighbours,
+and at the end of rank 0, if there are no pads. Only drafts can get worse by it. No place gets another request's token.
 """
 
 from collections.abc import Callable
@@ -79,7 +81,7 @@ def drafter(
     """With as many modules as are needed.
 
     Args:
-      prompt: tokens of the part of the prompt that is prefilled last, of which the modules draft.
+      prompt: tokens of the part of a prompt that is prefilled last, of which the modules draft; of the shortest one.
 
     Raises:
       InputError: no token to draft, no module; several modules, but fewer than tokens; a part with fewer tokens than
@@ -97,94 +99,118 @@ def drafter(
     modules = modules[:count]
     if prompt < len(modules):
         raise InputError(
-            f"the last part of the prompt has {counted(prompt, 'token')}, and {len(modules)} modules draft; give at "
+            f"the last part of a prompt has {counted(prompt, 'token')}, and {len(modules)} modules draft; give at "
             "least as many, or another chunk"
         )
     return Drafter(setup, weights, modules, count, cut)
 
 
 def following(
-    ids: Int[np.ndarray, "B T"], first: Int[np.ndarray, " B"], shift: int, cp: int, border: str = "exact"
+    ids: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    first: Int[np.ndarray, " B"],
+    shift: int,
+    cp: int,
+    border: str = "exact",
 ) -> Int[np.ndarray, "B T"]:
     """For each place i of a prompt token i + `shift`, as the prefill of a module takes it; 0 where it is not known yet.
 
     Args:
+      lengths: tokens of each prompt.
       first: the model's first new token of each row, which follows the prompt.
-      border: "vendor" gives what MindIE's ranks get, with pads of token 0.
+      border: "vendor" gives what MindIE's ranks get, with pads of token 0; each prompt is filled up for itself.
 
     >>> ids, first = np.arange(10, 18)[None], np.array([99])
-    >>> following(ids, first, 1, 2)
+    >>> following(ids, np.array([8]), first, 1, 2)
     array([[11, 12, 13, 14, 15, 16, 17, 99]])
-    >>> following(ids, first, 1, 2, "vendor")  # chunks 0 and 3 are rank 0's, 1 and 2 rank 1's
+    >>> following(ids, np.array([8]), first, 1, 2, "vendor")  # chunks 0 and 3 are rank 0's, 1 and 2 rank 1's
     array([[11, 16, 13, 14, 15, 99, 17, 99]])
 
     Raises:
       InputError: the vendor's border with more than one module.
     """
-    length = ids.shape[1]
-    if border == "exact":
-        text = np.concatenate([ids, first[:, None], np.zeros((len(ids), shift), ids.dtype)], axis=1)
-        return text[:, shift : shift + length]
-    if shift != 1:
+    if border == "vendor" and shift != 1:
         raise InputError("the vendor's shift is that of one module; give border exact, or draft 1 token")
-    padded = np.pad(ids, ((0, 0), (0, -length % (2 * cp))))
-    order = Zigzag(cp).order(padded.shape[1])
-    local = np.roll(padded[:, order].reshape(len(ids), cp, -1), -1, axis=2)
-    local[:, :, -1] = first[:, None]
+    found = np.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        if border == "exact":
+            text = np.append(ids[row, :length], first[row])[shift : shift + length]
+            found[row, : len(text)] = text
+        else:
+            found[row, :length] = _turned(ids[row, :length], int(first[row]), cp)
+    return found
+
+
+def _turned(ids: Int[np.ndarray, " T"], first: int, cp: int) -> Int[np.ndarray, " T"]:
+    """Each rank's list of a prompt turned by one, the new token at its end."""
+    padded = np.pad(ids, (0, -len(ids) % (2 * cp)))
+    order = Zigzag(cp).order(len(padded))
+    local = np.roll(padded[order].reshape(cp, -1), -1, axis=1)
+    local[:, -1] = first
     found = np.empty_like(padded)
-    found[:, order] = local.reshape(len(ids), -1)
-    return found[:, :length]
+    found[order] = local.ravel()
+    return found[: len(ids)]
 
 
 def prefill_modules(
     who: Drafter,
     following: Callable[[int], Int[np.ndarray, "B t"]],
     hidden: Float[Array, "B t M"],
+    lengths: Int[np.ndarray, " B"],
     caches: list[Cache] | None,
-    prompt: int,
+    prompt: Int[np.ndarray, " B"],
+    *,
+    is_packed: bool = False,
 ) -> list[Cache]:
-    """The modules' caches after a part of the prompt.
+    """The modules' caches after a part of the prompts.
 
     Args:
       following: number of a module, from 1 → the tokens that it takes at these places.
       hidden: the model's, before its last norm.
+      lengths: tokens of each row in this part.
       caches: after the parts before; None: this is the first.
-      prompt: tokens of the whole prompt.
+      prompt: tokens of each whole prompt.
+      is_packed: as in `cpjax.deepseek.parallel.prefill`.
     """
-    config, batch, length = who.setup.config, *hidden.shape[:2]
-    hidden, found = rms_norm(hidden, who.weights.norm, config.rms_norm_eps), []
+    hidden, found = rms_norm(hidden, who.weights.norm, who.setup.config.rms_norm_eps), []
     for number, module in enumerate(who.modules):
         before = None if caches is None else caches[number]
         outcome = prefill(
             who.setup,
             who.weights,
             following(number + 1),
+            lengths,
             cut=None if before is None else who.cut,
             cache=before,
             drafting=Drafting(module, hidden),
+            is_packed=is_packed,
         )
-        whole = np.full(batch, prompt)
-        found.append(extended_cache(who.setup, who.cut, outcome, np.full(batch, length), before, prompt=whole))
+        found.append(extended_cache(who.setup, who.cut, outcome, lengths, before, prompt=prompt))
         hidden = outcome.hidden
     return found
 
 
 def first_window(
-    who: Drafter, ids: Int[np.ndarray, "B T"], first: Int[np.ndarray, " B"], hidden: Float[Array, "B t M"]
+    who: Drafter,
+    ids: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    first: Int[np.ndarray, " B"],
+    hidden: Float[Array, "B n M"],
 ) -> Window:
-    """The end of the prompt.
+    """The ends of the prompts.
 
     Args:
-      hidden: of its last tokens at least as many as there are modules, before the model's last norm.
+      lengths: tokens of each prompt.
+      hidden: of each prompt's last tokens, at least as many as there are modules, before the model's last norm.
     """
-    old = len(who.modules)
+    old, batch = len(who.modules), len(ids)
     hidden = rms_norm(hidden[:, -old:], who.weights.norm, who.setup.config.rms_norm_eps)
-    known = np.concatenate([ids, first[:, None]], axis=1)[:, -old:]
-    batch = len(ids)
+    place = lengths[:, None] + np.arange(1 - old, 0)
+    known = np.concatenate([np.take_along_axis(ids, place, axis=1), first[:, None]], axis=1)
     return Window(
         jnp.pad(hidden, ((0, 0), (0, who.tokens), (0, 0))),
         np.pad(known, ((0, 0), (0, who.tokens))),
-        np.full(batch, ids.shape[1] - old),
+        lengths - old,
         np.full(batch, old - 1),
     )
 

@@ -1,4 +1,4 @@
-"""From a prefill instance to a decode instance: the cache of latents changes hands.
+"""From a prefill instance to a decode instance: a cache of latents changes hands, the model's or an MTP module's.
 
     prefill side   S ranks, a prompt's blocks on each as `CacheCut` deals them out
     decode side    each rank fetches all blocks, rank by rank, and stores them one behind the other as they come

@@ -2,6 +2,7 @@
 
     prefill    tokens lie in zigzag from the embedding to the last layer, so nothing is moved in between; each layer's
                latents travel by an exchange (`cpjax.latent`), expanded to this device's heads where they are used
+    packed     several requests lie in one row of tokens: each is a segment, which sees itself and its own prefix
     decode     one new token a row or a few, the same on all ranks of cp; queries are absorbed, each rank attends to its
                part of the cache, and partials are merged in the order of the ranks (`cpjax.exchange.decode`)
     sp         the cache is cut over cp and tp together: a rank attends with the heads of all ranks of tp, gathered, to
@@ -30,8 +31,9 @@ from jaxtyping import Array, Float, Int
 from cpjax.attention import Attention
 from cpjax.blocks.tiles import attend
 from cpjax.deepseek.attention import Latent, linear, rms_norm
-from cpjax.deepseek.cache import Cache, CacheCut, cache_tokens, empty, with_new, with_text
+from cpjax.deepseek.cache import Cache, CacheCut, cache_tokens, empty, rows, with_new, with_text
 from cpjax.deepseek.config import DeepseekConfig
+from cpjax.deepseek.layout import Layout, layout_of
 from cpjax.deepseek.model import (
     Attending,
     ModelWeights,
@@ -50,7 +52,7 @@ from cpjax.errors import InputError
 from cpjax.exchange.blocks import finished
 from cpjax.exchange.decode import decode_attention
 from cpjax.latent import HEADLESS, UpProjection, expand, latent_attention_on_device
-from cpjax.mask import PAD, Tokens
+from cpjax.mask import Tokens
 from cpjax.partial import Partial, merge
 from cpjax.partition import Zigzag
 from cpjax.precision import Precision
@@ -180,8 +182,9 @@ def prefill(
     cut: CacheCut | None = None,
     cache: Cache | None = None,
     drafting: Drafting | None = None,
+    is_packed: bool = False,
 ) -> Outcome:
-    """Tokens at once: their last hidden state and the latents of all layers, in natural order.
+    """Tokens at once: their last hidden state and the latents of all layers, in natural order, a row for each request.
 
     Args:
       ids: token ids; rows that are shorter are filled up at their end with any id. With `drafting` the ones
@@ -189,23 +192,28 @@ def prefill(
       lengths: tokens of each row; None: T.
       cut, cache: tokens that stand before these, from an earlier prefill or another request with the same beginning;
         rows may have different numbers of them, or none. None: nothing stands before.
+      is_packed: requests are computed in one row, one behind the other (`cpjax.deepseek.layout`); else in a row each.
       drafting: None: the model. A module, and the hidden states of the tokens, in natural order: the module in its
         place; what comes back and what is cached are then its own (`cpjax.deepseek.mtp.draft`).
 
     Raises:
-      InputError: ids that the model does not have; a cache without its cut, or over another number of ranks.
+      InputError: ids that the model does not have; lengths that the rows do not have; a cache without its cut, of other
+        rows, or over another number of ranks.
     """
     if (cut is None) != (cache is None):
         raise InputError("cut says how the cache is cut; give both or none of them")
     ids = checked_ids(setup.config, ids)
-    batch, length = ids.shape
-    lengths = np.full(batch, length) if lengths is None else lengths
-    chunks = 2 * setup.sizes[0]
-    pads = -length % chunks
-    padded = jnp.asarray(np.pad(ids, ((0, 0), (0, pads))), jnp.int32)
-    if drafting is not None:
-        drafting = drafting._replace(hidden=jnp.pad(drafting.hidden, ((0, 0), (0, pads), (0, 0))))
-    found = _prefill(setup, cut, weights, padded, jnp.asarray(lengths, jnp.int32), cache, drafting)
+    if cache is not None and len(cache.length) != len(ids):
+        raise InputError(
+            f"the cache has {len(cache.length)} rows, and there are {len(ids)} requests; give one a request"
+        )
+    lengths = np.full(len(ids), ids.shape[1]) if lengths is None else np.asarray(lengths)
+    if len(lengths) != len(ids):
+        raise InputError(f"there are {len(lengths)} lengths and {len(ids)} rows; give one length a row")
+    layout = layout_of(lengths, ids.shape[1], setup.sizes[0], is_packed=is_packed)
+    laid = np.asarray(layout.laid(ids), np.int32)
+    found = _prefill(setup, cut, weights, *jax.tree.map(jnp.asarray, (laid, layout)), cache, drafting)
+    length = ids.shape[1]
     return Outcome(found.hidden[:, :length], jax.tree.map(lambda x: x[:, :, :length], found.latent))
 
 
@@ -235,15 +243,13 @@ def _prefill(
     cut: CacheCut | None,
     weights: ModelWeights,
     ids: Array,
-    lengths: Array,
+    layout: Layout,
     cache: Cache | None,
     drafting: Drafting | None,
 ) -> Outcome:
-    zigzag = Zigzag(setup.sizes[0])
-    order = zigzag.order(ids.shape[1])
-    index = jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None], ids.shape)
-    position = index if cache is None else index + cache.length[:, None]
-    places = Tokens(position, jnp.where(index < lengths[:, None], 0, PAD).astype(jnp.int32))
+    """`ids` are laid out, what comes back is not."""
+    index, segment = layout.tokens
+    places = Tokens(index if cache is None else index + cache.length[layout.request], segment)
     there = None if cut is None or cache is None else cache_tokens(cut, cache.length, cache.prompt)
     axes = AXES[:1] if cut is None else cache_axes(setup, cut)
 
@@ -269,7 +275,7 @@ def _prefill(
                 setup.attention,
                 axis_name="cp",
                 exchange=setup.exchange,
-                chunks=zigzag.chunks_per_rank,
+                chunks=Zigzag(setup.sizes[0]).chunks_per_rank,
             )
             if held is not None and there is not None:
                 mine = jax.tree.map(lambda x: x[number], held)
@@ -293,12 +299,11 @@ def _prefill(
         out_specs=(runs, P(None, None, "cp")),
     )
     if drafting is not None:
-        drafting = drafting._replace(hidden=drafting.hidden[:, order])
-    hidden, latent = program(weights, ids[:, order], places, None if cache is None else cache.latent, there, drafting)
-    back = np.argsort(order)
+        drafting = drafting._replace(hidden=layout.laid(drafting.hidden))
+    hidden, latent = program(weights, ids, places, None if cache is None else cache.latent, there, drafting)
     place = lambda x, spec: lax.with_sharding_constraint(x, jax.NamedSharding(setup.mesh, spec))  # noqa: E731
-    latent = jax.tree.map(lambda x: place(x[:, :, back], P(None, None, "cp")), latent)
-    return Outcome(place(hidden[:, back], runs), latent)
+    latent = jax.tree.map(lambda x: place(jax.vmap(layout.back)(x), P(None, None, "cp")), latent)
+    return Outcome(place(layout.back(hidden), runs), latent)
 
 
 def _prefix(
@@ -310,10 +315,15 @@ def _prefix(
     up: UpProjection,
     places: Tokens,
 ) -> Partial:
-    """Attention of this device's queries over all that is cached, gathered from all ranks, in their order."""
-    c_kv, k_rope = as_handed_over(attention, *(lax.all_gather(x, axes, axis=1, tiled=True) for x in held))
+    """Attention of this device's queries over all that is cached, gathered from all ranks, in their order.
+
+    Of packed queries, which are one row, the cached rows are laid one behind the other: each is a segment of its own.
+    """
+    gathered = (lax.all_gather(x, axes, axis=1, tiled=True) for x in held)
+    beside = lambda x: x.reshape(len(query), -1, *x.shape[2:])  # noqa: E731
+    c_kv, k_rope = as_handed_over(attention, *map(beside, gathered))
     key, value = expand(c_kv, k_rope, up, attention)
-    return attend(query, key, value, places, there, attention)
+    return attend(query, key, value, places, Tokens(*map(beside, there)), attention)
 
 
 def _run(
@@ -438,7 +448,7 @@ def decode_step(
         drafting: Drafting | None,
     ) -> tuple[Array, Latent]:
         rank = lax.axis_index(axes)
-        new = Tokens(position, jnp.zeros_like(position))
+        new = Tokens(position, jnp.zeros_like(position) + rows(len(position)))
 
         def attending(number: int, query: Array, latent: Latent, up: UpProjection) -> Array:
             mine = jax.tree.map(lambda x: x[number : number + 1], held)

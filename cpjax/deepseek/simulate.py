@@ -1,18 +1,20 @@
-"""`cpjax generate`: a checkpoint, a prompt and a number of ranks in; tokens, times and a check out."""
+"""`cpjax generate`: a checkpoint, prompts and a number of ranks in; tokens, times and a check out."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from cpjax.deepseek.checkpoint import Advance, check_computed, load, load_mtp, open_checkpoint
+from cpjax.deepseek.checkpoint import Advance, Checkpoint, check_computed, load, load_mtp, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import Drafted
-from cpjax.deepseek.generate import Checked, Decoder, Generated, Sharing, check, generate, text_of
-from cpjax.deepseek.parallel import checked_ids, model_mesh, mtp_specs, setup, specs
+from cpjax.deepseek.generate import Checked, Decoder, Generated, Sharing, check, generate, rows_of, texts_of
+from cpjax.deepseek.mtp import MtpWeights
+from cpjax.deepseek.parallel import Setup, checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
-from cpjax.mindie.crosscheck import accepted
+from cpjax.mindie.crosscheck import accepted, accepted_pair, is_pair
 from cpjax.wording import counted
 
 MOST_DEVICES = 64
@@ -30,7 +32,8 @@ class Request(NamedTuple):
     """What is asked for; sizes are (cp, tp)."""
 
     model: Path
-    ids: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids; several prompts are packed into one row."""
     steps: int
     sizes: tuple[int, int]
     sharing: Sharing
@@ -44,11 +47,21 @@ class Request(NamedTuple):
     arithmetic: str = "exact"
     decode_tp: int | None = None
     """Ranks of a decode instance of its own; None: the prefill's decode."""
+    cached: tuple[int, ...] | None = None
+    """How many tokens of each prompt are in the cache already; None: none."""
 
     @property
     def devices(self) -> int:
-        """Of both instances."""
-        return self.sizes[0] * self.sizes[1] + (self.decode_tp or 0)
+        """Of both instances.
+
+        Raises:
+          InputError: more than are simulated.
+        """
+        count = self.sizes[0] * self.sizes[1] + (self.decode_tp or 0)
+        if count > MOST_DEVICES:
+            more = f" and the decode instance's {self.decode_tp}" if self.decode_tp else ""
+            raise InputError(f"cp·tp{more} is {count}; at most {MOST_DEVICES} devices are simulated")
+        return count
 
 
 class Said(NamedTuple):
@@ -75,8 +88,8 @@ class Said(NamedTuple):
         said = {"model": str(request.model), "cp": cp, "tp": tp, "exchange": request.exchange, "chunk": request.chunk}
         said |= {"sp": request.sharing.is_sp, "block": request.sharing.block}
         said |= {"last block": "mindie" if request.sharing.is_last_moved else "turn"}
-        said |= {"dtype": request.dtype, "precision": self.precision, "prompt": list(request.ids)}
-        said |= {"tokens": self.generated.ids[0].tolist(), "seconds": self.generated.seconds, "check": None}
+        said |= {"dtype": request.dtype, "precision": self.precision, "requests": self._requests()}
+        said |= {"seconds": self.generated.seconds, "check": None}
         fetched = {"tp": request.decode_tp, "bytes a rank": self.generated.handed_over}
         said["decode instance"] = fetched if request.decode_tp else None
         drafted = self.generated.drafted
@@ -87,8 +100,8 @@ class Said(NamedTuple):
                 "tokens a step": drafted.tokens,
                 "border": request.border,
                 "steps": drafted.steps,
-                "drafted": drafted.tokens * drafted.steps,
-                "accepted": sum(drafted.accepted[0]),
+                "drafted": drafted.tokens * sum(map(len, drafted.accepted)),
+                "accepted": sum(map(sum, drafted.accepted)),
             }
         )
         said |= {"quantised": list(self.kinds), "arithmetic": request.arithmetic if self.kinds else None}
@@ -103,6 +116,11 @@ class Said(NamedTuple):
             }
         return said
 
+    def _requests(self) -> list[dict[str, Any]]:
+        cached = self.request.cached or [0] * len(self.request.prompts)
+        of_rows = zip(self.request.prompts, cached, self.generated.ids.tolist(), strict=True)
+        return [{"prompt": list(prompt), "cached": count, "tokens": new} for prompt, count, new in of_rows]
+
     def text(self) -> str:
         """For a person."""
         cp, tp = self.request.sizes
@@ -110,11 +128,12 @@ class Said(NamedTuple):
         count = self.generated.ids.shape[1] - 1 if drafted is None else drafted.steps
         further = f", {seconds['further steps'] / (count - 1):.3f} s each of {count - 1} more" if count > 1 else ""
         first = f"; first step {seconds['first step']:.1f} s (compiled)" if count else ""
+        tokens = [", ".join(map(str, row)) for row in self.generated.ids.tolist()]
         lines = [
-            f"tokens: {', '.join(map(str, self.generated.ids[0].tolist()))}",
+            *(f"tokens{f' of request {n}' if len(tokens) > 1 else ''}: {row}" for n, row in enumerate(tokens)),
             f"cp {cp}, tp {tp}{_shared(self.request)}, exchange {self.request.exchange}, {self.request.dtype}, "
             f"attention {self.precision}",
-            f"prefill of {len(self.request.ids)} tokens {seconds['prefill']:.1f} s (compiled){first}{further}",
+            f"prefill of {_prefilled(self.request)} {seconds['prefill']:.1f} s (compiled){first}{further}",
         ]
         if self.generated.handed_over is not None:
             lines.append(
@@ -144,49 +163,109 @@ def _shared(request: Request) -> str:
     return sp + (", the prompt's last block on the last rank" if request.sharing.is_last_moved else "")
 
 
+def _prefilled(request: Request) -> str:
+    """How many tokens of how many requests."""
+    every = counted(sum(map(len, request.prompts)), "token")
+    packed = "" if len(request.prompts) == 1 else f" of {len(request.prompts)} requests in one row"
+    return every + packed + (f", {sum(request.cached)} of them cached before," if request.cached else "")
+
+
 def _drafts(drafted: Drafted, border: str) -> str:
-    accepted = sum(drafted.accepted[0])
+    made = drafted.tokens * sum(map(len, drafted.accepted))
     return (
-        f"drafts: {counted(drafted.tokens, 'token')} a step, border {border}; {accepted} of "
-        f"{drafted.tokens * drafted.steps} accepted, {counted(drafted.steps, 'step')}"
+        f"drafts: {counted(drafted.tokens, 'token')} a step, border {border}; {sum(map(sum, drafted.accepted))} of "
+        f"{made} accepted, {counted(drafted.steps, 'step')}"
     )
 
 
-def ranks_of(
-    cp: int | None, tp: int | None, deployment: Path | None, model: DeepseekConfig | None, *, is_sp: bool = False
-) -> tuple[tuple[int, int], bool, list[str]]:
-    """(cp, tp) as asked for, whether the cache is cut over both (sp), and remarks for the user.
+class Deployed(NamedTuple):
+    """Where a request is computed, and what is drafted: as asked for, or as a deployment does, scaled down."""
 
-    A deployment's tp is scaled down to at most `MOST_SCALED` devices, and to what divides the model's heads; its sp,
-    where it has one, with it.
+    sizes: tuple[int, int]
+    """cp and tp."""
+    is_sp: bool
+    """The cache is cut over both."""
+    draft: int
+    """Tokens that MTP modules guess for a step."""
+    decode_tp: int | None
+    """Ranks of the decode instance of a disaggregated deployment."""
+    remarks: tuple[str, ...]
+    """For the user."""
+
+
+def chosen(
+    cp: int | None,
+    tp: int | None,
+    config: Path | None,
+    model: DeepseekConfig | None,
+    *,
+    is_sp: bool = False,
+    decode: Path | None = None,
+    decode_tp: int | None = None,
+) -> Deployed:
+    """What the options or the configs of a deployment say.
 
     Raises:
-      InputError: sizes given beside a deployment; one that MindIE does not take; more devices than are simulated; sp
-        without ranks of tp.
+      InputError: options beside a deployment that has them; sp without ranks of tp.
     """
-    if deployment is None:
-        sizes, remarks = (cp or 2, tp or 1), []
-        if is_sp and sizes[1] == 1:
+    if config is None:
+        if decode is not None:
+            raise InputError("--decode-config is the second of two configs; give the prefill node's as --config")
+        if is_sp and (tp or 1) == 1:
             raise InputError("--sp cuts the cache over the ranks of tp as well; give --tp of at least 2 with it")
-    elif cp is None and tp is None and not is_sp:
-        found = accepted(deployment)
-        cp, tp = found.sizes.cp, found.sizes.tp
-        heads = tp if model is None else model.num_attention_heads
-        fits = [n for n in range(1, tp + 1) if tp % n == 0 and heads % n == 0 and cp * n <= max(cp, MOST_SCALED)]
-        sizes, remarks = (cp, fits[-1]), list(found.warnings)
-        is_sp = found.sizes.sp > 1 and sizes[1] > 1
-        if fits[-1] != tp:
-            sp = f", sp {fits[-1]} with it" if is_sp else ""
-            remarks.append(f"scaled down: tp {fits[-1]} instead of the deployment's {tp}{sp}; cp {cp} as it is")
-    else:
+        return Deployed((cp or 2, tp or 1), is_sp, 0, decode_tp, ())
+    if cp is not None or tp is not None or is_sp:
         raise InputError("--config has cp, tp and sp; leave out --cp, --tp and --sp, or --config")
-    if sizes[0] * sizes[1] > MOST_DEVICES:
-        raise InputError(f"cp·tp is {sizes[0] * sizes[1]}; at most {MOST_DEVICES} devices are simulated")
-    return sizes, is_sp, remarks
+    found = deployed(config, decode, model)
+    if decode_tp is not None and found.decode_tp is not None:
+        raise InputError("the decode node's config has its tp; leave out --decode-tp, or that config")
+    return found._replace(decode_tp=decode_tp or found.decode_tp)
+
+
+def deployed(config: Path, decode: Path | None, model: DeepseekConfig | None) -> Deployed:
+    """A MindIE deployment's cp, tp and sp, and MTP's num_speculative_tokens.
+
+    Its tp is scaled down to at most `MOST_SCALED` devices an instance, and to what divides the model's heads; its sp,
+    where it has one, with it. Of a decode instance with dp one group is simulated.
+
+    Args:
+      config: of a hybrid or a prefill node, or MindIE-Motor's user_config.json.
+      decode: of a decode node; None: there is none, unless `config` has it.
+
+    Raises:
+      InputError: what cannot be read, or what MindIE does not take.
+    """
+    if decode is None and not is_pair(config):
+        found, there = accepted(config), None
+    else:
+        found, there = accepted_pair(config, decode)
+    cp, tp = found.sizes.cp, found.sizes.tp
+    fits, remarks = _scaled(tp, cp, model), list(found.warnings)
+    is_sp = found.sizes.sp > 1 and fits > 1
+    if fits != tp:
+        sp = f", sp {fits} with it" if is_sp else ""
+        remarks.append(f"scaled down: tp {fits} instead of the deployment's {tp}{sp}; cp {cp} as it is")
+    draft = found.num_speculative_tokens or 0 if "mtp" in found.plugins else 0
+    decode_tp = None
+    if there is not None:
+        decode_tp = _scaled(there.sizes.tp, 1, model)
+        remarks += there.warnings
+        if decode_tp != there.sizes.tp:
+            remarks.append(f"scaled down: tp {decode_tp} instead of the decode node's {there.sizes.tp}")
+        if there.sizes.dp > 1:
+            remarks.append(f"scaled down: one of the decode node's {there.sizes.dp} groups of dp is computed")
+    return Deployed((cp, fits), is_sp, draft, decode_tp, tuple(remarks))
+
+
+def _scaled(tp: int, cp: int, model: DeepseekConfig | None) -> int:
+    """The largest divisor of tp that is simulated, and that divides the heads."""
+    heads = tp if model is None else model.num_attention_heads
+    fits = [n for n in range(1, tp + 1) if tp % n == 0 and heads % n == 0 and cp * n <= max(cp, MOST_SCALED)]
+    return fits[-1]
 
 
 def run(request: Request, advance: Advance) -> Said:
-    """Read, generate, check. JAX must have cp·tp devices, and float64 if that is asked for.
+    """Read, generate, check. JAX must have the devices of both instances, and float64 if that is asked for.
 
     Raises:
       InputError: whatever does not fit, before a weight is read.
@@ -201,23 +280,27 @@ def run(request: Request, advance: Advance) -> Said:
     config, kinds = checkpoint.config, tuple(sorted(set(checkpoint.quantized.values())))
     if arithmetic != "exact" and not kinds:
         raise InputError(f"{request.model} is not quantised, so --arithmetic changes nothing; leave it out")
-    ids = checked_ids(config, np.array([request.ids]))
+    ids, lengths = rows_of(request.prompts)
+    prompts = {"lengths": lengths, "cached": request.cached, "is_packed": len(lengths) > 1}
+    checked_ids(config, ids)
     options = {"dtype": request.dtype, "precision": request.precision, "exchange": request.exchange}
     how = setup(config, model_mesh(*request.sizes), **options, arithmetic=arithmetic)
     decode = None
     if request.decode_tp is not None:
         mesh = model_mesh(1, request.decode_tp, first=request.sizes[0] * request.sizes[1])
         decode = setup(config, mesh, **options, arithmetic=arithmetic)
-    modules = load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(config)) if request.draft else ()
+    modules = _modules(checkpoint, request, how)
     weights = load(checkpoint, request.dtype, mesh=how.mesh, specs=specs(config), advance=advance)
     decoder = None
     if decode is not None:
-        decoder = Decoder(decode, load(checkpoint, request.dtype, mesh=decode.mesh, specs=specs(config)))
+        there = load(checkpoint, request.dtype, mesh=decode.mesh, specs=specs(config))
+        decoder = Decoder(decode, there, _modules(checkpoint, request, decode))
     generated = generate(
         how,
         weights,
         ids,
         request.steps,
+        **prompts,
         sharing=request.sharing,
         chunk=request.chunk,
         modules=modules,
@@ -229,12 +312,21 @@ def run(request: Request, advance: Advance) -> Said:
     checked = reason = None
     if request.is_checked:
         alone = load(checkpoint, request.dtype)
-        checked = check(config, alone, ids, generated, arithmetic)
+        checked = check(config, alone, ids, generated, arithmetic, lengths=lengths)
         if kinds and not checked.passed and arithmetic == "vendor" and request.sizes[1] > 1:
             reason = OWN_MAXIMA
         elif kinds and not checked.passed:
-            reason = reason_of(count_near_ties(config, alone, text_of(ids, generated), arithmetic))
+            texts = texts_of(ids, generated, lengths)
+            near = [count_near_ties(config, alone, jnp.asarray(text[None]), arithmetic) for text in texts]
+            reason = reason_of(Near(*map(sum, zip(*near, strict=True))))
     return Said(request, how.attention.precision.name, generated, checked, kinds, reason)
+
+
+def _modules(checkpoint: Checkpoint, request: Request, how: Setup) -> tuple[MtpWeights, ...]:
+    """The MTP modules on the devices of an instance, where they draft."""
+    if not request.draft:
+        return ()
+    return load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(checkpoint.config))
 
 
 def reason_of(found: Near) -> str:

@@ -1,13 +1,16 @@
 """From a deployment to cases: attention of one layer, a case for each share of the heads that is computed; decode."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from cpjax.crosscheck.files.case import Case, gaussian_case, latent_case
 from cpjax.errors import InputError
-from cpjax.mindie.check import check, setting_of
+from cpjax.mindie.check import Finding, check, check_files, setting_of
+from cpjax.mindie.config import read_configs
 from cpjax.mindie.decode import LATENT, decode_case
 from cpjax.mindie.deployment import Deployment, read_deployment
+from cpjax.mindie.link import read_pair
 from cpjax.mindie.models import Geometry, local_heads, parse_geometry
 from cpjax.mindie.models import geometry as geometry_of
 from cpjax.mindie.text_file import printable
@@ -95,14 +98,39 @@ def cases_of(
 def accepted(config: Path) -> Deployment:
     """The deployment, of MindIE-Motor's file the prefill one, if MindIE takes it: a verdict on another is no use."""
     deployment = read_deployment(config, role="prefill")
-    errors = [finding for finding in check(setting_of(deployment)) if finding.level == "error"]
+    _refuse(config, check(setting_of(deployment)))
+    return deployment
+
+
+def accepted_pair(prefill: Path, decode: Path | None) -> tuple[Deployment, Deployment]:
+    """The two deployments of a disaggregated one, if MindIE takes both, and one beside the other.
+
+    Args:
+      decode: None: `prefill` is MindIE-Motor's file, which has both.
+
+    Raises:
+      InputError: what cannot be read, and what `cpjax mindie check` and `cpjax mindie link` refuse.
+    """
+    pair = read_pair(prefill, decode)
+    paths, roles = ([prefill], ()) if decode is None else ([prefill, decode], ("prefill", "decode"))
+    for deployment, checked in zip(pair, check_files(paths, roles=roles), strict=True):
+        _refuse(deployment.path, checked.findings)
+    return pair
+
+
+def is_pair(config: Path) -> bool:
+    """Whether a file is MindIE-Motor's with a prefill and a decode part."""
+    return {file.role for file in read_configs(config)} == {"prefill", "decode"}
+
+
+def _refuse(config: Path, findings: Iterable[Finding]) -> None:
+    errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         named = "; ".join(f"{finding.rule} ({finding.found})" for finding in errors[:4])
         raise InputError(
             f"{printable(config)}: MindIE does not take this config: {named}; see cpjax mindie check. Case files "
             "(docs/formats.md) may have any sizes"
         )
-    return deployment
 
 
 def _of_latents(cases: list[Case], shape: Geometry, seed: int) -> list[Case]:

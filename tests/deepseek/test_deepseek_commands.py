@@ -1,18 +1,24 @@
 """`cpjax checkpoint` and `cpjax generate`, as a user runs them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_deepseek import float64_compiled_fast
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
 from cpjax.cli import app
 from cpjax.deepseek import simulate
+from cpjax.deepseek.checkpoint import write_random
+from cpjax.deepseek.config import SMALL
+from cpjax.deepseek.draft import Drafted
 from cpjax.deepseek.generate import Checked, Generated
 from cpjax.deepseek.tokenizer import open_tokenizer
 
@@ -32,10 +38,18 @@ def refused(*arguments):
     return lines[-1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+    with float64_compiled_fast():
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    """With fewer layers and experts than the command's own, which compile longer."""
     folder = tmp_path_factory.mktemp("commands") / "model"
-    result = run("checkpoint", folder, "--seed", 1)
+    write_random(folder.with_name("like"), replace(SMALL, num_hidden_layers=2, n_routed_experts=8), seed=0)
+    result = run("checkpoint", folder, "--seed", 1, "--like", folder.with_name("like"))
     assert result.exit_code == 0, result.output
     assert f"Next: cpjax generate {folder} --prompt-ids" in result.stdout
     return folder
@@ -43,23 +57,92 @@ def model(tmp_path_factory):
 
 def test_a_checkpoint_is_written_once(model, tmp_path):
     assert "nothing is overwritten" in refused("checkpoint", model)
-    result = run("checkpoint", tmp_path / "new", "--like", model, "--dtype", "bfloat16", "--json")
+    result = run("checkpoint", tmp_path / "new", "--dtype", "bfloat16", "--json")
     said = json.loads(result.stdout)
     assert (said["tensors"], said["dtype"], said["seed"]) == (205, "bfloat16", 0)
     assert said["bytes"] == sum((tmp_path / "new" / name).stat().st_size for name in said["files"])
     assert "config.json is not there" in refused("checkpoint", tmp_path / "x", "--like", tmp_path)
 
 
-def test_a_decode_instance_takes_the_cache_over(model):
-    """On two devices behind those of the prefill."""
-    words = ("generate", model, "--prompt-ids", "5,6,7,8,9", "--cp", "1", "--steps", "3", "--decode-tp", "2")
-    result = run(*words, "--block", "2", "--check", "--json")
+def deployment(folder, **changes):
+    """The example's prefill and decode configs, for 4 cards and for 2: cp 2, tp 2 and sp 2 here, tp 2 there."""
+    small = {
+        "prefill-cp2": {"worldSize": 4, "tp": 2, "sp": 2, "moe_ep": 4},
+        "decode": {"worldSize": 2, "dp": 1, "tp": 2, "moe_ep": 2},
+    }
+    paths = []
+    for name, sizes in small.items():
+        config = json.loads((EXAMPLE.parent / f"{name}.json").read_text())
+        config["BackendConfig"]["npuDeviceIds"] = [[*range(sizes["worldSize"])]]
+        model = config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]
+        model |= sizes | changes.get(name.split("-")[0], {})
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(config))
+    return paths
+
+
+def test_a_disaggregated_deployment(model, tmp_path):
+    """The decode instance is on two devices behind those of the prefill, and drafts as the configs say."""
+    prefill, decode = deployment(tmp_path)
+    words = ("generate", model, "--prompt-ids", "5,6,7,8,9", "--steps", "3", "--config", prefill)
+    result = run(*words, "--decode-config", decode, "--block", "2", "--check", "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
+    assert (said["cp"], said["tp"], said["sp"], said["last block"]) == (2, 2, True, "mindie")
     assert said["check"]["passed"]
-    assert said["decode instance"]["tp"] == 2
-    assert said["decode instance"]["bytes a rank"] > 0
-    assert "leave out --draft or --decode-tp" in refused(*words, "--draft", "1")
+    latents = 5 * 8 * (32 + 8)  # of 5 tokens in float64, in a layer
+    assert said["decode instance"] == {"tp": 2, "bytes a rank": (2 + 1) * latents}, "of two layers and a module"
+    assert said["draft"]["tokens a step"] == 1
+    assert said["draft"]["drafted"] == 2 - said["draft"]["accepted"]
+
+
+def test_what_a_deployment_decides(tmp_path):
+    """Of the examples: scaled down to heads that 4 divides; of MindIE-Motor's file, which has both parts."""
+    prefill, decode = EXAMPLE.with_name("prefill-cp2.json"), EXAMPLE.with_name("decode.json")
+    found = simulate.chosen(None, None, prefill, SMALL, decode=decode)
+    assert found[:-1] == ((2, 4), True, 1, 1)
+    assert found.remarks == (
+        "scaled down: tp 4 instead of the deployment's 8, sp 4 with it; cp 2 as it is",
+        "scaled down: one of the decode node's 16 groups of dp is computed",
+    )
+    assert simulate.chosen(None, None, prefill, SMALL) == found._replace(decode_tp=None, remarks=found.remarks[:1])
+    assert simulate.chosen(None, None, EXAMPLE, SMALL)[:-1] == ((2, 4), True, 0, None), "it has no MTP"
+    assert simulate.chosen(None, None, None, SMALL, decode_tp=3) == ((2, 1), False, 0, 3, ())
+    both = simulate.deployed(*deployment(tmp_path), SMALL)
+    assert both == ((2, 2), True, 1, 2, ())
+    parts = [json.loads(path.read_text()) for path in deployment(tmp_path)]
+    names = ("mindie_server_prefill_config", "mindie_server_decode_config")
+    pods = {"p_instances_num": 1, "d_instances_num": 1, "single_p_instance_pod_num": 1, "single_d_instance_pod_num": 1}
+    motor = {"deploy_config": pods | {"p_pod_npu_num": 4, "d_pod_npu_num": 2}, **dict(zip(names, parts, strict=True))}
+    (tmp_path / "user_config.json").write_text(json.dumps(motor))
+    assert simulate.chosen(None, None, tmp_path / "user_config.json", SMALL)[:-1] == both[:-1]
+
+
+def test_two_configs_that_do_not_fit(model, tmp_path):
+    words = ("generate", model, "--prompt-ids", "1")
+    prefill, decode = deployment(tmp_path, decode={"plugin_params": ""})
+    said = refused(*words, "--config", prefill, "--decode-config", decode)
+    assert "decode.json: MindIE does not take this config: pair-both-mtp (MTP 1 and no MTP" in said
+    assert "give the prefill one first" in refused(*words, "--config", decode, "--decode-config", prefill)
+    assert "give the prefill node's as --config" in refused(*words, "--decode-config", decode)
+    pair = ("--config", prefill.with_name("prefill-cp2.json"), "--decode-config", deployment(tmp_path)[1])
+    assert "leave out --decode-tp, or that config" in refused(*words, *pair, "--decode-tp", 2)
+    assert "cp·tp and the decode instance's 63 is 65; at most 64" in refused(*words, "--decode-tp", 63)
+
+
+def test_several_prompts(model, monkeypatch):
+    """What is printed of them."""
+    seconds = {"prefill": 1.0, "first step": 1.0, "further steps": 1.0}
+    found = Generated(np.array([[7, 8, 9], [1, 2, 3]]), np.zeros((2, 3, 10)), seconds, Drafted(1, 2, ((1, 0), (1,))))
+    prompts = ("--prompt-ids", "5,6,7,8,9", "--prompt-ids", "11,12,13")
+    words = ("generate", model, *prompts, "--draft", "1", "--cached")
+    assert "there are 2 prompts, and cached is [1]; give one number a prompt" in refused(*words, "1")
+    assert "give 0 to all but one for each" in refused(*words, "0,3")
+    monkeypatch.setattr(simulate, "run", lambda request, advance: simulate.Said(request, "float64", found, None))
+    text = run(*words, "0,2").stdout
+    assert text.startswith("tokens of request 0: 7, 8, 9\ntokens of request 1: 1, 2, 3\n")
+    assert "prefill of 8 tokens of 2 requests in one row, 2 of them cached before, 1.0 s" in text
+    assert "2 of 3 accepted, 2 steps" in text
 
 
 def byte_tokenizer(folder, **settings):
@@ -83,12 +166,12 @@ def test_a_prompt_as_text(model, tmp_path):
     words = ("generate", folder, "--cp", "1", "--steps", "3")
     result = run(*words, "--text", "née", "--json")
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
+    (said,) = json.loads(result.stdout)["requests"]
     assert said["prompt"] == [256, *tokenizer.encode("née").ids]
     assert len(said["prompt"]) == 5  # é has two bytes
     assert said["text"] == tokenizer.decode(said["tokens"])
     ids = ",".join(map(str, said["prompt"]))
-    by_ids = json.loads(run(*words, "--prompt-ids", ids, "--json").stdout)
+    (by_ids,) = json.loads(run(*words, "--prompt-ids", ids, "--json").stdout)["requests"]
     assert (by_ids["tokens"], by_ids["text"]) == (said["tokens"], None)
     assert f"text: {said['text']!r}" in run(*words, "--text", "née").stdout
 
@@ -126,28 +209,32 @@ def test_a_damaged_tokenizer(model, tmp_path, name, content, message):
 
 
 def test_a_prompt_is_given_once(model, tmp_path):
-    assert "give the prompt once" in refused("generate", model)
-    assert "give the prompt once" in refused("generate", model, "--text", "a", "--prompt-ids", "1")
+    assert "give the prompts once" in refused("generate", model)
+    assert "give the prompts once" in refused("generate", model, "--text", "a", "--prompt-ids", "1")
     byte_tokenizer(tmp_path)
     assert "the text '' has no token" in refused("generate", tmp_path, "--text", "")
 
 
 @pytest.mark.process
 def test_from_nothing_to_tokens(tmp_path):
-    """Both commands in processes of their own, under the vendor's example deployment."""
+    """Both commands in processes of their own, under the vendor's example deployment: two prompts in one row."""
     command = [sys.executable, "-m", "cpjax"]
-    written = subprocess.run([*command, "checkpoint", "m"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    how["env"] = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiled in half the time
+    written = subprocess.run([*command, "checkpoint", "m"], **how)
     assert written.returncode == 0, written.stderr
-    line = [*command, "generate", "m", "--prompt-ids", "5,6,7,8,9", "--config", EXAMPLE, "--check", "--json"]
-    line += ["--chunk", "3", "--draft", "1"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    line = [*command, "generate", "m", "--prompt-ids", "5,6,7,8,9", "--prompt-ids", "11,12,13", "--cached", "0,2"]
+    line += ["--config", EXAMPLE, "--check", "--json", "--chunk", "3", "--draft", "1"]
+    done = subprocess.run(line, **how)
     assert done.returncode == 0, done.stderr
     assert "scaled down: tp 4 instead of the deployment's 8, sp 4 with it; cp 2 as it is" in done.stderr
     said = json.loads(done.stdout)
-    assert (said["cp"], said["tp"], said["prompt"], len(said["tokens"])) == (2, 4, [5, 6, 7, 8, 9], 8)
-    assert (said["sp"], said["block"], said["last block"]) == (True, 128, "turn")
-    steps = said["draft"].pop("steps")
-    assert said["draft"] == {"tokens a step": 1, "border": "exact", "drafted": steps, "accepted": 7 - steps}
+    assert (said["cp"], said["tp"], said["sp"], said["block"], said["last block"]) == (2, 4, True, 128, "mindie")
+    requests = [(one["prompt"], one["cached"], len(one["tokens"])) for one in said["requests"]]
+    assert requests == [([5, 6, 7, 8, 9], 0, 8), ([11, 12, 13], 2, 8)]
+    drafts = said["draft"]
+    assert (drafts["tokens a step"], drafts["border"]) == (1, "exact")
+    assert drafts["drafted"] == 2 * 7 - drafts["accepted"]
     assert said["check"]["passed"]
     assert said["check"]["largest difference of a logit"] < 1e-10
 
@@ -202,5 +289,5 @@ def test_a_check_that_fails_ends_with_1(model, monkeypatch, checked, code, word)
     result = run("generate", model, "--prompt-ids", "1", "--json")
     assert result.exit_code == code
     said = json.loads(result.stdout)
-    assert said["tokens"] == [7, 8, 9]
+    assert said["requests"] == [{"prompt": [1], "cached": 0, "tokens": [7, 8, 9], "text": None}]
     assert (said["check"] is None) == (checked is None)

@@ -1,6 +1,7 @@
 """Drafting: modules on a mesh, several tokens a step, what is accepted; the tokens are those without drafts.
 
-And steps that are started before the last one's tokens are read, with the same programs.
+Prompts are of different lengths, and packed in one row: no module takes another request's token. And steps that are
+started before the last one's tokens are read, with the same programs.
 """
 
 import functools
@@ -19,10 +20,11 @@ from cpjax.deepseek import generate as generating
 from cpjax.deepseek import parallel
 from cpjax.deepseek.ahead import decode_ahead
 from cpjax.deepseek.attention import attend_on_one_device, linear, rms_norm
+from cpjax.deepseek.cache import Cache
 from cpjax.deepseek.checkpoint import load, load_mtp
 from cpjax.deepseek.config import SMALL
 from cpjax.deepseek.draft import following
-from cpjax.deepseek.generate import Sharing, check, generate, on_one_device
+from cpjax.deepseek.generate import Decoder, Sharing, check, generate, on_one_device
 from cpjax.deepseek.model import attention_for, run_layers
 from cpjax.deepseek.moe import MoeWeights
 from cpjax.deepseek.mtp import Drafting, draft
@@ -40,6 +42,7 @@ TINY = replace(
     num_nextn_predict_layers=2,
 )
 IDS = np.random.default_rng(0).integers(0, 31, (8, 9))
+LENGTHS = np.array([9, 5, 7, 9, 3, 8, 6, 9])
 STEPS = 12
 
 
@@ -83,9 +86,13 @@ def one_device(checkpoint):
 @pytest.fixture(scope="module")
 def on_mesh(checkpoint):
     """cp 2 and tp 2: setup, weights, modules."""
-    how = setup(TINY, model_mesh(2, 2), dtype="float64")
-    weights = load(checkpoint, "float64", mesh=how.mesh, specs=specs(TINY))
-    return how, *guessing(weights, load_mtp(checkpoint, "float64", mesh=how.mesh, specs=mtp_specs(TINY)))
+    return instance(checkpoint, model_mesh(2, 2))
+
+
+def instance(checkpoint, mesh):
+    weights = load(checkpoint, "float64", mesh=mesh, specs=specs(TINY))
+    modules = load_mtp(checkpoint, "float64", mesh=mesh, specs=mtp_specs(TINY))
+    return setup(TINY, mesh, dtype="float64"), *guessing(weights, modules)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,9 +116,12 @@ def drafts_of_a_text(config, weights, modules, text):
 
 def generated(on_mesh, count, modules, **more):
     how, weights, every = on_mesh
-    return generate(
-        how, weights, IDS, STEPS, sharing=Sharing(2, is_sp=True), modules=every[:modules], draft=count, **more
-    )
+    of_all = {"lengths": LENGTHS, "is_packed": True, "sharing": Sharing(2, is_sp=True)}
+    return generate(how, weights, IDS, STEPS, **of_all, modules=every[:modules], draft=count, **more)
+
+
+def checked(one_device, found):
+    return check(TINY, one_device[0], IDS, found, lengths=LENGTHS)
 
 
 def accepted(found):
@@ -127,19 +137,26 @@ def plain(on_mesh):
 
 
 @pytest.fixture(scope="module")
-def of_the_text(one_device, plain):
-    """`drafts_of_a_text` of what is generated."""
-    weights, modules = one_device
-    text = np.concatenate([IDS, plain.ids], axis=1)
-    return drafts_of_a_text(TINY, weights, modules, jnp.asarray(text, jnp.int32))
+def texts(plain):
+    """Prompts and what is generated; then zeros."""
+    found = np.zeros((len(IDS), IDS.shape[1] + STEPS), int)
+    for row, ids, length, new in zip(found, IDS, LENGTHS, plain.ids, strict=True):
+        row[: length + STEPS] = [*ids[:length], *new]
+    return found
 
 
 @pytest.fixture(scope="module")
-def right(of_the_text, plain):
+def of_the_text(one_device, texts):
+    """`drafts_of_a_text` of them."""
+    return drafts_of_a_text(TINY, *one_device, jnp.asarray(texts, jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def right(of_the_text, texts):
     """Whether module k drafts, at every place i, the token that comes: `[k − 1][row, i]`, of token i + k + 1."""
-    text, found = np.concatenate([IDS, plain.ids], axis=1), []
+    found = []
     for k, (_, _, said) in enumerate(of_the_text, start=1):
-        wanted = text[:, k + 1 :]
+        wanted = texts[:, k + 1 :]
         found.append(np.asarray(said)[:, : wanted.shape[1]] == wanted)
     return found
 
@@ -150,10 +167,10 @@ def accepted_by_hand(right, count):
 
 
 def accepted_of_row(right, row, count):
-    known, found = IDS.shape[1] + 1, []
-    while known < IDS.shape[1] + STEPS:
+    known, end, found = LENGTHS[row] + 1, LENGTHS[row] + STEPS, []
+    while known < end:
         here, n = known - 2, 0
-        while n < count and known + n + 1 < IDS.shape[1] + STEPS and right[n][row, here]:
+        while n < count and known + n + 1 < end and right[n][row, here]:
             n += 1
         found.append(n)
         known += n + 1
@@ -165,7 +182,7 @@ def test_tokens_are_those_without_drafts(on_mesh, one_device, plain, right, coun
     """And accepted is what one device, which has the whole text at once, says will be."""
     found = generated(on_mesh, count, modules)
     np.testing.assert_array_equal(found.ids, plain.ids)
-    assert check(TINY, one_device[0], IDS, found).passed
+    assert checked(one_device, found).passed
     assert accepted(found) == accepted_by_hand(right, count)
     every = sum(accepted(found), ())
     assert {0, count} <= set(every), "else this text shows nothing"
@@ -173,9 +190,9 @@ def test_tokens_are_those_without_drafts(on_mesh, one_device, plain, right, coun
     assert sum(every) > len(IDS)
 
 
-@pytest.mark.parametrize("more", [{"chunk": 5}, {"border": "vendor"}])
+@pytest.mark.parametrize("more", [{"chunk": 5, "cached": [4, 0, 6, 8, 2, 1, 5, 3]}, {"border": "vendor"}])
 def test_other_prefills(on_mesh, plain, right, more):
-    """In chunks nothing changes; with the vendor's border drafts may, tokens do not."""
+    """Over prefixes, in chunks, nothing changes; with the vendor's border drafts may, tokens do not."""
     found = generated(on_mesh, 1, 1, **more)
     np.testing.assert_array_equal(found.ids, plain.ids)
     if "chunk" in more:
@@ -187,26 +204,43 @@ def test_one_module_drafts_two_tokens(on_mesh, plain, right):
     found = generated(on_mesh, 2, 1)
     np.testing.assert_array_equal(found.ids, plain.ids)
     for row, one in enumerate(accepted(found)):
-        known = IDS.shape[1] + 1
+        known = LENGTHS[row] + 1
         for n in one:
-            last = known + 1 == IDS.shape[1] + STEPS
+            last = known + 1 == LENGTHS[row] + STEPS
             assert (n > 0) == (right[0][row, known - 2] and not last)
             known += n + 1
     assert 2 in sum(accepted(found), ())
+
+
+def test_a_decode_instance_drafts(on_mesh, checkpoint, plain, right):
+    """The caches of both modules go with the model's to other devices. There is accepted what one device says."""
+    decoder = Decoder(*instance(checkpoint, model_mesh(1, 2, first=4)))
+    found = generated(on_mesh, 2, 2, decoder=decoder)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+    assert accepted(found) == accepted_by_hand(right, 2)
+    assert found.handed_over == LENGTHS.sum() * 8 * (1 + 2) * (TINY.kv_lora_rank + TINY.qk_rope_head_dim)
+    with pytest.raises(InputError, match="there is no MTP module to draft with"):
+        generated(on_mesh, 2, 2, decoder=decoder._replace(modules=()))
 
 
 # The prefill of modules -----------------------------------------------------------------------------------------------
 
 
 def modules_on_mesh(on_mesh, first, border="exact"):
-    """Hidden states and latents of all modules after the prompt."""
+    """Hidden states and latents of all modules after the prompts."""
     how, weights, modules = on_mesh
-    hidden, found = rms_norm(prefill(how, weights, IDS).hidden, weights.norm, TINY.rms_norm_eps), []
+    hidden = prefill(how, weights, IDS, LENGTHS, is_packed=True).hidden
+    hidden, found = rms_norm(hidden, weights.norm, TINY.rms_norm_eps), []
     for k, module in enumerate(modules, start=1):
-        ids = following(IDS, first, k, 2, border if k == 1 else "exact")
-        hidden, latent = prefill(how, weights, ids, drafting=Drafting(module, hidden))
+        ids = following(IDS, LENGTHS, first, k, 2, border if k == 1 else "exact")
+        hidden, latent = prefill(how, weights, ids, LENGTHS, drafting=Drafting(module, hidden), is_packed=True)
         found.append((np.asarray(hidden), np.asarray(latent.c_kv)[0]))
     return found
+
+
+def difference(found, wanted):
+    """At each place of each prompt."""
+    return np.abs(found - np.asarray(wanted)[:, :9]).max(axis=2)
 
 
 def test_modules_over_the_prompt(on_mesh, plain, of_the_text):
@@ -214,24 +248,31 @@ def test_modules_over_the_prompt(on_mesh, plain, of_the_text):
 
     Module 2 knows one token less to follow, and so one place less.
     """
-    for places, found, wanted in zip((9, 8), modules_on_mesh(on_mesh, plain.ids[:, 0]), of_the_text, strict=True):
+    for k, (found, wanted) in enumerate(zip(modules_on_mesh(on_mesh, plain.ids[:, 0]), of_the_text, strict=True)):
+        is_known = np.arange(9) < LENGTHS[:, None] - k
         for a, b in zip(found, wanted[:2], strict=True):
-            assert np.abs(a[:, :places] - np.asarray(b)[:, :places]).max() < 1e-10
+            assert difference(a, b)[is_known].max() < 1e-10
 
 
 def test_the_vendor_s_border_is_seen(on_mesh, plain, of_the_text):
-    """Of the chunks 0–2, 3–5, 6–8 and pads, rank 0 has the first and the last: token 2 gets a pad to follow it."""
-    (_, c_kv), *_ = modules_on_mesh(on_mesh, plain.ids[:, 0], "vendor")
-    other = np.abs(c_kv - np.asarray(of_the_text[0][1])[:, :9]).max(axis=(0, 2))
-    assert np.flatnonzero(other > 1e-10).tolist() == [2]
-    assert other[2] > 1e-3
+    """Wherever another token is said to follow, and nowhere else.
+
+    Of 9 tokens in chunks 0–2, 3–5, 6–8 and pads, rank 0 has the first and the last: token 2 gets a pad to follow it.
+    """
+    first, is_there = plain.ids[:, 0], np.arange(9) < LENGTHS[:, None]
+    (_, c_kv), *_ = modules_on_mesh(on_mesh, first, "vendor")
+    other = difference(c_kv, of_the_text[0][1]) > 1e-10
+    said = [following(IDS, LENGTHS, first, 1, 2, border) for border in ("exact", "vendor")]
+    np.testing.assert_array_equal(other[is_there], (said[0] != said[1])[is_there])
+    assert np.flatnonzero(other[0]).tolist() == [2]
+    assert other.sum() > 8
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3])
 @pytest.mark.parametrize("length", [24, 21])
 def test_what_follows_on_the_vendor_s_ranks(cp, length):
     """Written anew, rank by rank and token by token. One rank has the whole text, and only pads can come between."""
-    ids, first, size = np.arange(1, length + 1)[None], np.array([99]), 24 // (2 * cp)
+    text, size = np.arange(1, length + 1), 24 // (2 * cp)
     token = [*range(1, length + 1), *[0] * (24 - length)]
     wanted = {}
     for rank in range(cp):
@@ -240,9 +281,12 @@ def test_what_follows_on_the_vendor_s_ranks(cp, length):
         for here, there in itertools.pairwise(places):
             wanted[here] = token[there]
         wanted[places[-1]] = 99
-    assert following(ids, first, 1, cp, "vendor").tolist() == [[wanted[i] for i in range(length)]]
-    assert following(ids, first, 1, cp).tolist() == [[*range(2, length + 1), 99]]
-    assert following(ids, first, 3, cp).tolist() == [[*range(4, length + 1), 99, 0, 0]]
+    # A shorter prompt stands before it.
+    batch = np.stack([text[::-1], text]), np.array([3, length]), np.array([98, 99])
+    assert following(*batch, 1, cp, "vendor")[1].tolist() == [wanted[i] for i in range(length)]
+    assert following(*batch, 1, cp)[1].tolist() == [*range(2, length + 1), 99]
+    assert following(*batch, 3, cp)[1].tolist() == [*range(4, length + 1), 99, 0, 0]
+    assert following(*batch, 1, cp)[0].tolist() == [length - 1, length - 2, 98, *[0] * (length - 3)]
 
 
 # Broken on purpose ----------------------------------------------------------------------------------------------------
@@ -251,18 +295,23 @@ def test_what_follows_on_the_vendor_s_ranks(cp, length):
 def verified(on_mesh, plain):
     """Logits of a step with two tokens after the prompt."""
     how, weights, _ = on_mesh
-    cut = Sharing(2, is_sp=True).cut(how, IDS.shape[1] + STEPS + 1)
-    cache = extended_cache(how, cut, prefill(how, weights, IDS), [9] * len(IDS))
+    cut, cache = cached(on_mesh, STEPS + 1)
     return np.asarray(parallel.decode_step(how, cut, weights, jnp.asarray(plain.ids[:, :2], jnp.int32), cache).logits)
 
 
-def test_tokens_of_a_step_see_those_before_them(on_mesh, one_device, plain):
-    text = np.concatenate([IDS, plain.ids[:, :-1]], axis=1)
-    wanted = np.asarray(on_one_device(TINY, one_device[0], jnp.asarray(text, jnp.int32)))[:, 9:11]
+def cached(on_mesh, room):
+    """The prompts, with room for so many tokens more."""
+    how, weights, _ = on_mesh
+    cut = Sharing(2, is_sp=True).cut(how, IDS.shape[1] + room)
+    return cut, extended_cache(how, cut, prefill(how, weights, IDS, LENGTHS, is_packed=True), LENGTHS)
+
+
+def test_tokens_of_a_step_see_those_before_them(on_mesh, one_device, plain, texts):
+    whole = np.asarray(on_one_device(TINY, one_device[0], jnp.asarray(texts[:, :-1], jnp.int32)))
+    wanted = np.stack([row[length : length + 2] for row, length in zip(whole, LENGTHS, strict=True)])
     assert np.abs(verified(on_mesh, plain) - wanted).max() < 1e-10
     with pytest.MonkeyPatch.context() as patch:
-        old = "Tokens(position, jnp.zeros_like(position))"
-        mutant(patch, parallel, "decode_step", old, old.replace("(position,", "(position + 1,"))
+        mutant(patch, parallel, "decode_step", "new = Tokens(position,", "new = Tokens(position + 1,")
         other = np.abs(verified(on_mesh, plain) - wanted).max(axis=(0, 2))
     assert other[0] > 1e-4, "it sees the draft after it"
 
@@ -271,7 +320,7 @@ def test_what_is_not_taken_back_is_seen(on_mesh, one_device, plain, right):
     """Of the model's cache by other tokens; of a module's by other drafts."""
     with pytest.MonkeyPatch.context() as patch:
         mutant(patch, generating, "_with_drafts", "length + jnp.asarray(taken, jnp.int32)", "length + run.shape[1]")
-        assert not check(TINY, one_device[0], IDS, generated(on_mesh, 1, 1)).passed
+        assert not checked(one_device, generated(on_mesh, 1, 1)).passed
     with pytest.MonkeyPatch.context() as patch:
         mutant(patch, drafting, "drafts", "length=jnp.asarray(window.start, jnp.int32)", "length=cache.length")
         patch.setattr(generating, "drafts", drafting.drafts)
@@ -287,8 +336,7 @@ def test_what_is_not_taken_back_is_seen(on_mesh, one_device, plain, right):
 def test_steps_that_are_started_ahead(on_mesh, plain, ahead):
     """A row ends with its third token, the others with their last or never: nobody gets another token for it."""
     how, weights, _ = on_mesh
-    cut, told, end = Sharing(2, is_sp=True).cut(how, IDS.shape[1] + STEPS), [], int(plain.ids[0, 2])
-    cache = extended_cache(how, cut, prefill(how, weights, IDS), [9] * len(IDS))
+    (cut, cache), told, end = cached(on_mesh, STEPS), [], int(plain.ids[0, 2])
     first = jnp.asarray(plain.ids[:, 0], jnp.int32)
     tell = lambda *x: told.append(x)  # noqa: E731
     found = decode_ahead(how, cut, weights, first, cache, STEPS, ahead=ahead, end=end, told=tell)
@@ -301,15 +349,18 @@ def test_steps_that_are_started_ahead(on_mesh, plain, ahead):
 
 
 def test_a_row_s_end_is_known_late(on_mesh, plain):
-    """Both rows are the same request, and end together: as many steps are in vain as were started ahead."""
+    """All rows are the same request, and end together: as many steps are in vain as were started ahead."""
     how, weights, _ = on_mesh
     row = int(np.argmax([len(set(row[:6])) for row in plain.ids]))
-    cut, end = Sharing(2, is_sp=True).cut(how, IDS.shape[1] + STEPS), int(plain.ids[row, 5])
-    ids = np.repeat(IDS[row : row + 1], len(IDS), axis=0)
-    first = jnp.full(len(IDS), plain.ids[row, 0], jnp.int32)
+    end, first = int(plain.ids[row, 5]), jnp.full(len(IDS), plain.ids[row, 0], jnp.int32)
+    cut, every = cached(on_mesh, STEPS)
+    cache = Cache(
+        jax.tree.map(lambda x: jnp.repeat(x[:, row : row + 1], len(IDS), axis=1), every.latent),
+        *(jnp.full(len(IDS), x[row], jnp.int32) for x in every[1:]),
+    )
     started = []
     for ahead in (0, 1):
-        told, cache = [], extended_cache(how, cut, prefill(how, weights, ids), [9] * len(IDS))
+        told = []
         tell = lambda *x, told=told: told.append(x)  # noqa: E731
         found = decode_ahead(how, cut, weights, first, cache, STEPS, ahead=ahead, end=end, told=tell)
         assert found == [plain.ids[row, : len(found[0])].tolist()] * len(IDS)
@@ -333,7 +384,9 @@ def test_a_row_s_end_is_known_late(on_mesh, plain):
         (1, 1, {"border": "lossy"}, "border is 'lossy'; it must be exact or vendor"),
         (2, 2, {"border": "vendor"}, "shift is that of one module"),
         (1, 1, {"border": "vendor", "chunk": 4}, "border is that of a prompt at once"),
-        (2, 2, {"chunk": 8}, "the last part of the prompt has 1 token, and 2 modules draft"),
+        (1, 1, {"border": "vendor", "cached": [1] * 8}, "border is that of a prompt at once"),
+        (2, 2, {"chunk": 8}, "the last part of a prompt has 1 token, and 2 modules draft"),
+        (2, 2, {"cached": LENGTHS - 1}, "the last part of a prompt has 1 token, and 2 modules draft"),
     ],
 )
 def test_bad_input(on_mesh, draft, modules, more, message):

@@ -8,34 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
+from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
 
 from cpjax.deepseek import generate as generating
 from cpjax.deepseek import parallel
 from cpjax.deepseek.cache import CacheCut
-from cpjax.deepseek.checkpoint import load, open_checkpoint, write_random
-from cpjax.deepseek.config import KNOWN, SMALL
+from cpjax.deepseek.checkpoint import load
+from cpjax.deepseek.config import KNOWN
 from cpjax.deepseek.generate import Sharing, check, generate, on_one_device
 from cpjax.deepseek.model import logits_of
 from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.partition import Interleaved
 
-TINY = replace(SMALL, vocab_size=97, hidden_size=48, num_hidden_layers=2)
-IDS = np.random.default_rng(0).integers(0, 97, (2, 21))
 SETUPS = [(2, 1, "ring"), (2, 2, "gather"), (4, 1, "pass_query")]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    with jax.enable_x64(True):
+    with float64_compiled_fast():
         yield
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deepseek") / "model"
-    write_random(folder, TINY, seed=2)
-    return open_checkpoint(folder)
+    return random_checkpoint(tmp_path_factory, TINY, 2)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +105,9 @@ def in_chunks(how, weights, sizes):
 
 @pytest.mark.parametrize("which", SETUPS[1:])
 def test_in_chunks_is_at_once(on_mesh, expected, which):
-    """And the last chunk is one token, all others are cached: the largest prefix that there is."""
+    """The last chunk is shorter than the others."""
     how, weights = on_mesh(*which)
-    found, cache = in_chunks(how, weights, [8, 8, 4, 1])
+    found, cache = in_chunks(how, weights, [8, 8, 5])
     near(found, expected)
     whole = extended_cache(how, CacheCut(how.sizes[0], 2, 21), prefill(how, weights, IDS), [21, 21])
     for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
@@ -126,23 +123,6 @@ def test_rows_with_different_prefixes(on_mesh, expected):
     found = logits(how, weights, prefill(how, weights, new, [10, 6], cut=cut, cache=cache))
     near(found[0], expected[0, 11:])
     near(found[1, :6], expected[1, :6])
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("index + cache.length[:, None]", "index + cache.length[:, None] - 1"),  # a prefix that is one token short
-        ("cache_tokens(cut, cache.length, cache", "cache_tokens(cut, cache.length - 1, cache"),
-        # The places of the ranks exchanged.
-        ("else cache_tokens(cut", "else (lambda *x: Tokens(*(y[:, ::-1] for y in cache_tokens(*x))))(cut"),
-    ],
-)
-def test_a_broken_prefix_is_seen(on_mesh, expected, old, new):
-    how, weights = on_mesh(*SETUPS[0])
-    with pytest.MonkeyPatch.context() as patch:
-        mutant(patch, parallel, "_prefill", old, new)
-        found, _ = in_chunks(how, weights, [9, 12])
-    assert np.abs(found - expected).max() > 1e-4
 
 
 # Decode ---------------------------------------------------------------------------------------------------------------
@@ -193,7 +173,7 @@ def test_each_device_holds_its_part(on_mesh):
     assert shape(attention.kv_b_proj) == (2 * 32, 32), "2 of 4 heads"
     assert shape(attention.o_proj) == (48, 2 * 16)
     assert shape(attention.kv_a_proj_with_mqa) == (40, 48), "latents are everybody's"
-    assert shape(feed.experts.gate_proj) == (4, 32, 48), "4 of 16 experts"
+    assert shape(feed.experts.gate_proj) == (2, 32, 48), "2 of 8 experts"
     assert shape(weights.layers[0].mlp.down_proj) == (48, 96 // 2)
     cache = extended_cache(how, CacheCut(2, 2, 24), prefill(how, weights, IDS), [21, 21])
     assert shape(cache.latent.c_kv) == (2, 2, 12, 32)
@@ -210,8 +190,8 @@ def test_what_is_generated_is_one_device_s(on_mesh, one_device):
     said = check(TINY, one_device, prompt, found)
     assert said.passed
     assert said.difference < 1e-12
-    again = generate(how, weights, prompt, 3, sharing=Sharing(block=2), chunk=4)
-    assert (again.ids == found.ids[:, :3]).all()
+    again = generate(how, weights, prompt, 13, sharing=Sharing(block=2), chunk=5)
+    assert (again.ids == found.ids).all()
     assert check(TINY, one_device, prompt, again).passed
     other = found._replace(ids=(found.ids + (np.arange(13) == 12)) % 97)
     assert check(TINY, one_device, prompt, other).other == 12

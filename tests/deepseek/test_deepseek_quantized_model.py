@@ -713,7 +713,7 @@ def test_a_check_that_fails_says_what_may_be_why(monkeypatch, folders, checked, 
             IDS, IDS[..., None] * 1.0, {"prefill": 1.0, "first step": 1.0, "further steps": 1.0}
         ),
     )
-    monkeypatch.setattr(simulate, "check", lambda *x: checked)
+    monkeypatch.setattr(simulate, "check", lambda *x, **more: checked)
     monkeypatch.setattr(simulate, "count_near_ties", lambda *x: quantized_ties.Near(near, 96))
     line = ["generate", folders("w4a8"), "--prompt-ids", "1,2,3", "--cp", 1, "--tp", tp, "--arithmetic", arithmetic]
     done = run(*line, "--check")

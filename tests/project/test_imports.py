@@ -32,7 +32,7 @@ LAYERS = [
         *("cpjax.partial", "cpjax.partition", "cpjax.dense", "cpjax.inputs"),
         *("cpjax.deepseek.quantized_linear", "cpjax.deepseek.quantized_cut", "cpjax.deepseek.quantizers"),
     ],
-    ["cpjax.attention", "cpjax.deepseek.quantized_matrix"],
+    ["cpjax.attention", "cpjax.deepseek.layout", "cpjax.deepseek.quantized_matrix"],
     ["cpjax.blocks", "cpjax.crosscheck.files", "cpjax.crosscheck.error_model"],
     [
         *("cpjax.exchange", "cpjax.mapping", "cpjax.mindie", "cpjax.shared"),
