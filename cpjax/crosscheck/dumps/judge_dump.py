@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpjax.crosscheck.diagnosis.precision_search import consistent_with
-from cpjax.crosscheck.dumps.dtypes import Candidate, candidates
+from cpjax.crosscheck.dumps.dtypes import Candidate, candidates, with_stored_lse
 from cpjax.crosscheck.dumps.layouts import Arrays, readable
 from cpjax.crosscheck.dumps.lse import choose, read_lse, without_infinity
 from cpjax.crosscheck.dumps.pages import gathered
 from cpjax.crosscheck.dumps.places import places
 from cpjax.crosscheck.dumps.question import Question
 from cpjax.crosscheck.dumps.readers import WHOLE, Read, read
+from cpjax.crosscheck.error_model.arithmetic import HALVES
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.files.profile import profile_named
 from cpjax.crosscheck.judge import judge_problem
@@ -30,6 +31,10 @@ from cpjax.wording import counted
 
 JOINED = ("zigzag", "contiguous", "striped")
 """How ranks may lie in a folder, tried in this order."""
+
+MERGED = ("ring", "gather", "ascending")
+"""How partial results of ranks may have been merged, tried in this order; then that nothing was merged: a rank may
+gather all keys first."""
 
 FLAT = 1.2
 """A z up to here is that of a right result: beneath it no failure is told from another."""
@@ -107,8 +112,8 @@ def judge_dump(question: Question) -> Said:
         raise InputError(_worded(reasons[0], question)) from None
     chosen, remarks = _chosen(question, tried, dropped, ranks)
     remarks += next(one.remarks for one in arrays if one.layout == chosen.dump.layout)
-    if question.cp is None and cp > 1:
-        remarks.insert(0, f"cp: {cp}, as many as the folders have ranks")
+    if question.cp is None and ranks:
+        remarks.insert(0, f"cp: {cp}, as the folders hold {counted(cp, 'rank')}")
     if chosen.verdict.passed:
         remarks += _computes(chosen, question.scale)
     about = {
@@ -249,7 +254,9 @@ def _best(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> T
         if one.verdict.passed:
             break
     names = list(dict.fromkeys(one.candidate.name for one in tried))
-    best = min(tried, key=lambda one: (not one.verdict.passed, names.index(one.candidate.name), _badness(one.verdict)))
+    # Of a wrong result those who merge say more: a rank, a step.
+    told = tried if tried[-1].verdict.passed else [one for one in tried if one.order != "together"] or tried
+    best = min(told, key=lambda one: (not one.verdict.passed, names.index(one.candidate.name), _badness(one.verdict)))
     remarks = list(best.remarks)
     if question.precision is None:
         failed = [name for name in names if name != best.candidate.name]
@@ -267,9 +274,14 @@ def _each(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> I
     """The dump in every likely precision and order."""
     query_dtype, key_dtype, value_dtype = dump.dtypes
     named = None if question.precision is None else profile_named(question.precision)
-    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, named)
+    inputs = (dump.query, dump.key, dump.value)
+    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, named, inputs)
     remarks = [] if remark is None else [remark]
-    orders = [question.order] if question.order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"])
+    orders = [question.order] if question.order else (["ascending"] if cp == 1 else [*MERGED, "together"])
+    stored = next((x.dtype.name for x in dump.lse.values()), "")
+    if stored in HALVES:
+        found = [with_stored_lse(one, stored) for one in found]
+        remarks.append(f"lse: is {stored}, so one rounding to {stored} is taken for granted")
     lse = None
     for candidate in found:
         query = dump.query if candidate.query is None else _rounded(dump.query, candidate.query)
@@ -281,6 +293,11 @@ def _each(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> I
             )  # fmt: skip
             if lse is None and dump.lse:
                 reading, says = choose(problem, dump.lse, question.lse_base, options)
+                if stored in HALVES and reading.base == "2":
+                    raise InputError(
+                        f"--lse {question.lse}: is {stored} to base two, and how such a number was rounded is known "
+                        "here of natural logarithms only; dump it in float32, or leave --lse out"
+                    )
                 lse, infinite = without_infinity(problem, np.asarray(_wide(reading.lse)))
                 remarks += [x for x in (says, infinite) if x is not None]
             verdict = judge_problem(problem, dump.out, lse)
