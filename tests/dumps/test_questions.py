@@ -428,6 +428,43 @@ def test_how_ranks_were_cut_is_found_and_a_wrong_result_is_asked_about(tmp_path,
     assert ask(wrong, "--layout-of", "bsnd", "--partition", name).exit_code == 1
 
 
+@pytest.mark.parametrize("cp", [2, 6])
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
+def test_files_whose_numbers_are_not_those_of_the_ranks(tmp_path, name, cp):
+    """The result is right; the text was laid wrongly together, and no other cause is told."""
+    q, k, v = drawn(48)
+    out, lse = attention(q, k, v, np.tri(48, dtype=bool))
+    rows = partition_of(name, cp).order(48).reshape(cp, -1)
+
+    def folders(folder, order, **arrays):
+        for what, x in arrays.items():
+            dump(folder / what, **{f"rank{file}": x[:, rows[rank]] for file, rank in enumerate(order)})
+        return [word for what in arrays for word in (f"--{what}", str(folder / what))]
+
+    arrays = {"query": q, "key": k, "value": v, "out": out, "lse": lse}
+    files = folders(tmp_path / "a", range(cp)[::-1], **arrays)
+    said = ask(files, "--layout-of", "bsnd", "--partition", name)
+    assert said.exit_code == 1
+    text = " ".join(said.output.split())
+    order = f"With the files in another order (rank 0 in file {cp - 1}"
+    assert f"diagnosis: {order}" in text
+    assert "the result passes: the numbers of the files are not those of the ranks." in text
+    assert text.count("diagnosis:") == 1
+    assert f"joined as {name} with the files in another order" in refused(ask(files, "--layout-of", "bsnd"))
+    # Another cut than was said.
+    other = {"contiguous": "zigzag", "zigzag": "striped", "striped": "contiguous"}[name]
+    files = folders(tmp_path / "b", range(cp), **arrays)
+    said = ask(files, "--layout-of", "bsnd", "--partition", other)
+    assert said.exit_code == 1
+    assert f"diagnosis: Joined as {name} the result passes: the ranks hold the text so." in " ".join(
+        said.output.split()
+    )
+    # A wrong result is wrong in every order, and then the search is about the order that was said.
+    files = folders(tmp_path / "c", range(cp), **{**arrays, "out": 1.01 * out})
+    said = ask(files, "--layout-of", "bsnd", "--partition", name)
+    assert "out is 1.01 times what it should be" in " ".join(said.output.split())
+
+
 def test_ranks_may_have_gathered_all_keys_and_merged_nothing(tmp_path):
     """Position 1 sees one key of each of two ranks. Merged, each has probability 1; together, both are rounded."""
     q, k, v = (x.astype(ml_dtypes.bfloat16) for x in drawn(96, seed=24))

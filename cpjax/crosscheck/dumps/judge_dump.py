@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpjax.crosscheck.diagnosis.diagnose import Diagnosis
 from cpjax.crosscheck.diagnosis.precision_search import consistent_with
 from cpjax.crosscheck.dumps.dtypes import Candidate, candidates, with_stored_lse
 from cpjax.crosscheck.dumps.layouts import Arrays, readable
 from cpjax.crosscheck.dumps.lse import choose, read_lse, without_infinity
+from cpjax.crosscheck.dumps.orders import that_fit
 from cpjax.crosscheck.dumps.pages import gathered
 from cpjax.crosscheck.dumps.places import places
 from cpjax.crosscheck.dumps.question import Question
@@ -110,7 +112,10 @@ def judge_dump(question: Question) -> Said:
     needs = reasons and question.layout is None and len(arrays) > 1
     if not tried or (needs and not any(one.verdict.passed for one in tried)):
         raise InputError(_worded(reasons[0], question)) from None
-    chosen, remarks = _chosen(question, tried, dropped, ranks)
+    wrong = (
+        None if any(one.verdict.passed for one in tried) else _laid_otherwise(question, tensors, arrays, cp, options)
+    )
+    chosen, remarks = _chosen(question, tried, dropped, ranks, wrong)
     remarks += next(one.remarks for one in arrays if one.layout == chosen.dump.layout)
     if question.cp is None and ranks:
         remarks.insert(0, f"cp: {cp}, as the folders hold {counted(cp, 'rank')}")
@@ -125,7 +130,8 @@ def judge_dump(question: Question) -> Said:
         "versions": {name: version(name) for name in ("cpjax", "numpy")} | {"python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Said(chosen.verdict, remarks, chosen.out, chosen.lse, chosen.problem, about)
+    verdict = chosen.verdict if wrong is None else _with_diagnosis(chosen, f"{wrong[0].upper()}{wrong[1:]}.")
+    return Said(verdict, remarks, chosen.out, chosen.lse, chosen.problem, about)
 
 
 def _read(question: Question) -> tuple[dict[str, list[Read]], dict[str, Any], dict[str, str]]:
@@ -318,8 +324,56 @@ def _badness(verdict: Verdict) -> float:
     return max(float(np.nan_to_num(verdict.z, nan=1e300)), FLAT)
 
 
-def _chosen(question: Question, tried: list[Tried], dropped: list[str], ranks: set[int]) -> tuple[Tried, list[str]]:
+def _laid_otherwise(
+    question: Question, tensors: dict[str, list[Read]], arrays: list[Arrays], cp: int, options: dict[str, Any]
+) -> str | None:
+    """How folders of ranks must be laid together so that the result passes, if it does; in words.
+
+    Only of whole texts, and with no other terms in the logits, so that a few rows tell which orders are worth judging.
+    """
+    said = (question.positions, question.segments, question.lengths, question.cu_seqlens_q, question.block_table)
+    if cp == 1 or options or any(x is not None for x in said) or not tensors["query"][0].by_rank:
+        return None
+    partitions = [partition_of(name, cp) for name in JOINED]
+    mask = {"scale": question.scale, "is_causal": question.is_causal, "window": question.window}
+    for one in arrays:
+        for partition, order in that_fit(one, partitions, **mask):
+            in_order = Arrays(*([x[file] for file in order] for x in one[:4]), one.layout, one.remarks)
+            reads = dict(tensors)
+            if "lse" in tensors:
+                lse = tensors["lse"][0]
+                reads["lse"] = [lse._replace(parts=[lse.parts[file] for file in order])]
+            try:
+                tried = _best(question, _joined(question, reads, in_order, partition), cp, options)
+            except InputError:
+                continue
+            if tried.verdict.passed:
+                return _of_order(question, partition, order)
+    return None
+
+
+def _of_order(question: Question, partition: Partition, order: tuple[int, ...]) -> str:
+    others = question.partition is not None and partition.name != partition_of(question.partition, len(order)).name
+    how = f"joined as {partition.name}" if others or question.partition is None else ""
+    files = ", ".join(f"rank {rank} in file {file}" for rank, file in enumerate(order) if rank != file)
+    which = f"with the files in another order ({files})" if files else ""
+    why = "the numbers of the files are not those of the ranks" if files else "the ranks hold the text so"
+    return f"{' '.join(x for x in (how, which) if x)} the result passes: {why}"
+
+
+def _with_diagnosis(chosen: Tried, sentence: str) -> Verdict:
+    """The verdict with one cause; the search would look for faults of a text that was laid wrongly together."""
+    shape = (int(chosen.problem.q_chunk.max()) + 1, int(chosen.problem.kv_chunk.max()) + 1)
+    return replace(chosen.verdict, search=lambda: Diagnosis([sentence], np.full(shape, np.nan)))
+
+
+def _chosen(
+    question: Question, tried: list[Tried], dropped: list[str], ranks: set[int], otherwise: str | None
+) -> tuple[Tried, list[str]]:
     """The reading that is judged. A wrong result is wrong in every reading: then it is asked, not guessed.
+
+    Args:
+      otherwise: how the ranks of folders must be laid together so that the result passes.
 
     Raises:
       InputError: several layouts or partitions are as good as each other.
@@ -335,8 +389,8 @@ def _chosen(question: Question, tried: list[Tried], dropped: list[str], ranks: s
     partitions = [one.dump.partition.name for one in tried if one.dump.partition is not None]
     if not passing and len(partitions) > 1:
         raise InputError(
-            f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and a wrong result does not tell "
-            f"how they were cut; say --partition"
+            f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and "
+            + (otherwise or "a wrong result does not tell how they were cut; say --partition")
         )
     chosen = (passing or tried)[0]
     remarks = list(chosen.remarks)
