@@ -465,6 +465,49 @@ def test_files_whose_numbers_are_not_those_of_the_ranks(tmp_path, name, cp):
     assert "out is 1.01 times what it should be" in " ".join(said.output.split())
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["contiguous", "interleaved", "interleaved:4", "blocks:8"])
+def test_a_cache_that_is_cut_over_ranks(tmp_path, name, batch):
+    """Decode: the ranks' keys and values are folders, queries and result are those of every rank."""
+    length, cp, keys = 3, 4, 64
+    q, k, v = drawn(length, keys, batch=batch)
+    out, lse = attention(q, k, v, np.arange(keys) <= np.arange(keys - length, keys)[:, None])
+    size = int(name.partition(":")[2] or 1)
+    rank = np.arange(keys) * cp // keys if name == "contiguous" else np.arange(keys) // size % cp
+    if name == "blocks:8":
+        rank[-8:] = cp - 1  # MindIE's: the last block is on the last rank
+    shared = dump(tmp_path / "shared", query=q, out=out, lse=lse)
+    caches = []
+    for what, x in {"key": k, "value": v}.items():
+        dump(tmp_path / what, **{f"rank{r}": x[:, rank == r] for r in range(cp)})
+        caches += [f"--{what}", str(tmp_path / what)]
+    words = ("--layout-of", "bsnd", "--align", "bottom-right")
+    said = passes(ask([*shared, *caches], *words, "--partition", name))
+    assert f"partition {name.partition(':')[0]}, cp 4" in said
+    if ":" not in name:
+        assert f"ranks joined as {name}" in passes(ask([*shared, *caches], *words))
+    wrong = dump(tmp_path / "wrong", query=q, out=out[:, ::-1])
+    assert ask([*wrong, *caches], *words, "--partition", name).exit_code == 1
+    other = "blocks:16" if name == "interleaved" else "interleaved:3"
+    assert ask([*shared, *caches], *words, "--partition", other).exit_code in (1, 2)
+    if name == "contiguous":
+        return
+    # Every rank may have dumped its copy.
+    copies = []
+    for what, x in {"query": q, "out": out}.items():
+        dump(tmp_path / what, **{f"rank{r}": x for r in range(cp)})
+        copies += [f"--{what}", str(tmp_path / what)]
+    passes(ask([*copies, *caches], *words, "--partition", name))
+    dump(tmp_path / "out", rank2=out[:, ::-1])
+    assert "judge the result of each rank for itself" in refused(ask([*copies, *caches], *words, "--partition", name))
+    dump(tmp_path / "key", rank1=k[:, :5])
+    dump(tmp_path / "value", rank1=v[:, :5])
+    assert "tokens; " in refused(ask([*shared, *caches], *words, "--partition", name))
+    # Whole files of a batch are requests of one row, too.
+    files = dump(tmp_path / "whole", query=q, key=k, value=v, out=out, lse=lse)
+    passes(ask(files, *words, "--partition", name, "--cp", "4"))
+
+
 def test_ranks_may_have_gathered_all_keys_and_merged_nothing(tmp_path):
     """Position 1 sees one key of each of two ranks. Merged, each has probability 1; together, both are rounded."""
     q, k, v = (x.astype(ml_dtypes.bfloat16) for x in drawn(96, seed=24))

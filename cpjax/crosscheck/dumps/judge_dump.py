@@ -12,6 +12,7 @@ import numpy as np
 
 from cpjax.crosscheck.diagnosis.diagnose import Diagnosis
 from cpjax.crosscheck.diagnosis.precision_search import consistent_with
+from cpjax.crosscheck.dumps.caches import CUT, in_one_row, is_cut, places_of, shared_once
 from cpjax.crosscheck.dumps.dtypes import Candidate, candidates, with_stored_lse
 from cpjax.crosscheck.dumps.layouts import Arrays, readable
 from cpjax.crosscheck.dumps.lse import choose, read_lse, without_infinity
@@ -28,6 +29,7 @@ from cpjax.crosscheck.judging.problem import Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.errors import InputError
 from cpjax.partition import Packed, Partition, inverse, partition_of
+from cpjax.partition.cached import Cached
 from cpjax.partition.sequence import SequencePartition
 from cpjax.wording import counted
 
@@ -93,6 +95,8 @@ def judge_dump(question: Question) -> Said:
       InputError: files that cannot be read or do not fit together; a problem that nobody could answer by trying.
     """
     tensors, options, files = _read(question)
+    named = None if question.partition is None else partition_of(question.partition, 1)
+    tensors = shared_once(tensors, named)
     scaled = _scaled(question, tensors)
     paths = {
         name: str(getattr(question, name)) if name in ("value", "out") else str(getattr(question, name)[0])
@@ -183,7 +187,7 @@ def _scaled(question: Question, tensors: dict[str, list[Read]]) -> dict[str, lis
 
 def _cp(question: Question, tensors: dict[str, list[Read]], ranks: set[int]) -> int:
     whole = [name for name, reads in tensors.items() if not all(one.by_rank for one in reads)]
-    if ranks and whole:
+    if ranks and whole and not is_cut(tensors):
         raise InputError(f"--{whole[0]} is one file, others are folders of ranks; give all as one or the other")
     if len(ranks) > 1:
         raise InputError(f"folders have {', '.join(map(str, sorted(ranks)))} ranks; all must have as many")
@@ -199,7 +203,8 @@ def _dumps(
     """Every layout, joined in every partition; and why others dropped out."""
     names: list[str | None] = [None]
     if by_rank:
-        names = [question.partition] if question.partition is not None else list(JOINED if cp > 1 else JOINED[1:2])
+        ways = CUT if is_cut(tensors) else JOINED if cp > 1 else JOINED[1:2]
+        names = [question.partition] if question.partition is not None else list(ways)
     found, reasons = [], []
     for one in arrays:
         for name in names:
@@ -229,8 +234,17 @@ def _joined(question: Question, tensors: dict[str, list[Read]], arrays: Arrays, 
         where = places(question, 1, batch * length, key.shape[1], offsets)
         return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
     where = places(question, batch, length, key.shape[1], None)
-    if partition is None:
-        return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
+    if partition is not None and is_cut(tensors):
+        row = np.asarray(where["segment_ids"][1])[0] if "segment_ids" in where else np.zeros(key.shape[1], int)
+        back = places_of(partition, [x.shape[1] for x in arrays.key], row)
+        key, value = key[:, back], value[:, back]
+    is_cache = isinstance(partition or partition_of(question.partition or "contiguous", question.cp or 1), Cached)
+    if is_cache and batch > 1 and "segment_ids" not in where:
+        where = in_one_row(where, batch, length, key.shape[1])
+        query, key, value, out = (x.reshape(1, -1, *x.shape[2:]) for x in (query, key, value, out))
+        summed = {word: x.reshape(1, batch * length, heads) for word, x in summed.items()}
+    if partition is None or is_cut(tensors):
+        return Dump(query, key, value, out, summed, arrays.layout, partition, where, dtypes)
     back = [_back(partition, x.shape[1], where, name) for name, x in (("q", query), ("kv", key))]
     query, out = query[:, back[0]], out[:, back[0]]
     summed = {word: x[:, back[0]] for word, x in summed.items()}

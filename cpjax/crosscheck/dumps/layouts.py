@@ -121,7 +121,9 @@ def in_layout(tensors: dict[str, list[Read]], paths: dict[str, str], layout: str
             ranks.append(whole if is_cache else natural(whole, layout))
         found[name] = ranks
     arrays = Arrays(**found, layout=layout, remarks=tuple(remarks))
-    for q, k, v, o in zip(arrays.query, arrays.key, arrays.value, arrays.out, strict=True):
+    for rank, (k, v) in enumerate(zip(arrays.key, arrays.value, strict=True)):
+        # Every rank has all queries where the cache alone is cut.
+        q, o = (x[rank if len(x) > 1 else 0] for x in (arrays.query, arrays.out))
         says = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}, out {list(o.shape)} as {layout}"
         hint = "name the right layout with --layout-of"
         batches = len(q) == len(k) == len(v)
