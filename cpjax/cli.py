@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cpjax.commands.bench import app as bench
-from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
+from cpjax.commands.common import DONE, Json, errors, progress, usage_errors, whole_numbers
 from cpjax.commands.deepseek import app as deepseek
 from cpjax.commands.fingerprint import app as fingerprint
 from cpjax.commands.fingerprint import checked_head_dims
@@ -29,6 +29,14 @@ SHOWN = (
 class _Shown(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=SHOWN.index)
+
+    def make_context(self, *arguments: Any, **keywords: Any) -> Any:
+        with usage_errors():
+            return super().make_context(*arguments, **keywords)
+
+    def invoke(self, ctx: Any) -> Any:
+        with usage_errors():
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -398,7 +406,7 @@ def judge_dump(
     ] = None,
     layout_of: Annotated[
         str | None,
-        typer.Option(metavar="bsnd|bnsd|tnd", help="batch, sequence (of all requests: tokens), heads n, head dim"),
+        typer.Option(metavar="bsnd|bnsd|tnd|sbnd", help="batch, sequence (of all requests: tokens), heads n, head dim"),
     ] = None,
     positions: Annotated[Path | None, typer.Option(metavar="FILE", help="the global position of each query")] = None,
     align: Annotated[
@@ -482,11 +490,11 @@ def judge_dump(
 
     with errors():
         free(report)
-        found = {} if file is None else named(file, names)
+        files = {"query": query, "key": key, "value": value, "out": out, "lse": lse, "sink": sink}
+        found = {} if file is None else named(file, names, frozenset(name for name, x in files.items() if x))
         if file is None and names is not None:
             raise InputError("--names is of the tensors in FILE; give the file")
-        files = {"query": query, "key": key, "value": value, "out": out}
-        missing = [f"--{name}" for name, x in files.items() if not x and name not in found]
+        missing = [f"--{x}" for x in ("query", "key", "value", "out") if not files[x] and x not in found]
         if missing:
             raise InputError(f"{', '.join(missing)} missing: say them, or give one FILE that holds all tensors")
         question = Question(

@@ -42,6 +42,27 @@ def errors() -> Iterator[None]:
 
 
 @contextmanager
+def usage_errors() -> Iterator[None]:
+    """An option that is missing, unknown or no number is one line, too, and exit status 2.
+
+    The library would print three lines of usage. Its classes of errors are private, so they are known by what they say;
+    an error without a message is the help itself, where a command was given nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        says = getattr(error, "format_message", lambda: "")().strip()
+        if not says or getattr(error, "exit_code", None) != 2 or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        words, context = [], getattr(error, "ctx", None)
+        while context is not None and context.parent is not None:
+            words, context = [context.info_name, *words], context.parent
+        command, line = " ".join(["cpjax", *words]), " ".join(says.split()).rstrip(".")
+        print(f"cpjax: {line}; {command} --help lists what there is", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr; `advance(what, done, total)`."""
     from rich.console import Console

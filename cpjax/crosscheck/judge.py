@@ -81,8 +81,8 @@ def judge(
       The verdict. A result of the wrong shape or dtype does not pass; it never raises. `asked` says what it answers.
 
     Raises:
-      ValueError: the problem itself makes no sense: inputs that do not fit together, an unknown name, causal with
-        different lengths and no positions, something said by a keyword and by `computation`.
+      InputError: (a ValueError) the problem itself makes no sense: inputs that do not fit together, an unknown name,
+        causal with different lengths and no positions, something said by a keyword and by `computation`.
 
     >>> rng = np.random.default_rng(0)
     >>> query, key, value = (rng.standard_normal((1, 64, 2, 16)).astype(np.float16) for _ in range(3))

@@ -44,6 +44,12 @@ def merged(parts, exp=np.exp, log=np.log):
     return (weight[..., None] * outs).sum(0) / weight.sum(0)[..., None], m + log(weight.sum(0))
 
 
+def not_divided(parts):
+    outs, lses = (np.stack(x) for x in zip(*parts, strict=True))
+    weight = np.exp(lses - np.maximum(lses.max(0), -1e300))
+    return (weight[..., None] * outs).sum(0), np.logaddexp.reduce(lses, axis=0)
+
+
 CAUSAL = np.tri(T, dtype=bool)[None, :, None]
 
 
@@ -96,6 +102,8 @@ def unwritten(seed, rows):
 CHUNK4, TURN4 = np.arange(T) * 4 // T, np.arange(T) % 4
 SINKS = np.array([1.0, 0.5, 2.0, 3.0])
 INDEX = np.arange(T)
+RANK2 = np.array([0, 1, 1, 0])[CHUNK4]
+LOCAL = np.array([*range(64), *range(32, 64), *range(32, 64)]) - 32 * (CHUNK4 == 1)
 
 NAMED = {
     "natural lse merged by exp2, chunks": (
@@ -193,6 +201,73 @@ NAMED = {
         ),
         {},
         "in each of 4 equal blocks, by its own index",
+    ),
+    "parts added and not divided, ranks nobody named": (
+        lambda s: not_divided(parts(s, TURN4)),
+        {},
+        "partial results of parts (as of tokens dealt to 4 ranks in turn) were added with weights exp(lse − max lse)",
+    ),
+    "parts averaged": (
+        lambda s: (np.mean([out for out, _ in parts(s, INDEX * 5 // T)], axis=0), right(s)[1]),
+        {},
+        "partial results of parts (as of 5 runs of the tokens) were averaged without weights",
+    ),
+    "parts added": (
+        lambda s: (np.sum([out for out, _ in parts(s, TURN4)], axis=0), right(s)[1]),
+        {},
+        "partial results of parts (as of tokens dealt to 4 ranks in turn) were added up without weights",
+    ),
+    "a rank's part left out": (
+        lambda s: merged([x for r, x in enumerate(parts(s, TURN4)) if r != 2]),
+        {},
+        "the tokens of rank 2, of tokens dealt to 4 ranks in turn, never entered",
+    ),
+    "a rank's part twice": (
+        lambda s: merged([*parts(s, TURN4), parts(s, TURN4)[3]]),
+        {},
+        "the tokens of rank 3, of tokens dealt to 4 ranks in turn, entered twice",
+    ),
+    "the scale of the values": (
+        lambda s: (3.7 * right(s)[0], right(s)[1]),
+        {},
+        "times what it should be, and nothing else is wrong",
+    ),
+    "causal by the index on the rank": (
+        lambda s: partial(scores(*inputs(s)[:2]), inputs(s)[2], (LOCAL[None] <= LOCAL[:, None])[None, :, None]),
+        {"cp": 2},
+        "the causal mask was applied by the index among the tokens of a rank (local positions)",
+    ),
+    "nothing was exchanged": (
+        lambda s: partial(
+            scores(*inputs(s)[:2]), inputs(s)[2], CAUSAL & (RANK2[None] == RANK2[:, None])[None, :, None]
+        ),
+        {"cp": 2},
+        "each rank saw only the keys that it holds itself",
+    ),
+    "the window, and the future": (
+        lambda s: partial(scores(*inputs(s)[:2]), inputs(s)[2], (INDEX[:, None] - INDEX < 20)[None, :, None]),
+        {"window": 20},
+        "no causal mask was applied",
+    ),
+    "a window to both sides": (
+        lambda s: partial(scores(*inputs(s)[:2]), inputs(s)[2], (abs(INDEX[:, None] - INDEX) < 20)[None, :, None]),
+        {"window": 20},
+        "no causal mask was applied",
+    ),
+    "lse is of scores without the scale": (
+        lambda s: (right(s)[0], partial(scores(*inputs(s)[:2], 1.0), inputs(s)[2], CAUSAL)[1]),
+        {},
+        "lse is that of scores without the scale",
+    ),
+    "lse is the whole sum": (
+        lambda s: (right(s)[0], np.exp(right(s)[1])),
+        {},
+        "lse is the sum of the exponentials of whole scores",
+    ),
+    "lse is natural and was taken for base two": (
+        lambda s: (right(s)[0], right(s)[1] * LN2),
+        {},
+        "lse is ln 2 times the natural logarithm",
     ),
     "axes exchanged in memory": (
         lambda s: (right(s)[0].swapaxes(1, 2).reshape(1, T, N, H), right(s)[1]),
@@ -328,6 +403,8 @@ def bent(seed, softcap=None, sink=None, alibi=None, bias=None):
 
 SLOPES = 2.0 ** (-8 / N * np.arange(1, N + 1))
 BIAS = np.random.default_rng(5).standard_normal((1, T, N, T)).swapaxes(1, 2).astype(np.float32)
+HIDING = np.where(np.random.default_rng(6).random(BIAS.shape) < 0.2, -np.inf, BIAS)
+HIDING[..., 0] = BIAS[..., 0]
 TERMS = {
     "softcap": (5.0, "the softcap was not applied"),
     "sink": (SINKS, "the sink was not added to the sums"),
@@ -360,6 +437,67 @@ def test_a_term_of_the_logits_that_nobody_stated(computed, words):
     out, lse = bent(0, **computed)
     verdict = judge(*inputs(0), out.astype(np.float16), lse.astype(np.float32), scale=4 * SCALE)
     assert verdict.diagnosis[0].startswith(words), verdict.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("stated", "computed", "words"),
+    [
+        ({"sink": SINKS}, {"sink": SINKS + LN2}, "the sink was added twice to the sums"),
+        ({"sink": SINKS}, {"sink": SINKS / LN2}, "the sink was multiplied by log2(e)"),
+        ({"sink": SINKS}, {"sink": SINKS * 4 * SCALE}, "the sink was multiplied by the scale"),
+        ({"sink": SINKS}, {"sink": -SINKS}, "the sink was added with the other sign of its logit"),
+        ({"sink": SINKS}, {"sink": np.roll(SINKS, -1)}, "each head has the sink of the head after it"),
+        ({"sink": SINKS}, {"sink": np.roll(SINKS, 1)}, "each head has the sink of the head before it"),
+        ({"sink": SINKS}, {"sink": np.full(N, SINKS[0])}, "every head has the sink of head 0"),
+        (
+            {"sink": SINKS},
+            {"sink": SINKS + 0.7},
+            "every row's sum has another term than that of the stated sink: exp(x)",
+        ),
+        ({"alibi": SLOPES}, {"alibi": 2 * SLOPES}, "the ALiBi slopes were applied twice"),
+        ({"alibi": SLOPES}, {"alibi": 4 * SCALE * SLOPES}, "the ALiBi slopes were multiplied by the scale"),
+        ({"bias": BIAS}, {"bias": 2 * BIAS}, "the bias was added twice"),
+        ({"bias": BIAS}, {"bias": 4 * SCALE * BIAS}, "the bias was multiplied by the scale"),
+        ({"bias": HIDING}, {"bias": BIAS * 0}, "the bias was not added"),
+        ({"bias": HIDING}, {"bias": np.where(HIDING < -9, -np.inf, 0)}, "the bias was not added, but the keys that it"),
+    ],
+)
+def test_a_term_of_the_logits_that_is_another(stated, computed, words):
+    out, lse = bent(0, **{term: x.swapaxes(1, 2) if term == "bias" else x for term, x in computed.items()})
+    for given in (lse.astype(np.float32), None):
+        verdict = judge(*inputs(0), out.astype(np.float16), given, scale=4 * SCALE, **stated)
+        assert words in verdict.diagnosis[0], verdict.diagnosis
+        # Of one head, that of head 0 is that of the head before head 1.
+        is_sure = "cannot tell apart" not in verdict.diagnosis[0]
+        assert is_sure or "of the head" in verdict.diagnosis[0], verdict.diagnosis
+
+
+def test_an_lse_that_does_not_count_the_sink():
+    out, lse = bent(0, sink=SINKS)[0].astype(np.float16), bent(0)[1].astype(np.float32)
+    told = judge(*inputs(0), out, lse, scale=4 * SCALE, sink=SINKS).diagnosis
+    assert told[0].startswith("lse does not count the sink"), told
+
+
+@pytest.mark.parametrize("few", [1, 3])
+def test_decode_without_the_last_keys_of_each_request(few):
+    """One query a request, all its keys seen: the length is too small."""
+    lengths = np.array([17, 40, 30, 41])
+    segment = np.repeat(np.arange(4), lengths)
+    position = np.concatenate([np.arange(n) for n in lengths])
+    query, key, value = inputs(0)
+    seen = (np.arange(4)[:, None] == segment) & (position < (lengths - few)[:, None])
+    out, lse = partial(scores(query[:, :4], key), value, seen[None, :, None])
+    told = judge(
+        query[:, :4],
+        key,
+        value,
+        out.astype(np.float16),
+        lse.astype(np.float32),
+        is_causal=False,
+        segment_ids=(np.arange(4)[None], segment[None]),
+    ).diagnosis
+    keys = "1 key" if few == 1 else "3 keys"
+    assert f"each query misses the last {keys} of its request: its length is taken {few} too small" in told[0], told
 
 
 @pytest.mark.parametrize(

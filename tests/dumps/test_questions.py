@@ -84,6 +84,41 @@ def test_a_layout_that_makes_no_sense_drops_out(tmp_path):
     assert "causal mask" in " ".join(said.output.split())
 
 
+def test_out_may_lie_as_the_next_layer_takes_it(tmp_path):
+    """Hugging Face hands on tokens before heads, vLLM heads and their dimension in one axis."""
+    q, k, v = drawn(24, batch=2)
+    out, _ = attention(q, k, v, np.tri(24, dtype=bool))
+    first = {name: x.swapaxes(1, 2) for name, x in (("query", q), ("key", k), ("value", v))}
+    wrong = np.roll(out, 1, axis=1)
+    flat = "out: [2, 24, 64] is taken as [2, 24, 4, 16], the heads one after the other"
+    for name, inputs, turn, says in (
+        ("a", first, lambda x: x, "out: [B, T, N, V], tokens before heads"),
+        ("b", first, lambda x: x.reshape(2, 24, -1), flat),
+        ("c", {"query": q, "key": k, "value": v}, lambda x: x.reshape(2, 24, -1), flat),
+    ):
+        assert says in passes(ask(dump(tmp_path / name, **inputs, out=turn(out))))
+        assert ask(dump(tmp_path / f"{name}2", **inputs, out=turn(wrong))).exit_code == 1
+    rows = {"query": q[0], "key": k[0], "value": v[0]}
+    passes(ask(dump(tmp_path / "d", **rows, out=out[0].reshape(24, -1))))
+    # The other way round nobody hands it on: heads first, where tokens were, is a mistake.
+    files = dump(tmp_path / "e", query=q, key=k, value=v, out=out.swapaxes(1, 2))
+    assert "heads or out do not fit" in refused(ask(files, "--layout-of", "bsnd"))
+    files = dump(tmp_path / "f", **{name: x.reshape(24, -1) for name, x in {**rows, "out": out[0]}.items()})
+    assert "has shape [24, 64]" in refused(ask(files))
+    assert "reshape it to one" in refused(ask(files))
+
+
+def test_tokens_may_stand_before_the_batch_if_that_is_said(tmp_path):
+    q, k, v = drawn(24, batch=2)
+    out, _ = attention(q, k, v, np.tri(24, dtype=bool))
+    arrays = {"query": q, "key": k, "value": v, "out": out}
+    files = dump(tmp_path / "a", **{name: x.swapaxes(0, 1) for name, x in arrays.items()})
+    assert "asked: layout sbnd, query float32 [2, 24, 4, 16]" in passes(ask(files, "--layout-of", "sbnd"))
+    arrays["out"] = out[::-1]
+    files = dump(tmp_path / "b", **{name: x.swapaxes(0, 1) for name, x in arrays.items()})
+    assert ask(files, "--layout-of", "sbnd").exit_code == 1
+
+
 def test_a_wrong_result_does_not_choose_the_layout(tmp_path):
     q, k, v = drawn(8, heads=4, kv_heads=4)
     out, _ = attention(q, k, v, np.tri(8, dtype=bool))
@@ -213,7 +248,27 @@ def test_paged_caches_are_taken_as_they_are(tmp_path, how):
     assert "--align" in refused(ask(files, "--layout-of", "bsnd"))
     passes(ask(files, "--layout-of", "bsnd", "--align", "bottom-right"))
     files = dump(tmp_path / "b", query=q, key=k_cache, value=v_cache, out=out, block_table=table[:, ::-1], **said)
-    assert "uses block" in refused(ask(files, "--layout-of", "bsnd", causal=False))
+    assert "request 1 has 9 cached tokens, which take 2 blocks, and one of them is -1; there are 9, from 0" in refused(
+        ask(files, "--layout-of", "bsnd", causal=False)
+    )
+
+
+def test_a_slot_of_a_batch_that_no_request_has_sees_no_key(tmp_path):
+    """vLLM pads a batch of decode with requests of 0 cached tokens; the vendor's caches of latents have three axes."""
+    rng = np.random.default_rng(0)
+    q, cache = rng.standard_normal((3, 4, 16)).astype(np.float32), rng.standard_normal((5, 8, 16)).astype(np.float32)
+    table, lens = np.array([[2, 1], [-1, -1], [4, 0]]), np.array([11, 0, 5])
+    out = np.zeros((3, 4, 16))
+    for i in (0, 2):
+        keys = cache[table[i]].reshape(1, -1, 1, 16)[:, : lens[i]]
+        out[i] = attention(q[None, i : i + 1], keys, keys, np.ones((1, lens[i]), bool))[0][0, 0]
+    paged = {"query": q, "key": cache, "value": cache, "block_table": table}
+    said = passes(ask(dump(tmp_path / "a", **paged, out=out, seq_lens=lens), "--layout-of", "tnd", causal=False))
+    assert "value: a cache of 3 axes is taken as [blocks, block_size, 1, dim], one head" in said
+    out[1] = 1
+    assert ask(dump(tmp_path / "b", **paged, out=out, seq_lens=lens), "--layout-of", "tnd", causal=False).exit_code == 1
+    files = dump(tmp_path / "c", **paged, out=out, seq_lens=lens * 0)
+    assert "nothing to attend to" in refused(ask(files, "--layout-of", "tnd", causal=False))
 
 
 def test_a_window_is_asked_for(tmp_path):
@@ -240,6 +295,41 @@ def test_a_float32_query_on_a_float16_cache(tmp_path):
     assert "of the query rounded to float16 passes" in passes(ask(rounded, "--layout-of", "bsnd"))
     wrong = dump(tmp_path / "c", query=q, key=k, value=v, out=attention(q, k, v, CAUSAL)[0] * 1.003)
     assert ask(wrong, "--layout-of", "bsnd").exit_code == 1
+
+
+@pytest.mark.parametrize("fmt", ["bfloat16", "float16"])
+def test_narrow_tensors_that_were_dumped_as_float32(tmp_path, fmt):
+    """NumPy has no BF16, so people write `x.float().numpy()`."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if fmt == "bfloat16" else fmt)
+    q, k, v = (x.astype(dtype).astype(np.float32) for x in drawn())
+    out = attention(q, k, v, CAUSAL)[0]
+    narrow = out.astype(dtype).astype(np.float32)
+    said = passes(ask(dump(tmp_path / "a", query=q, key=k, value=v, out=narrow), "--layout-of", "bsnd"))
+    assert f"hold {fmt} numbers only; tried as such, too" in said
+    assert f"flash_{'bf16' if fmt == 'bfloat16' else 'fp16'} passes; float32 does not" in said
+    wrong = (out * 1.03).astype(dtype).astype(np.float32)
+    assert ask(dump(tmp_path / "b", query=q, key=k, value=v, out=wrong), "--layout-of", "bsnd").exit_code == 1
+    # Of a float32 kernel neither inputs that are BF16 numbers by chance, nor an out that is, are enough.
+    coarse = out.astype(np.float32) * np.float32(1 + 2.0**-10)
+    assert ask(dump(tmp_path / "c", query=q, key=k, value=v, out=coarse), "--layout-of", "bsnd").exit_code == 1
+    q, k, v = drawn()
+    out = attention(q, k, v, CAUSAL)[0].astype(dtype).astype(np.float32)
+    assert ask(dump(tmp_path / "d", query=q, key=k, value=v, out=out), "--layout-of", "bsnd").exit_code == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_lse_in_half_precision_is_rounded_once(tmp_path, dtype):
+    q, k, v = drawn()
+    out, lse = attention(q, k, v, CAUSAL)
+    arrays = {"query": q, "key": k, "value": v, "out": out}
+    said = passes(ask(dump(tmp_path / "a", **arrays, lse=lse.astype(dtype)), "--layout-of", "bsnd"))
+    assert f"lse: is {np.dtype(dtype).name}, so one rounding to {np.dtype(dtype).name} is taken for granted" in said
+    off = (lse * (1 + 4 * ml_dtypes.finfo(dtype).eps)).astype(dtype)
+    assert ask(dump(tmp_path / "b", **arrays, lse=off), "--layout-of", "bsnd").exit_code == 1
+    rounded = lse.astype(dtype).astype(np.float32)  # in a file that claims float32
+    assert ask(dump(tmp_path / "c", **arrays, lse=rounded), "--layout-of", "bsnd").exit_code == 1
+    files = dump(tmp_path / "d", **arrays, lse=(lse / np.log(2)).astype(dtype))
+    assert "known here of natural logarithms only" in refused(ask(files, "--layout-of", "bsnd"))
 
 
 def test_an_fp8_cache_with_its_scale(tmp_path):
@@ -301,6 +391,18 @@ def test_one_file_holds_all_tensors_under_known_names_or_said_ones(tmp_path):
     assert "o and output may both be out" in refused(ask([str(path)]))
 
 
+def test_names_of_the_stacks_and_parts_that_are_named_beside_the_file(tmp_path):
+    q, k, v = drawn()
+    out = attention(q, k, v, CAUSAL)[0].astype(np.float32)
+    path = str(tmp_path / "x.npz")
+    np.savez(path, query_layer=q, key_layer=k, value_layer=v, context_layer=out)  # Megatron
+    passes(ask([path]))
+    parts = {"q_nope": q[..., :12], "q_pe": q[..., 12:], "k_nope": k[..., :12], "k_pe": k[..., 12:]}
+    np.savez(path, **parts, v=v, o=out)
+    named = [x for name in parts for x in ("--query" if name[0] == "q" else "--key", f"{path}::{name}")]
+    passes(ask([path, *named]))
+
+
 # Ranks
 
 
@@ -319,11 +421,109 @@ def test_how_ranks_were_cut_is_found_and_a_wrong_result_is_asked_about(tmp_path,
     files = folders(tmp_path / "a", query=q, key=k, value=v, out=out, lse=lse)
     said = passes(ask(files, "--layout-of", "bsnd"))
     assert f"ranks joined as {name}" in said
-    assert "cp: 2, as many as the folders have ranks" in said
+    assert "cp: 2, as the folders hold 2 ranks" in said
     passes(ask(files, "--layout-of", "bsnd", "--partition", name))
     wrong = folders(tmp_path / "b", query=q, key=k, value=v, out=out[:, ::-1])
     assert "say --partition" in refused(ask(wrong, "--layout-of", "bsnd"))
     assert ask(wrong, "--layout-of", "bsnd", "--partition", name).exit_code == 1
+
+
+@pytest.mark.parametrize("cp", [2, 6])
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
+def test_files_whose_numbers_are_not_those_of_the_ranks(tmp_path, name, cp):
+    """The result is right; the text was laid wrongly together, and no other cause is told."""
+    q, k, v = drawn(48)
+    out, lse = attention(q, k, v, np.tri(48, dtype=bool))
+    rows = partition_of(name, cp).order(48).reshape(cp, -1)
+
+    def folders(folder, order, **arrays):
+        for what, x in arrays.items():
+            dump(folder / what, **{f"rank{file}": x[:, rows[rank]] for file, rank in enumerate(order)})
+        return [word for what in arrays for word in (f"--{what}", str(folder / what))]
+
+    arrays = {"query": q, "key": k, "value": v, "out": out, "lse": lse}
+    files = folders(tmp_path / "a", range(cp)[::-1], **arrays)
+    said = ask(files, "--layout-of", "bsnd", "--partition", name)
+    assert said.exit_code == 1
+    text = " ".join(said.output.split())
+    order = f"With the files in another order (rank 0 in file {cp - 1}"
+    assert f"diagnosis: {order}" in text
+    assert "the result passes: the numbers of the files are not those of the ranks." in text
+    assert text.count("diagnosis:") == 1
+    assert f"joined as {name} with the files in another order" in refused(ask(files, "--layout-of", "bsnd"))
+    # Another cut than was said.
+    other = {"contiguous": "zigzag", "zigzag": "striped", "striped": "contiguous"}[name]
+    files = folders(tmp_path / "b", range(cp), **arrays)
+    said = ask(files, "--layout-of", "bsnd", "--partition", other)
+    assert said.exit_code == 1
+    assert f"diagnosis: Joined as {name} the result passes: the ranks hold the text so." in " ".join(
+        said.output.split()
+    )
+    # A wrong result is wrong in every order, and then the search is about the order that was said.
+    files = folders(tmp_path / "c", range(cp), **{**arrays, "out": 1.01 * out})
+    said = ask(files, "--layout-of", "bsnd", "--partition", name)
+    assert "out is 1.01 times what it should be" in " ".join(said.output.split())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["contiguous", "interleaved", "interleaved:4", "blocks:8"])
+def test_a_cache_that_is_cut_over_ranks(tmp_path, name, batch):
+    """Decode: the ranks' keys and values are folders, queries and result are those of every rank."""
+    length, cp, keys = 3, 4, 64
+    q, k, v = drawn(length, keys, batch=batch)
+    out, lse = attention(q, k, v, np.arange(keys) <= np.arange(keys - length, keys)[:, None])
+    size = int(name.partition(":")[2] or 1)
+    rank = np.arange(keys) * cp // keys if name == "contiguous" else np.arange(keys) // size % cp
+    if name == "blocks:8":
+        rank[-8:] = cp - 1  # MindIE's: the last block is on the last rank
+    shared = dump(tmp_path / "shared", query=q, out=out, lse=lse)
+    caches = []
+    for what, x in {"key": k, "value": v}.items():
+        dump(tmp_path / what, **{f"rank{r}": x[:, rank == r] for r in range(cp)})
+        caches += [f"--{what}", str(tmp_path / what)]
+    words = ("--layout-of", "bsnd", "--align", "bottom-right")
+    said = passes(ask([*shared, *caches], *words, "--partition", name))
+    assert f"partition {name.partition(':')[0]}, cp 4" in said
+    if ":" not in name:
+        assert f"ranks joined as {name}" in passes(ask([*shared, *caches], *words))
+    wrong = dump(tmp_path / "wrong", query=q, out=out[:, ::-1])
+    assert ask([*wrong, *caches], *words, "--partition", name).exit_code == 1
+    other = "blocks:16" if name == "interleaved" else "interleaved:3"
+    assert ask([*shared, *caches], *words, "--partition", other).exit_code in (1, 2)
+    if name == "contiguous":
+        return
+    # Every rank may have dumped its copy.
+    copies = []
+    for what, x in {"query": q, "out": out}.items():
+        dump(tmp_path / what, **{f"rank{r}": x for r in range(cp)})
+        copies += [f"--{what}", str(tmp_path / what)]
+    passes(ask([*copies, *caches], *words, "--partition", name))
+    dump(tmp_path / "out", rank2=out[:, ::-1])
+    assert "judge the result of each rank for itself" in refused(ask([*copies, *caches], *words, "--partition", name))
+    dump(tmp_path / "key", rank1=k[:, :5])
+    dump(tmp_path / "value", rank1=v[:, :5])
+    assert "tokens; " in refused(ask([*shared, *caches], *words, "--partition", name))
+    # Whole files of a batch are requests of one row, too.
+    files = dump(tmp_path / "whole", query=q, key=k, value=v, out=out, lse=lse)
+    passes(ask(files, *words, "--partition", name, "--cp", "4"))
+
+
+def test_ranks_may_have_gathered_all_keys_and_merged_nothing(tmp_path):
+    """Position 1 sees one key of each of two ranks. Merged, each has probability 1; together, both are rounded."""
+    q, k, v = (x.astype(ml_dtypes.bfloat16) for x in drawn(96, seed=24))
+    score = SCALE * np.einsum("btnh,bsnh->bnts", q.astype(np.float64), np.repeat(k, 2, axis=2).astype(np.float64))
+    score = np.where(np.tri(96, dtype=bool), score, -np.inf)
+    p = np.exp(score - score.max(axis=3, keepdims=True))
+    sums, p = p.sum(axis=3), p.astype(ml_dtypes.bfloat16).astype(np.float64)
+    out = np.einsum("bnts,bsnv->btnv", p, np.repeat(v, 2, axis=2).astype(np.float64)) / sums.swapaxes(1, 2)[..., None]
+    rows = partition_of("striped", 4).order(96).reshape(4, -1)
+    files = []
+    for name, x in {"query": q, "key": k, "value": v, "out": out.astype(ml_dtypes.bfloat16)}.items():
+        dump(tmp_path / name, **{f"rank{rank}": x[:, rows[rank]] for rank in range(4)})
+        files += [f"--{name}", str(tmp_path / name)]
+    said = passes(ask(files, "--layout-of", "bsnd", "--partition", "striped"))
+    assert "order of merging: together passes" in said
+    assert ask(files, "--layout-of", "bsnd", "--partition", "striped", "--order", "ring").exit_code == 1
 
 
 # What was asked

@@ -92,6 +92,27 @@ def test_no_option_is_spelled_like_its_metavar():
     assert not [param.opts for param in found if (param.metavar or "").lower() == param.name]
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("judge-dump", "--causal"), "Missing option '--scale'; cpjax judge-dump --help lists what there is"),
+        (("judge-dump", "--scale", "1/8", "--causal"), "Invalid value for '--scale': Input should be a valid number"),
+        (("judge-dump", "--scal", "1"), "No such option: --scal"),
+        (("mindie", "chek"), "No such command 'chek'. Did you mean 'check'"),
+        (("judge",), "Missing argument 'CASES'; cpjax judge --help"),
+    ],
+)
+def test_an_option_that_is_wrong_is_one_line_too(words, says):
+    run = CliRunner().invoke(app, words)
+    assert run.exit_code == 2
+    assert run.output.startswith(f"cpjax: {says}")
+    assert run.output.count("\n") == 1
+
+
+def test_a_group_without_a_command_prints_its_help():
+    assert "Commands:" in CliRunner().invoke(app, ["mindie"]).output
+
+
 def test_version():
     assert said("--version") == f"cpjax {version('cpjax')}\n"
 

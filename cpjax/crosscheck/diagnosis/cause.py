@@ -42,7 +42,8 @@ def cause_of(one: Measured, problem: Problem, everywhere: list[Fit]) -> Cause:
     faults = [*chunk_faults(one.sample, problem), *rank_faults(one.sample, problem)]
     sets = pairs_of(one.sample, problem)
     price = 2 * np.log(max(len(sets), 1)) + FITTED
-    faults += [with_weight(one, chunks, price) for chunks in sets]
+    if int(one.sample.chunk.max()) > 0:  # the weight of an only chunk is a constant in lse, or another sink
+        faults += [with_weight(one, chunks, price) for chunks in sets]
     merges = len(one.model.rows.chunks)
     if problem.order != "unknown" and merges > 1:
         steps = [(k,) for k in range(1, merges)] + ([tuple(range(1, merges))] if merges > 2 else [])
@@ -67,9 +68,11 @@ def cause_of(one: Measured, problem: Problem, everywhere: list[Fit]) -> Cause:
 
 
 def without_twins(faults: tuple[Fault, ...]) -> tuple[Fault, ...]:
-    """Without a fitted scale where a scale that has a name fits as well: it is the same one."""
+    """Without a fitted scale or sink where one that has a name fits as well: it is the same one."""
     named = any(fault.scale != 1.0 and fault.kind != "scale" for fault in faults)
-    return tuple(fault for fault in faults if not (named and fault.kind == "scale"))
+    sinks = any(fault.logits.startswith("sink ") and fault.kind != "another sink" for fault in faults)
+    twins = [kind for kind, has_name in (("scale", named), ("another sink", sinks)) if has_name]
+    return tuple(fault for fault in faults if fault.kind not in twins)
 
 
 def _is_equal(fit: Fit, best: Fit) -> bool:

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Bool, Int
 
-COUNTS = (2, 3, 4, 8)
+COUNTS = (2, 3, 4, 5, 6, 7, 8, 16)
 """Numbers of parts that are tried where the parts are not known."""
 
 

@@ -171,9 +171,8 @@ def gain_of(measured: list[Measured]) -> float:
 
 def _label(fault: Fault) -> str:
     """Equal for the same fault, whatever was fitted to it in another chunk."""
-    return str(
-        fault._replace(cost=0.0, number=fault.number if fault.mask or fault.run or fault.logits else float("nan"))
-    )
+    is_which = bool(fault.mask or fault.run or fault.logits or fault.merge)
+    return str(fault._replace(cost=0.0, number=fault.number if is_which else float("nan"), factor=1.0))
 
 
 def _keys(evidence: Evidence, measured: list[Measured]) -> list[tuple[int, float]]:

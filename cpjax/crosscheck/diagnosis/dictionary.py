@@ -43,7 +43,7 @@ class Fault(NamedTuple):
     lse: str = ""
     """What is handed over instead of lse (`predict.changed_lse`); for a merge in the wrong base, which lse it gives."""
     merge: str = ""
-    """The function by which partial results were merged, of an lse in the other base (`parts`)."""
+    """How partial results were merged: by which function, of an lse in the other base, or without weights (`parts`)."""
     cut: str = ""
     """Which parts these were."""
     extra: tuple[tuple[int, float], ...] = ()
@@ -62,6 +62,8 @@ class Fault(NamedTuple):
     """For each row (batch, index in the sequence) the position below which it sees keys (`row_masks`)."""
     rule: str = ""
     """What gives these limits, in words."""
+    factor: float = 1.0
+    """On out: a scale of the values, or a divisor, that was forgotten."""
     key: int = -1
     number: float = float("nan")
     """Which of a family, or fitted: a weight, a factor, a size."""

@@ -11,16 +11,21 @@ from cpjax.crosscheck.diagnosis.dictionary import NARROW, ODD, RARE, USUAL, Faul
 from cpjax.crosscheck.diagnosis.masks import before_of, first_query
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.judging.problem import Problem
+from cpjax.partition import SequencePartition
 from cpjax.precision import Precision
 
 LSE_FORMS = (
     *("log2", "log10", "negated", "maximum only", "without its maximum", "sum itself", "zero"),
-    "with log2 of the sum",
+    *("with log2 of the sum", "whole sum", "natural for base two", "without the scale"),
 )
 """What may be handed over instead of lse (`predict.changed_lse`)."""
 
 SOFTCAPS = (50.0, 30.0, 20.0, 15.0, 10.0)
 """Softcaps of published models (Gemma 2: 50; Grok: 30), and smaller ones."""
+
+SINKS = ("twice", "times log2(e)", "scaled", "negated")
+OTHER_SINKS = ("of the head after", "of the head before", "of head 0")
+"""What may be done to sinks that were stated (`predict.changed_logits`), and where there are several heads."""
 
 MOST_KV_HEADS = 16
 """Key/value heads whose keys or values are tried in the place of a head's own."""
@@ -64,6 +69,13 @@ def global_masks(problem: Problem, requests: set[int]) -> Iterator[Fault]:
             yield Fault(kind, mask=family, number=0.0, cost=USUAL)
     if not problem.mask.is_causal:
         yield Fault("causal mask applied", mask="shift", number=0.0, cost=USUAL)
+    elif problem.mask.window is not None:
+        for family in ("both sides", "left side"):
+            yield Fault("causal mask absent", mask=family, number=float(problem.mask.window), cost=ODD)
+    if problem.cp > 1 and isinstance(problem.partition, SequencePartition):
+        yield Fault("own rank only", mask="own rank", number=0.0, cost=ODD)
+        if problem.mask.is_causal and problem.query.shape[1] == problem.key.shape[1]:
+            yield Fault("causal mask by local index", mask="rank index", number=0.0, cost=ODD)
     if int(problem.kv_chunk.max()) > 0:
         yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=ODD)
     elif problem.query.shape[1] != problem.key.shape[1]:
@@ -82,7 +94,7 @@ def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, 
       suspects: keys with the largest scores, and the weights with which they seem to enter.
     """
     if has_lse:
-        for name in LSE_FORMS:
+        for name in (*LSE_FORMS, *(["without the sink"] if problem.sink is not None else [])):
             yield Fault(f"lse {name}", lse=name, cost=RARE)
     for key, weight in suspects:
         kind = "key lost" if abs(weight) < 0.5 else "key doubled"
@@ -97,6 +109,15 @@ def logit_faults(problem: Problem) -> Iterator[Fault]:
     for name, given in stated.items():
         if given is not None:
             yield Fault("logits", logits="sink dropped" if name == "sink" else f"{name} ignored", cost=USUAL)
+    if problem.sink is not None:
+        names = (*SINKS, *(OTHER_SINKS if len(problem.sink) > 1 else ()))
+        for name in names:
+            yield Fault("logits", logits=f"sink {name}", cost=RARE + 2 * float(np.log(len(names))))
+    for name in ("alibi", "bias"):
+        if stated[name] is not None:
+            yield from (Fault("logits", logits=f"{name} {how}", cost=RARE) for how in ("twice", "scaled"))
+    if problem.bias is not None and np.isneginf(problem.bias).any():
+        yield Fault("logits", logits="bias a mask only", cost=RARE)
     if problem.alibi is not None:
         yield Fault("logits", logits="alibi negated", cost=RARE)
     else:

@@ -8,6 +8,9 @@ window           the n nearest keys to either side, the query's own included; n 
 limit            the keys of the row's request at positions below n
 chunks           a triangle in every chunk (n = 0): the causal mask by the indices in the chunk, not by positions
 blocks N         the same in each of N equal runs of a request's tokens, whatever the chunks are
+rank index       causal, by the index of each token among those that its rank holds
+own rank         of what should be seen the keys that the query's own rank holds
+both sides       the n nearest keys to either side, though the mask is causal; left side: all keys behind it, too
 pads             the first n pads too, by positions; pads in place: by the places in the row
 requests         the n nearest keys of other requests too, those before only if causal; requests by position: by theirs
 request i        the n last keys of the request before i, seen by request i
@@ -56,6 +59,17 @@ def thresholds(sample: Sample, problem: Problem, family: str) -> Thresholds:
     if family.startswith("blocks "):
         index = index_in_chunk(part_of(family.replace("blocks", "runs"), sample.chunk, kv_segment))
         return np.where(sample.seen & (index[None] <= index[at][:, None]), 0.0, NEVER)
+    if family in ("both sides", "left side"):
+        return np.where(same, (np.abs(ahead) if family == "both sides" else np.maximum(ahead, -1)) + 1, NEVER)
+    if family in ("rank index", "own rank"):
+        q_rank, kv_rank = (
+            np.array([-1 if (r := problem.partition.rank(int(c))) is None else r for c in chunk])
+            for chunk in (problem.q_chunk, problem.kv_chunk)
+        )
+        if family == "own rank":
+            return np.where(sample.seen & (kv_rank[None] == q_rank[at][:, None]), 0.0, NEVER)
+        index = index_in_chunk(kv_rank)
+        return np.where(same & inside & (index[None] <= index[at][:, None]), 0.0, NEVER)
     if family == "prefix":
         return np.where(sample.seen, np.maximum(first_query(problem)[b] - kv_position, 0)[None], NEVER)
     place = at[:, None] - np.arange(len(kv_position), dtype=float)[None]

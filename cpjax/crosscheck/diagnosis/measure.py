@@ -9,7 +9,7 @@ from cpjax.crosscheck.diagnosis.cuts import part_of
 from cpjax.crosscheck.diagnosis.dictionary import RIGHT, Fault
 from cpjax.crosscheck.diagnosis.guards import LARGEST_GROWTH, LARGEST_OUT, LARGEST_SQUARE, LEAST_SPACING, LEAST_SUM
 from cpjax.crosscheck.diagnosis.masks import is_cached
-from cpjax.crosscheck.diagnosis.parts import merged_wrongly
+from cpjax.crosscheck.diagnosis.parts import UNWEIGHTED, merged_wrongly
 from cpjax.crosscheck.diagnosis.predict import changed_lse, exact_model, glance, noisier, unrescaled, with_term
 from cpjax.crosscheck.diagnosis.sample import Sample
 from cpjax.crosscheck.error_model.row_covariance import distinct
@@ -97,6 +97,8 @@ class Measured:
         known = fault.mask or fault.scale != 1.0 or fault.key >= 0  # what a glance can compute
         if known and not fault.changes and not fault.precision and (far := self._far(fault)) is not None:
             return far
+        if fault.extra and not fault.logits:
+            return self._with_term(fault)
         model = self.model if plain else exact_model(self.sample, self.problem, fault)
         if not plain and not fault.precision and self._is_far(model.rows):
             return replace(
@@ -111,17 +113,26 @@ class Measured:
         if fault.merge:
             out, lse, growth = merged_wrongly(self._rows_cut(fault.cut), fault)
             variance = variance * growth[:, None] ** 2
-        if fault.extra:
-            return self._with_term(fault)
+        if fault.factor != 1.0:
+            out, variance = out * fault.factor, variance * fault.factor**2
+        if fault.factor != 1.0 or fault.merge in UNWEIGHTED:
+            # A row that sees one key is exact where weights add up to one, and is rounded here.
+            variance = variance + STORED * self._spacing(out) ** 2
         if fault.noise:
             variance = noisier(model, expected.sigma**2, fault.number)
         lse_sigma = expected.lse_sigma
         if fault.lse and not fault.merge:
-            lse = changed_lse(model.rows, fault)
+            other = {"without the scale": Fault("", scale=1 / (self.problem.scale or 1.0))}
+            other["without the sink"] = Fault("", logits="sink dropped")
+            if fault.lse in other:
+                changed = exact_model(self.sample, self.problem, other[fault.lse])
+                lse, lse_sigma = changed.rows.lse, changed.expected().lse_sigma
+            else:
+                lse = changed_lse(model.rows, fault)
             if fault.lse in OF_THE_MAXIMUM:  # lse does not have its rounding, for the sum is relative to it
                 step = FORMATS[self.problem.precision.score].spacing(model.rows.chunk_max.max(axis=1))
                 lse_sigma = np.sqrt(lse_sigma**2 + STORED * step**2)
-            if fault.lse == "sum itself":  # which errs by so much times itself
+            if fault.lse in ("sum itself", "whole sum"):  # which errs by so much times itself
                 lse_sigma = lse_sigma * np.maximum(1.0, lse)
         return self._score(fault, out, variance, lse, lse_sigma)
 
@@ -131,8 +142,8 @@ class Measured:
         more = STORED * self._spacing(out) ** 2
         variance, lse_sigma = self.expected.sigma**2, self.expected.lse_sigma
         fit = self._score(fault, out, variance * share[:, None] ** 2 + more, lse, lse_sigma)
-        without = self._score(RIGHT, self.model.rows.out, variance + more, self.model.rows.lse, lse_sigma)
-        return fit if fit.deviance < without.deviance else replace(fit, is_even=False)
+        stated = self._score(RIGHT, self.model.rows.out, variance + more, self.model.rows.lse, lse_sigma)
+        return fit if fit.deviance < stated.deviance else replace(fit, is_even=False)
 
     def _rows_cut(self, cut: str) -> Rows:
         """The rows with other parts in the place of chunks; several faults ask for each cut."""

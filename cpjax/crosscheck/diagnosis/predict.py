@@ -14,6 +14,7 @@ from cpjax.crosscheck.error_model.model import ErrorModel
 from cpjax.crosscheck.exact.attention import Rows, attention_rows
 from cpjax.crosscheck.exact.logits import Logits
 from cpjax.crosscheck.judging.problem import Problem
+from cpjax.mask import Tokens, visible
 from cpjax.precision import query_in, scale_in
 
 HALVINGS = 8
@@ -67,15 +68,45 @@ def changed_logits(sample: Sample, problem: Problem, fault: Fault) -> Logits:
         )
         alibi = alibi_slopes(heads)[sample.head][:, None] * np.abs(here[at][:, None] - there)
         return replace(given, alibi=alibi, alibi_size=alibi)
+    if fault.logits == "sink fitted":
+        fitted = dict(fault.extra)
+        stated = np.zeros(len(sample.head)) if given.sink is None else given.sink
+        sinks = [fitted.get(int(n), x) for n, x in zip(sample.head, stated, strict=True)]
+        return replace(given, sink=np.array(sinks))
+    if fault.logits.startswith("sink ") and fault.logits != "sink dropped":
+        assert problem.sink is not None  # only then is it tried
+        return replace(given, sink=_sinks(problem.sink.astype(float), fault.logits, problem.scale)[sample.head])
+    times = {"twice": 2.0, "scaled": problem.scale}.get(fault.logits.partition(" ")[2], 1.0)
     changes: dict[str, dict[str, Any]] = {
         "": {},
         "softcap ignored": {"softcap": None},
         "sink dropped": {"sink": None},
         "alibi ignored": {"alibi": None, "alibi_size": None},
         "alibi negated": {"alibi": None if given.alibi is None else -given.alibi},
-        "bias ignored": {"bias": None if given.bias is None else np.where(np.isneginf(given.bias), given.bias, 0.0)},
+        "bias ignored": {"bias": None},
+        "bias a mask only": {
+            "bias": None if given.bias is None else np.where(np.isneginf(given.bias), given.bias, 0.0)
+        },
     }
+    for factor in ("twice", "scaled"):
+        changes[f"bias {factor}"] = {"bias": None if given.bias is None else times * given.bias}
+        if given.alibi is not None:
+            changes[f"alibi {factor}"] = {"alibi": times * given.alibi, "alibi_size": times * given.alibi_size}
     return replace(given, **changes[fault.logits])
+
+
+def _sinks(sink: Float[np.ndarray, " N"], name: str, scale: float) -> Float[np.ndarray, " N"]:
+    """The sinks that a fault has in the place of those stated."""
+    others = {
+        "sink twice": sink + np.log(2.0),
+        "sink of the head after": np.roll(sink, -1),
+        "sink of the head before": np.roll(sink, 1),
+        "sink of head 0": np.full_like(sink, sink[0]),
+        "sink scaled": sink * scale,
+        "sink times log2(e)": sink * np.log2(np.e),
+        "sink negated": -sink,
+    }
+    return others[name]
 
 
 def alibi_slopes(heads: int) -> Float[np.ndarray, " N"]:
@@ -113,6 +144,11 @@ def _with_run(
 
 
 def _seen(sample: Sample, problem: Problem, fault: Fault) -> np.ndarray:
+    if fault.logits == "bias ignored":  # what it hid, too
+        b, at = sample.batch, sample.position
+        q_tokens = Tokens(*(np.asarray(x)[b : b + 1, at] for x in problem.q_tokens))
+        kv_tokens = Tokens(*(np.asarray(x)[b : b + 1] for x in problem.kv_tokens))
+        return np.asarray(visible(problem.mask, q_tokens, kv_tokens))[0]
     if fault.mask:
         return mask_of(sample, problem, fault.mask, fault.number)
     if not fault.limits:
@@ -211,6 +247,8 @@ def changed_lse(rows: Rows, fault: Fault) -> Float[np.ndarray, " R"]:
             "maximum only": top,
             "without its maximum": rows.lse - top,
             "sum itself": np.exp(rows.lse - top),
+            "whole sum": np.exp(rows.lse),
+            "natural for base two": rows.lse * np.log(2.0),
             "with log2 of the sum": top + (rows.lse - top) / np.log(2.0),
             "zero": np.zeros_like(rows.lse),
             "off": rows.lse + fault.number,

@@ -15,6 +15,7 @@ from cpjax.crosscheck.diagnosis.dictionary import FITTED, RARE, Fault
 from cpjax.crosscheck.diagnosis.masks import thresholds
 from cpjax.crosscheck.diagnosis.measure import Measured
 from cpjax.crosscheck.diagnosis.scan import row_misfit
+from cpjax.wording import counted
 
 FAMILY = "limit"
 """Keys of the row's request up to a position: the row sees the keys at positions below the number."""
@@ -63,14 +64,17 @@ def row_mask(wrong: list[Measured]) -> Fault | None:
     shifted = min(_misfit(found, wanted + off) for off in np.unique(best - wanted))
     ruled = [(rule, saw, misfit) for rule, saw in _rules(found, best) if np.isfinite(misfit := _misfit(found, saw))]
     keys = wrong[0].problem.key.shape[1]
-    if np.isfinite(shifted) and not any(misfit < shifted - EQUAL for _, _, misfit in ruled):
+    is_causal = wrong[0].problem.mask.is_causal
+    if is_causal and np.isfinite(shifted) and not any(misfit < shifted - EQUAL for _, _, misfit in ruled):
         return None  # the same in every row: a shifted mask
     if not ruled:
         cost = RARE + FITTED + 2 * np.log(keys) * len(found)
         limits = tuple((row.place, row.best) for row in found)
         return Fault("limits", limits=limits, rule=_listed(found), cost=float(cost))
     least = min(misfit for _, _, misfit in ruled)
-    equals = [(rule, saw) for rule, saw, misfit in ruled if misfit <= least + EQUAL]
+    near = [(rule, saw) for rule, saw, misfit in ruled if misfit <= least + EQUAL]
+    # Where two rules give the same limits here, the plainer is told.
+    equals = [(rule, saw) for i, (rule, saw) in enumerate(near) if not any((saw == x).all() for _, x in near[:i])]
     limits = tuple((row.place, int(x)) for row, x in zip(found, equals[0][1], strict=True))
     cost = RARE + FITTED + 2 * float(np.log(keys))
     return Fault("limits", limits=limits, rule="; or ".join(rule for rule, _ in equals[:MOST_RULES]), cost=cost)
@@ -142,7 +146,14 @@ def _rules(rows: list[_Row], best: Int[np.ndarray, " n"]) -> Iterator[tuple[str,
     index, queries, wanted, length, requests = (
         np.array([getattr(row, name) for row in rows]) for name in ("index", "queries", "wanted", "length", "request")
     )
-    yield "each query sees all keys of its request: the causal mask is absent", length
+    causal = rows[0].one.problem.mask.is_causal
+    if causal:
+        yield "each query sees all keys of its request: the causal mask is absent", length
+    else:
+        few = int(np.median(wanted - best))
+        if few > 0:
+            lost = counted(few, "key")
+            yield f"each query misses the last {lost} of its request: its length is taken {few} too small", wanted - few
     if len(np.unique(requests)) > 1:
         off = np.array([np.median((best - wanted)[requests == r]) for r in requests]).astype(int)
         said = ", ".join(f"request {r}: {off[requests == r][0]:+d}" for r in np.unique(requests))

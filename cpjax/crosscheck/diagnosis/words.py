@@ -124,6 +124,8 @@ def _global(fault: Fault) -> str:
         return _mask(fault)
     if fault.precision is not None:
         return f"consistent with {fault.kind.removeprefix('precision: ')}"
+    if fault.extra:
+        return _extra(fault)
     if fault.logits:
         return LOGITS[fault.logits].format(fault.number)
     if fault.limits:
@@ -132,8 +134,6 @@ def _global(fault: Fault) -> str:
         return _run(fault)
     if fault.merge:
         return _merge(fault)
-    if fault.extra:
-        return _extra(fault)
     texts = {
         "scale": f"the scale is {fault.number:.6g} times the stated one",
         "scale not applied": "the scale was not applied: it is 1",
@@ -157,6 +157,11 @@ def _global(fault: Fault) -> str:
         "lse maximum only": "lse is the row maximum; the logarithm of the sum was not added",
         "lse without its maximum": "lse is the logarithm of the sum; the row maximum was not added",
         "lse sum itself": "lse is the sum itself, not its logarithm",
+        "lse whole sum": "lse is the sum of the exponentials of whole scores, not its logarithm",
+        "lse natural for base two": "lse is ln 2 times the natural logarithm: it was taken for one to base two",
+        "lse without the sink": "lse does not count the sink",
+        "lse without the scale": "lse is that of scores without the scale",
+        "out times a number": f"out is {fault.number:.6g} times what it should be, and nothing else is wrong",
         "lse zero": "lse is zero, as if never written",
         "lse with log2 of the sum": "lse is the row maximum plus log2 of the sum: only the sum is in base two",
         "keys of another head": f"the keys of key/value head {fault.keys_of} were used, with the right values",
@@ -190,6 +195,18 @@ LOGITS = {
     "alibi negated": "the ALiBi slopes were applied with the other sign",
     "alibi applied": "ALiBi was applied, with the slopes of the paper, that was not stated",
     "bias ignored": "the bias was not added",
+    "bias a mask only": "the bias was not added, but the keys that it hides (-inf) were hidden",
+    "bias twice": "the bias was added twice",
+    "bias scaled": "the bias was multiplied by the scale, as if added before it",
+    "alibi twice": "the ALiBi slopes were applied twice",
+    "alibi scaled": "the ALiBi slopes were multiplied by the scale, as if applied before it",
+    "sink twice": "the sink was added twice to the sums",
+    "sink times log2(e)": "the sink was multiplied by log2(e)",
+    "sink scaled": "the sink was multiplied by the scale",
+    "sink negated": "the sink was added with the other sign of its logit",
+    "sink of the head after": "each head has the sink of the head after it",
+    "sink of the head before": "each head has the sink of the head before it",
+    "sink of head 0": "every head has the sink of head 0",
 }
 
 CUTS = {
@@ -202,6 +219,16 @@ CUTS = {
 def _merge(fault: Fault) -> str:
     kind, _, count = fault.cut.partition(" ")
     parts = "the chunks" if fault.cut == "chunks" else f"parts (as of {CUTS[kind].format(count)})"
+    if fault.merge in ("lost", "twice"):
+        entered = "never entered" if fault.merge == "lost" else "entered twice"
+        return f"the tokens of rank {int(fault.number)}, of {CUTS[kind].format(count)}, {entered}"
+    unweighted = {
+        "not divided": "were added with weights exp(lse − max lse), and not divided by the sum of these weights",
+        "mean": "were averaged without weights",
+        "sum": "were added up without weights",
+    }
+    if fault.merge in unweighted:
+        return f"partial results of {parts} {unweighted[fault.merge]}"
     is_natural = fault.merge == "exp2"
     bases = ("natural", "the merge took exp2 of it") if is_natural else ("in base two", "the merge took exp of it")
     return f"partial results of {parts} were merged in the wrong base: their lse is {bases[0]}, {bases[1]}"
@@ -211,6 +238,8 @@ def _extra(fault: Fault) -> str:
     x = fault.extra[0][1]
     each = ", ".join(f"head {n}: {x:.6g}" for n, x in fault.extra[:MOST_NAMES])
     each += ", …" if len(fault.extra) > MOST_NAMES else ""
+    if fault.kind == "another sink":
+        return f"every row's sum has another term than that of the stated sink: exp(x), x of {each}"
     term = float(np.exp(min(x, MOST_LOG)))
     zeros = f"; exp(x) = {term:.6g}, as of {_count(round(term), 'key')} that are zero, with values of zero"
     return (
@@ -242,6 +271,10 @@ def _mask(fault: Fault) -> str:
     texts = {
         "causal mask absent": "no causal mask was applied",
         "causal mask applied": "a causal mask was applied where there should be none",
+        "own rank only": "each rank saw only the keys that it holds itself: those of other ranks never entered",
+        "causal mask by local index": (
+            "the causal mask was applied by the index among the tokens of a rank (local positions), not by positions"
+        ),
         "causal mask in every chunk": "a causal mask was applied in every chunk, by the index in the chunk",
         "causal mask top-left": (
             "the causal mask was aligned top-left: query i sees the first i + 1 keys, whatever the positions are"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cpjax.crosscheck.dumps.judge_dump import Said
-from cpjax.crosscheck.dumps.layouts import natural
+from cpjax.crosscheck.dumps.layouts import AXES, natural, natural_out
 from cpjax.crosscheck.dumps.readers import FLOATS, read
 from cpjax.crosscheck.gradients.asked import DS
 from cpjax.crosscheck.gradients.judge import judge_gradients_of
@@ -53,14 +53,19 @@ def judge_dumped_gradients(
         found = read(path, name, FLOATS)
         if found.by_rank or said.about.get("joined"):
             raise InputError(f"--{name} {path}: gradients of folders of ranks are not joined; give whole tensors")
-        axes = 3 if said.about["layout"] == "tnd" else 4
+        layout, shape = said.about["layout"], (*said.problem.query.shape[:3], said.problem.value.shape[3])
+        lying = natural_out(found.parts[0], layout, shape) if name == "dout" else None
+        said.about["files"] |= found.files
+        if lying is not None:
+            arrays.append(lying[0])
+            continue
+        axes = AXES[layout]
         if found.parts[0].ndim != axes:
             raise InputError(
-                f"--{name} {path}: has shape {list(found.parts[0].shape)}; in the layout {said.about['layout']} of the "
+                f"--{name} {path}: has shape {list(found.parts[0].shape)}; in the layout {layout} of the "
                 f"other files it must have {axes} axes"
             )
-        arrays.append(natural(found.parts[0], said.about["layout"]))
-        said.about["files"] |= found.files
+        arrays.append(natural(found.parts[0], layout))
     dout, dq, dk, dv = arrays
     words = (said.problem, said.out, said.lse, dout, dq, dk, dv, rounded_every)
     verdict = judge_gradients_of(*words, ds or DS[0])

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpjax.crosscheck.diagnosis.diagnose import Diagnosis
 from cpjax.crosscheck.diagnosis.precision_search import consistent_with
-from cpjax.crosscheck.dumps.dtypes import Candidate, candidates
+from cpjax.crosscheck.dumps.caches import CUT, in_one_row, is_cut, places_of, shared_once
+from cpjax.crosscheck.dumps.dtypes import Candidate, candidates, with_stored_lse
 from cpjax.crosscheck.dumps.layouts import Arrays, readable
 from cpjax.crosscheck.dumps.lse import choose, read_lse, without_infinity
+from cpjax.crosscheck.dumps.orders import that_fit
 from cpjax.crosscheck.dumps.pages import gathered
 from cpjax.crosscheck.dumps.places import places
 from cpjax.crosscheck.dumps.question import Question
 from cpjax.crosscheck.dumps.readers import WHOLE, Read, read
+from cpjax.crosscheck.error_model.arithmetic import HALVES
 from cpjax.crosscheck.exact.formats import FORMATS
 from cpjax.crosscheck.files.profile import profile_named
 from cpjax.crosscheck.judge import judge_problem
@@ -25,11 +29,16 @@ from cpjax.crosscheck.judging.problem import Problem, checked_problem
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.errors import InputError
 from cpjax.partition import Packed, Partition, inverse, partition_of
+from cpjax.partition.cached import Cached
 from cpjax.partition.sequence import SequencePartition
 from cpjax.wording import counted
 
 JOINED = ("zigzag", "contiguous", "striped")
 """How ranks may lie in a folder, tried in this order."""
+
+MERGED = ("ring", "gather", "ascending")
+"""How partial results of ranks may have been merged, tried in this order; then that nothing was merged: a rank may
+gather all keys first."""
 
 FLAT = 1.2
 """A z up to here is that of a right result: beneath it no failure is told from another."""
@@ -86,6 +95,8 @@ def judge_dump(question: Question) -> Said:
       InputError: files that cannot be read or do not fit together; a problem that nobody could answer by trying.
     """
     tensors, options, files = _read(question)
+    named = None if question.partition is None else partition_of(question.partition, 1)
+    tensors = shared_once(tensors, named)
     scaled = _scaled(question, tensors)
     paths = {
         name: str(getattr(question, name)) if name in ("value", "out") else str(getattr(question, name)[0])
@@ -105,10 +116,13 @@ def judge_dump(question: Question) -> Said:
     needs = reasons and question.layout is None and len(arrays) > 1
     if not tried or (needs and not any(one.verdict.passed for one in tried)):
         raise InputError(_worded(reasons[0], question)) from None
-    chosen, remarks = _chosen(question, tried, dropped, ranks)
+    wrong = (
+        None if any(one.verdict.passed for one in tried) else _laid_otherwise(question, tensors, arrays, cp, options)
+    )
+    chosen, remarks = _chosen(question, tried, dropped, ranks, wrong)
     remarks += next(one.remarks for one in arrays if one.layout == chosen.dump.layout)
-    if question.cp is None and cp > 1:
-        remarks.insert(0, f"cp: {cp}, as many as the folders have ranks")
+    if question.cp is None and ranks:
+        remarks.insert(0, f"cp: {cp}, as the folders hold {counted(cp, 'rank')}")
     if chosen.verdict.passed:
         remarks += _computes(chosen, question.scale)
     about = {
@@ -120,7 +134,8 @@ def judge_dump(question: Question) -> Said:
         "versions": {name: version(name) for name in ("cpjax", "numpy")} | {"python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Said(chosen.verdict, remarks, chosen.out, chosen.lse, chosen.problem, about)
+    verdict = chosen.verdict if wrong is None else _with_diagnosis(chosen, f"{wrong[0].upper()}{wrong[1:]}.")
+    return Said(verdict, remarks, chosen.out, chosen.lse, chosen.problem, about)
 
 
 def _read(question: Question) -> tuple[dict[str, list[Read]], dict[str, Any], dict[str, str]]:
@@ -172,7 +187,7 @@ def _scaled(question: Question, tensors: dict[str, list[Read]]) -> dict[str, lis
 
 def _cp(question: Question, tensors: dict[str, list[Read]], ranks: set[int]) -> int:
     whole = [name for name, reads in tensors.items() if not all(one.by_rank for one in reads)]
-    if ranks and whole:
+    if ranks and whole and not is_cut(tensors):
         raise InputError(f"--{whole[0]} is one file, others are folders of ranks; give all as one or the other")
     if len(ranks) > 1:
         raise InputError(f"folders have {', '.join(map(str, sorted(ranks)))} ranks; all must have as many")
@@ -188,7 +203,8 @@ def _dumps(
     """Every layout, joined in every partition; and why others dropped out."""
     names: list[str | None] = [None]
     if by_rank:
-        names = [question.partition] if question.partition is not None else list(JOINED if cp > 1 else JOINED[1:2])
+        ways = CUT if is_cut(tensors) else JOINED if cp > 1 else JOINED[1:2]
+        names = [question.partition] if question.partition is not None else list(ways)
     found, reasons = [], []
     for one in arrays:
         for name in names:
@@ -218,8 +234,17 @@ def _joined(question: Question, tensors: dict[str, list[Read]], arrays: Arrays, 
         where = places(question, 1, batch * length, key.shape[1], offsets)
         return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
     where = places(question, batch, length, key.shape[1], None)
-    if partition is None:
-        return Dump(query, key, value, out, summed, arrays.layout, None, where, dtypes)
+    if partition is not None and is_cut(tensors):
+        row = np.asarray(where["segment_ids"][1])[0] if "segment_ids" in where else np.zeros(key.shape[1], int)
+        back = places_of(partition, [x.shape[1] for x in arrays.key], row)
+        key, value = key[:, back], value[:, back]
+    is_cache = isinstance(partition or partition_of(question.partition or "contiguous", question.cp or 1), Cached)
+    if is_cache and batch > 1 and "segment_ids" not in where:
+        where = in_one_row(where, batch, length, key.shape[1])
+        query, key, value, out = (x.reshape(1, -1, *x.shape[2:]) for x in (query, key, value, out))
+        summed = {word: x.reshape(1, batch * length, heads) for word, x in summed.items()}
+    if partition is None or is_cut(tensors):
+        return Dump(query, key, value, out, summed, arrays.layout, partition, where, dtypes)
     back = [_back(partition, x.shape[1], where, name) for name, x in (("q", query), ("kv", key))]
     query, out = query[:, back[0]], out[:, back[0]]
     summed = {word: x[:, back[0]] for word, x in summed.items()}
@@ -249,7 +274,9 @@ def _best(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> T
         if one.verdict.passed:
             break
     names = list(dict.fromkeys(one.candidate.name for one in tried))
-    best = min(tried, key=lambda one: (not one.verdict.passed, names.index(one.candidate.name), _badness(one.verdict)))
+    # Of a wrong result those who merge say more: a rank, a step.
+    told = tried if tried[-1].verdict.passed else [one for one in tried if one.order != "together"] or tried
+    best = min(told, key=lambda one: (not one.verdict.passed, names.index(one.candidate.name), _badness(one.verdict)))
     remarks = list(best.remarks)
     if question.precision is None:
         failed = [name for name in names if name != best.candidate.name]
@@ -267,9 +294,14 @@ def _each(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> I
     """The dump in every likely precision and order."""
     query_dtype, key_dtype, value_dtype = dump.dtypes
     named = None if question.precision is None else profile_named(question.precision)
-    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, named)
+    inputs = (dump.query, dump.key, dump.value)
+    found, remark = candidates(query_dtype, key_dtype, value_dtype, dump.out, named, inputs)
     remarks = [] if remark is None else [remark]
-    orders = [question.order] if question.order else (["ascending"] if cp == 1 else ["ring", "gather", "ascending"])
+    orders = [question.order] if question.order else (["ascending"] if cp == 1 else [*MERGED, "together"])
+    stored = next((x.dtype.name for x in dump.lse.values()), "")
+    if stored in HALVES:
+        found = [with_stored_lse(one, stored) for one in found]
+        remarks.append(f"lse: is {stored}, so one rounding to {stored} is taken for granted")
     lse = None
     for candidate in found:
         query = dump.query if candidate.query is None else _rounded(dump.query, candidate.query)
@@ -281,6 +313,11 @@ def _each(question: Question, dump: Dump, cp: int, options: dict[str, Any]) -> I
             )  # fmt: skip
             if lse is None and dump.lse:
                 reading, says = choose(problem, dump.lse, question.lse_base, options)
+                if stored in HALVES and reading.base == "2":
+                    raise InputError(
+                        f"--lse {question.lse}: is {stored} to base two, and how such a number was rounded is known "
+                        "here of natural logarithms only; dump it in float32, or leave --lse out"
+                    )
                 lse, infinite = without_infinity(problem, np.asarray(_wide(reading.lse)))
                 remarks += [x for x in (says, infinite) if x is not None]
             verdict = judge_problem(problem, dump.out, lse)
@@ -301,8 +338,56 @@ def _badness(verdict: Verdict) -> float:
     return max(float(np.nan_to_num(verdict.z, nan=1e300)), FLAT)
 
 
-def _chosen(question: Question, tried: list[Tried], dropped: list[str], ranks: set[int]) -> tuple[Tried, list[str]]:
+def _laid_otherwise(
+    question: Question, tensors: dict[str, list[Read]], arrays: list[Arrays], cp: int, options: dict[str, Any]
+) -> str | None:
+    """How folders of ranks must be laid together so that the result passes, if it does; in words.
+
+    Only of whole texts, and with no other terms in the logits, so that a few rows tell which orders are worth judging.
+    """
+    said = (question.positions, question.segments, question.lengths, question.cu_seqlens_q, question.block_table)
+    if cp == 1 or options or any(x is not None for x in said) or not tensors["query"][0].by_rank:
+        return None
+    partitions = [partition_of(name, cp) for name in JOINED]
+    mask = {"scale": question.scale, "is_causal": question.is_causal, "window": question.window}
+    for one in arrays:
+        for partition, order in that_fit(one, partitions, **mask):
+            in_order = Arrays(*([x[file] for file in order] for x in one[:4]), one.layout, one.remarks)
+            reads = dict(tensors)
+            if "lse" in tensors:
+                lse = tensors["lse"][0]
+                reads["lse"] = [lse._replace(parts=[lse.parts[file] for file in order])]
+            try:
+                tried = _best(question, _joined(question, reads, in_order, partition), cp, options)
+            except InputError:
+                continue
+            if tried.verdict.passed:
+                return _of_order(question, partition, order)
+    return None
+
+
+def _of_order(question: Question, partition: Partition, order: tuple[int, ...]) -> str:
+    others = question.partition is not None and partition.name != partition_of(question.partition, len(order)).name
+    how = f"joined as {partition.name}" if others or question.partition is None else ""
+    files = ", ".join(f"rank {rank} in file {file}" for rank, file in enumerate(order) if rank != file)
+    which = f"with the files in another order ({files})" if files else ""
+    why = "the numbers of the files are not those of the ranks" if files else "the ranks hold the text so"
+    return f"{' '.join(x for x in (how, which) if x)} the result passes: {why}"
+
+
+def _with_diagnosis(chosen: Tried, sentence: str) -> Verdict:
+    """The verdict with one cause; the search would look for faults of a text that was laid wrongly together."""
+    shape = (int(chosen.problem.q_chunk.max()) + 1, int(chosen.problem.kv_chunk.max()) + 1)
+    return replace(chosen.verdict, search=lambda: Diagnosis([sentence], np.full(shape, np.nan)))
+
+
+def _chosen(
+    question: Question, tried: list[Tried], dropped: list[str], ranks: set[int], otherwise: str | None
+) -> tuple[Tried, list[str]]:
     """The reading that is judged. A wrong result is wrong in every reading: then it is asked, not guessed.
+
+    Args:
+      otherwise: how the ranks of folders must be laid together so that the result passes.
 
     Raises:
       InputError: several layouts or partitions are as good as each other.
@@ -318,8 +403,8 @@ def _chosen(question: Question, tried: list[Tried], dropped: list[str], ranks: s
     partitions = [one.dump.partition.name for one in tried if one.dump.partition is not None]
     if not passing and len(partitions) > 1:
         raise InputError(
-            f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and a wrong result does not tell "
-            f"how they were cut; say --partition"
+            f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and "
+            + (otherwise or "a wrong result does not tell how they were cut; say --partition")
         )
     chosen = (passing or tried)[0]
     remarks = list(chosen.remarks)

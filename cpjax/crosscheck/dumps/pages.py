@@ -44,16 +44,23 @@ def gathered(question: Question, key: np.ndarray, value: np.ndarray, batch: int,
     slots = []
     for i, (row, n) in enumerate(zip(table, lengths, strict=True)):
         needed = -(-int(n) // size)
-        if n < 1 or needed > len(row):
+        # 0 is a slot of the batch that no request has: its queries see no key.
+        if n < 0 or needed > len(row):
             raise InputError(
                 f"request {i} has {counted(n, 'cached token')}; its {counted(len(row), 'block')} of {size} "
-                f"{'holds' if len(row) == 1 else 'hold'} 1 to {len(row) * size}"
+                f"{'holds' if len(row) == 1 else 'hold'} 0 to {len(row) * size}"
             )
         used = row[:needed]
-        if ((used < 0) | (used >= blocks)).any():
-            raise InputError(f"--block-table: request {i} uses block {int(used.max())}; there are {blocks}, from 0")
+        outside = used[(used < 0) | (used >= blocks)]
+        if len(outside):
+            raise InputError(
+                f"--block-table: request {i} has {counted(n, 'cached token')}, which take {counted(needed, 'block')}, "
+                f"and one of them is {int(outside[0])}; there are {blocks}, from 0"
+            )
         slots.append((used[:, None] * size + np.arange(size)).ravel()[:n])
     flat = np.concatenate(slots)
+    if not len(flat):
+        raise InputError("no request of --block-table has a cached token; there is nothing to attend to")
     key, value = (x.reshape(-1, *x.shape[2:])[flat][None] for x in (key, value))
     return Gathered(key, value, _queries(question, requests, batch, length), np.cumsum([0, *lengths]))
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from cpjax.crosscheck.files.profile import profile_named
 from cpjax.crosscheck.judging.problem import number
 from cpjax.errors import InputError
-from cpjax.partition.names import PARTITIONS, partition_of
+from cpjax.partition.names import partition_of
 from cpjax.partition.partition import ORDERS
 
-LAYOUTS = ("bsnd", "bnsd", "tnd")
-"""Batch, tokens, heads, head dim; batch, heads, tokens, head dim; tokens, heads, head dim."""
+GUESSED = ("bsnd", "bnsd", "tnd")
+LAYOUTS = (*GUESSED, "sbnd")
+"""Batch, tokens, heads, head dim; batch, heads, tokens, head dim; tokens, heads, head dim; Megatron's tokens, batch,
+heads, head dim, whose shapes fit wherever bsnd's do, so that it is never guessed."""
 
 LSE_AXES = ("bsn", "bns", "tn", "nt")
 LSE_LAYOUTS = tuple(f"{axes}{last}" for last in ("", "1", "8") for axes in LSE_AXES)
@@ -77,7 +79,7 @@ class Question:
             try:
                 partition_of(self.partition, self.cp or 1)
             except InputError as error:
-                raise InputError(f"--partition: {error}; known are {', '.join(PARTITIONS)}") from None
+                raise InputError(f"--partition: {error}") from None
         for option, x in (("scale", self.scale), ("softcap", self.softcap)):
             if x is not None:
                 number(f"--{option}", x)

@@ -152,7 +152,7 @@ def checked_problem(
     """The problem, checked; arguments as of `cpjax.crosscheck.judge`.
 
     Raises:
-      ValueError: whatever does not fit, named with the rule and the fix.
+      InputError: whatever does not fit, named with the rule and the fix.
     """
     query, key, value = (as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     precision = _profile((query, key, value), precision)
@@ -163,7 +163,7 @@ def checked_problem(
     if query.ndim == 4 and key.ndim == 4 and is_causal and query.shape[1] != key.shape[1]:
         for name, given in (("q_positions", q_positions), ("kv_positions", kv_positions)):
             if given is None:
-                raise ValueError(
+                raise InputError(
                     f"causal with {counted(query.shape[1], 'query', 'queries')} and "
                     f"{counted(key.shape[1], 'key')}: nobody can say which keys are the "
                     f"future; give {name} (global positions, [batch, seq])"
@@ -171,9 +171,9 @@ def checked_problem(
     q_tokens, kv_tokens = _tokens(query, key, q_positions, kv_positions, segment_ids)
     q_tokens, kv_tokens = check_inputs(query, key, value, q_tokens, kv_tokens)
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape}: nothing may be empty")
+        raise InputError(f"query {query.shape}, key {key.shape}, value {value.shape}: nothing may be empty")
     if (np.asarray(q_tokens.segment) == PAD).all():
-        raise ValueError("every query is a pad (segment -1); there is nothing to judge")
+        raise InputError("every query is a pad (segment -1); there is nothing to judge")
     query = _finite("query", query, np.asarray(q_tokens.segment) != PAD)
     key, value = (_finite(n, x, _seen(mask, q_tokens, kv_tokens, x)) for n, x in (("key", key), ("value", value)))
     scale = number("scale", query.shape[-1] ** -0.5 if scale is None else scale)
@@ -210,10 +210,10 @@ def said_partition(partition: str | Partition | None, cp: int, layout: str | Non
     """What was said of who holds what. Nothing: one device is one chunk, and several ranks hold a zigzag.
 
     Raises:
-      ValueError: an unknown name, a cp that is no number of ranks, `partition` and `layout` both.
+      InputError: an unknown name, a cp that is no number of ranks, `partition` and `layout` both.
     """
     if partition is not None and layout is not None:
-        raise ValueError(f"partition is {partition} and layout {layout!r}; they are two words for the same, give one")
+        raise InputError(f"partition is {partition} and layout {layout!r}; they are two words for the same, give one")
     said = layout if partition is None else partition
     if said is not None:
         return partition_of(said, cp)
