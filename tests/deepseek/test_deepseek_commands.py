@@ -39,7 +39,7 @@ def refused(*arguments):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
+def fast():
     with float64_compiled_fast():
         yield
 

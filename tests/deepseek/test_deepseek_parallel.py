@@ -103,10 +103,9 @@ def in_chunks(how, weights, sizes):
     return np.concatenate(found, axis=1), cache
 
 
-@pytest.mark.parametrize("which", SETUPS[1:])
-def test_in_chunks_is_at_once(on_mesh, expected, which):
-    """The last chunk is shorter than the others."""
-    how, weights = on_mesh(*which)
+def test_in_chunks_is_at_once(on_mesh, expected):
+    """The last chunk is shorter than the others. (Over cp and tp, with sp: `test_chunks_over_a_cache_on_all_ranks`.)"""
+    how, weights = on_mesh(*SETUPS[2])
     found, cache = in_chunks(how, weights, [8, 8, 5])
     near(found, expected)
     whole = extended_cache(how, CacheCut(how.sizes[0], 2, 21), prefill(how, weights, IDS), [21, 21])
@@ -115,13 +114,17 @@ def test_in_chunks_is_at_once(on_mesh, expected, which):
 
 
 def test_rows_with_different_prefixes(on_mesh, expected):
-    """One row has 11 tokens cached, the other none; of the new tokens one has 10, the other 6, then pads."""
-    how, weights = on_mesh(*SETUPS[0])
-    cut, lengths = CacheCut(2, 2, 21), [11, 0]
-    cache = extended_cache(how, cut, prefill(how, weights, IDS[:, :11], lengths), lengths)
-    new = np.stack([IDS[0, 11:], np.where(np.arange(10) < 6, IDS[1, :10], 96)])
-    found = logits(how, weights, prefill(how, weights, new, [10, 6], cut=cut, cache=cache))
-    near(found[0], expected[0, 11:])
+    """One row has 7 tokens cached, the other none; of the new tokens one has 8, the other 6, then pads.
+
+    The programs are those of the chunks.
+    """
+    how, weights = on_mesh(*SETUPS[2])
+    cut, lengths = CacheCut(4, 2, 21), [7, 0]
+    beginnings = np.where(np.arange(8) < np.array(lengths)[:, None], IDS[:, :8], 96)
+    cache = extended_cache(how, cut, prefill(how, weights, beginnings, lengths), lengths, prompt=[15, 6])
+    new = np.stack([IDS[0, 7:15], np.where(np.arange(8) < 6, IDS[1, :8], 96)])
+    found = logits(how, weights, prefill(how, weights, new, [8, 6], cut=cut, cache=cache))
+    near(found[0], expected[0, 7:15])
     near(found[1, :6], expected[1, :6])
 
 

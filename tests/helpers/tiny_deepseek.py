@@ -17,12 +17,18 @@ IDS = np.random.default_rng(0).integers(0, 97, (2, 21))
 
 
 @contextmanager
-def float64_compiled_fast() -> Iterator[None]:
+def compiled_fast() -> Iterator[None]:
     """Programs that are compiled faster than they run: each one runs a few times only."""
     jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(True):
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextmanager
+def float64_compiled_fast() -> Iterator[None]:
+    """Such programs in float64."""
+    with compiled_fast(), jax.enable_x64(True):
+        yield
 
 
 def random_checkpoint(folders: pytest.TempPathFactory, config: DeepseekConfig, seed: int) -> Checkpoint:
