@@ -51,7 +51,8 @@ _HOMES |= {"BackendConfig": Backend, "ServerConfig": Server, "parallel_options":
 
 def unknown_fields(file: ConfigFile, sections: Iterable[tuple[Any, json_text.Path]]) -> Iterator[str]:
     """Fields that we do not know: named with their place, so that a misspelt one is seen, and what may be meant."""
-    for key in file.document if not file.at or len(file.at) > len(file.root) else ():
+    # Where the file is a ModelDeployConfig itself, its keys are that section's.
+    for key in file.document if len(file.at) > len(file.root) else ():
         if key not in KNOWN[""].split() and not (file.role and key in MOTOR.values()):
             yield _named(file, (key,), KNOWN[""].split())
     for section, at in sections:

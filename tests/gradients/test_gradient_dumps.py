@@ -48,6 +48,34 @@ def test_correct_gradients_exit_0_and_say_so(dump):
     assert "dq: as rounding explains" in run.output
 
 
+def test_keys_that_are_repeated_for_the_heads_of_a_group(tmp_path):
+    """As Hugging Face's repeat_kv and PyTorch's enable_gqa do: each head's dk is a tensor in the format."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    heads = (4, 2, 2)
+    query, key, value = (torch.randn(2, n, 48, 32).bfloat16().requires_grad_() for n in heads)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.2, enable_gqa=True
+    )
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    tensors = {"query": query, "key": key, "value": value, "out": out, "dout": dout}
+
+    def said(dv):
+        tensors.update(dq=query.grad, dk=key.grad, dv=dv)
+        files = []
+        for name, x in tensors.items():
+            torch.save(x, tmp_path / f"{name}.pt")
+            files += [f"--{name}", str(tmp_path / f"{name}.pt")]
+        words = ("--scale", "0.2", "--causal", "--layout-of", "bnsd")
+        return CliRunner().invoke(app, ["judge-dump", *files, *words])
+
+    run = said(value.grad)
+    assert run.exit_code == 0, run.output
+    assert "rounded_every: 48 passes" in run.output
+    assert said(value.grad * 0.97).exit_code == 1
+
+
 def test_wrong_gradients_exit_1_with_their_cause_in_json_too(dump):
     dk = np.load(dump / "dk.npy")
     np.save(dump / "dk.npy", (dk.astype(float) * 0.2).astype(np.float16))

@@ -161,6 +161,7 @@ def test_a_fragment_is_read_as_a_page_prints_it(tmp_path, kind):
     (one,) = check_files([path], dtype="float16")
     assert one.findings == ()
     assert one.setting.sizes.cp == 2
+    assert not [note for note in one.notes if "not a field known here" in note]
     lines = fragments()[kind].removeprefix("\ufeff").split("\n")
     file = one.setting.deployment.file
     for field in ("cp", "modelName"):

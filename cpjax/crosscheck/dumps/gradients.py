@@ -39,6 +39,7 @@ def judge_dumped_gradients(
 
     Args:
       ds, rounded_every: as of `judge_gradients`. ds None: `plain`, or else the first of the others that passes.
+        rounded_every None: dk and dv are rounded once, or, if heads share keys and that does not pass, once a head.
 
     Returns:
       The verdict, and what was taken, in sentences.
@@ -66,14 +67,33 @@ def judge_dumped_gradients(
                 f"other files it must have {axes} axes"
             )
         arrays.append(natural(found.parts[0], layout))
-    dout, dq, dk, dv = arrays
-    words = (said.problem, said.out, said.lse, dout, dq, dk, dv, rounded_every)
-    verdict = judge_gradients_of(*words, ds or DS[0])
-    is_half = said.problem.precision.probability != said.problem.precision.compute
-    if ds is not None or verdict.passed or not verdict.judgeable or not is_half:
+    problem = said.problem
+
+    def judged(way: str, every: int | None) -> GradientVerdict:
+        return judge_gradients_of(problem, said.out, said.lse, *arrays, every, way)
+
+    verdict = judged(ds or DS[0], rounded_every)
+    is_half = problem.precision.probability != problem.precision.compute
+    if verdict.passed or not verdict.judgeable or not is_half:
         return verdict, []
-    for other in DS[1:]:
-        tried = judge_gradients_of(*words, other)
-        if tried.passed:
-            return tried, [f"ds: {other} passes, {DS[0]} does not; say --ds"]
+    ways = DS if ds is None else (ds,)
+    # Where keys were repeated for the heads of a group, each head has a gradient of its own, which is rounded.
+    length = problem.query.shape[1]
+    everies = [rounded_every] + [length] * (rounded_every is None and problem.group > 1)
+    for every in everies:
+        for way in ways:
+            if (way, every) == (ways[0], rounded_every):
+                continue
+            tried = judged(way, every)
+            if not tried.passed:
+                continue
+            taken = [f"ds: {way} passes, {DS[0]} does not; say --ds"] if way != ways[0] else []
+            if every != rounded_every:
+                taken.append(
+                    f"rounded_every: {every} passes, as where keys are repeated for the heads of a group: each has a "
+                    "dk and a dv, which are rounded, then their sum; say --rounded-every"
+                )
+            return tried, taken
+    if ds is not None:
+        return verdict, []
     return verdict, [f"ds: {DS[0]} is taken; {' and '.join(DS[1:])} do not pass either"]
