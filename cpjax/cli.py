@@ -13,7 +13,7 @@ from cpjax.commands.bench import app as bench
 from cpjax.commands.common import DONE, Json, errors, progress, usage_errors, whole_numbers
 from cpjax.commands.deepseek import app as deepseek
 from cpjax.commands.fingerprint import app as fingerprint
-from cpjax.commands.fingerprint import checked_head_dims
+from cpjax.commands.fingerprint import checked_head_dims, checked_ranks
 from cpjax.commands.inspect import app as inspect
 from cpjax.commands.plan import app as plan
 from cpjax.commands.verdicts import JUDGED, Report, free, report_to, show
@@ -280,6 +280,9 @@ def cases(
     head_dims: Annotated[
         str, typer.Option(metavar="QK,V", help="of the fingerprint's probes, for a kernel that takes no others")
     ] = "64,64",
+    cp: Annotated[
+        int | None, typer.Option(metavar="1-4", help="ranks of the fingerprint's probes over ranks; 1: without them")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """See CASES_HELP."""
@@ -289,16 +292,18 @@ def cases(
     from cpjax.fingerprint.folder import write_probes
 
     with errors():
-        dims = checked_head_dims(head_dims)
+        dims, ranks = checked_head_dims(head_dims), checked_ranks(cp)
         sets = {
             "conformance": (write_conformance, VERSION, "cpjax judge"),
-            "fingerprint": (lambda new: write_probes(new, dims), PROBES, "cpjax fingerprint"),
+            "fingerprint": (lambda new: write_probes(new, dims, ranks), PROBES, "cpjax fingerprint"),
             "layer": (_write_layers, LAYERS, "cpjax judge"),
         }
         if preset not in sets:
             raise InputError(f"--preset {preset!r} is unknown; known are {', '.join(sets)}")
         if preset != "fingerprint" and head_dims != "64,64":
             raise InputError("--head-dims is of --preset fingerprint")
+        if preset != "fingerprint" and cp is not None:
+            raise InputError("--cp is of --preset fingerprint")
         write, version, command = sets[preset]
         written = write(folder)
     rows = [{"case": case.name, "digest": case.digest, "says": _says(case.about)} for case in written]

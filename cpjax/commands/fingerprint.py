@@ -23,6 +23,8 @@ cpjax backends lists, or FILE.py:NAME, a function NAME(query, key, value, scale,
 A kernel that is called elsewhere: cpjax cases --preset fingerprint DIR writes the probes, any program computes them
 (docs/formats.md), then KERNEL is DIR and RESULTS the folder with its results.
 
+A backend is asked over ranks, too: in which order their results are merged, and how; --cp 1 leaves that out.
+
 Each line has its evidence with --evidence. A line that the probes cannot decide says so.
 
 --predict N asks the kernel N new inputs, computes them from the card alone, and prints the share of equal bits.
@@ -46,6 +48,9 @@ def fingerprint(
     head_dims: Annotated[
         str, typer.Option(metavar="QK,V", help="for a kernel that takes no other head dims; each 64 or more")
     ] = "64,64",
+    cp: Annotated[
+        int | None, typer.Option(metavar="1-4", help="ranks over which a backend is asked how it merges; 4 unless said")
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="write the precision profile for judge-dump --precision; a new file"),
@@ -71,15 +76,20 @@ def fingerprint(
             raise InputError(f"{profile} is there already; nothing is overwritten, name another file")
         prediction = None
         if results is not None:
+            if cp is not None:
+                raise InputError("--cp of a folder was said when it was written, to cpjax cases; leave it out")
             if predict:
                 raise InputError("--predict asks the kernel new inputs, and a folder is not asked; name the kernel")
             card = read_folder(Path(kernel), results)
         else:
             dims = checked_head_dims(head_dims)
+            ranks = checked_ranks(cp)
             asked = None if kernel in installed() else kernel_of(kernel, dtype, device)
+            if asked is not None and cp not in (None, 1):
+                raise InputError(f"--cp {cp} is of backends; {kernel:.60} is one device, which has nothing to merge")
             with progress() as advance:
                 if asked is None:
-                    card = card_of_backend(kernel, dtype, dims, advance)
+                    card = card_of_backend(kernel, dtype, dims, advance, ranks)
                 else:
                     card = card_of(with_head_dims(asked, dims), dtype, kernel, advance)
                 if predict:
@@ -110,6 +120,15 @@ def checked_head_dims(text: str) -> tuple[int, int]:
     return dims[0], dims[1]
 
 
+def checked_ranks(cp: int | None) -> int:
+    """--cp, or what is taken where it is not said."""
+    from cpjax.fingerprint.ranks import CP, MOST_CP
+
+    if cp is not None and not 1 <= cp <= MOST_CP:
+        raise InputError(f"--cp {cp} must be 1 to {MOST_CP}: so many ranks tell one order from another; 1 asks nothing")
+    return CP if cp is None else cp
+
+
 def _show(card: "Card", evidence: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -130,6 +149,8 @@ def _show(card: "Card", evidence: bool) -> None:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         out.print(f"not answered: {', '.join(names)} ({reason})", markup=False)
+    if card.cp == 1:
+        out.print("merging over ranks: not asked, or not answered; one device has nothing to merge")
     if card.profile is None:
         out.print("profile: none follows; one of its lines cannot be told, or no profile has these roundings")
     else:

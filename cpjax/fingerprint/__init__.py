@@ -12,6 +12,7 @@ tiles       where the running maximum is raised: key tiles, splits, or a maximum
 masks       the causal mask and its alignment, what hides a key, NaN in hidden keys, heads that share keys
 parts       where a product of p and v begins a sum anew
 same        bits that change from call to call, or with the rest of the batch
+merging     over ranks: order of merging, division, formats, weights, empty ranks (ranks, merge_*: its parts)
 last_bits   what only the last bits tell: which exp, the order of the row sum, division
 card        all lines, and the profile that follows from them
 computes    a card computes: the emulator that follows from it (sums, exponentials: its parts)

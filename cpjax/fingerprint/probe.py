@@ -25,6 +25,10 @@ class Probe(NamedTuple):
     scale: float = 1.0
     is_causal: bool = False
     """Query and key of the same index are at the same position. Where T ≠ S, that is what is asked: `masks.py`."""
+    cp: int = 1
+    """Ranks over which the tokens are cut, in zigzag; then T = S (`ranks.py`)."""
+    length: int = 0
+    """Where tokens are cut over ranks: so many are real, those behind them are pads; 0 is all."""
 
 
 class Answer(NamedTuple):

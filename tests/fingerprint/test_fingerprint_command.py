@@ -15,9 +15,10 @@ from cpjax.crosscheck.files.case import read_case
 from cpjax.crosscheck.files.result import Result, write_result
 from cpjax.errors import InputError
 from cpjax.fingerprint.card import all_probes, card_of, read_card
-from cpjax.fingerprint.folder import case_of, read_folder, write_probes
+from cpjax.fingerprint.folder import case_of, probes_of, read_folder, write_probes
 from cpjax.fingerprint.kernels import emulator, kernel_of
 from cpjax.fingerprint.probe import Line, padded
+from cpjax.fingerprint.ranks import CP
 
 RUNNER = CliRunner()
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def run(*words: str) -> tuple[int, str]:
 def probes(tmp_path_factory) -> tuple[Path, Path]:
     """The folder of the probes, and the results of an emulator, as any program would write them."""
     folder = tmp_path_factory.mktemp("fingerprint")
-    write_probes(folder / "cases", (96, 80))
+    write_probes(folder / "cases", (96, 80), cp=1)
     kernel = emulator("rounded_sum_fp16", tile=128)
     for name in all_probes("float16"):
         if name == "digits":
@@ -230,6 +231,11 @@ def test_a_backend_is_asked_all_at_once():
     lines = {line["name"]: line["code"] for line in card["lines"]}
     assert lines["key tile"] == "512"
     assert lines["lse"] == "natural"
+    assert card["cp"] == 4
+    assert lines["order over ranks, out"] == lines["order over ranks, lse"] == "ring"
+    assert (lines["division over ranks"], lines["carried out"], lines["carried lse"]) == ("each", "float16", "float32")
+    assert (lines["weights of a merge"], lines["lse of a merge"]) == ("max", "log")
+    assert lines["a rank that the mask hides"] == lines["a rank of pads"] == "nothing"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,8 @@ def test_what_a_backend_raises_is_the_reason_of_every_probe(tmp_path, monkeypatc
     monkeypatch.delitem(sys.modules, "their_backends")
     assert status == 0
     card = json.loads(said)
-    assert card["failures"] == dict.fromkeys(all_probes("float16"), reason)
+    assert card["failures"] == dict.fromkeys(probes_of(CP), reason)
+    assert card["cp"] == 1
     assert card["profile"] is None
 
 
