@@ -33,7 +33,10 @@ def read(cp: int, asked: dict[str, Probe], answers: Answers) -> list[Line]:
     of_out = merge_order.out_orders(cp, answers.get("merge-order"))
     of_lse = merge_order.lse_orders(cp, answers.get("merge-order-lse"))
     lines = [merge_order.read(cp, of_out, merge_order.OUT), merge_order.read(cp, of_lse, merge_order.LSE)]
-    if lines[0].code == "together" and of_lse.trees is not None:
+    if lines[0].code == "together" and of_lse.level in ("", "sum") and of_lse.trees is not None:
+        # The order in which a kernel adds the weights of its keys: no merge either.
+        lines[1] = lines[0]._replace(name=merge_order.LSE)
+    elif lines[0].code == "together" and of_lse.trees is not None:
         # Lse is merged; out has no order that shows, as where small numbers become 0.
         lines[0] = untold(merge_order.OUT, "beside a large value and its negative nothing survives")
     if lines[0].code == "together":
