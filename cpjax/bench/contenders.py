@@ -81,12 +81,14 @@ def torch_sdpa(setting: Setting) -> Prepared:
     query, key, value, dout = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in setting.arrays())
     backward = setting.direction == "both"
     inputs = [x.requires_grad_(backward) for x in (query, key, value)]
-    how = {"is_causal": _hides(setting), "enable_gqa": _hides(setting) and setting.kv_heads != setting.heads}
-    heads = setting.heads if _hides(setting) else setting.kv_heads
+    is_causal = _hides(setting)
+    heads = setting.heads if is_causal else setting.kv_heads
 
     def attention() -> torch.Tensor:
         rows = query.view(1, heads, -1, setting.head_dim)
-        out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, dropout_p=0.0, **how)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            rows, key, value, dropout_p=0.0, is_causal=is_causal, enable_gqa=heads != setting.kv_heads
+        )
         return out.reshape(1, setting.heads, -1, setting.value_dim)
 
     return Prepared((lambda: torch.autograd.grad(attention(), inputs, dout)) if backward else attention)

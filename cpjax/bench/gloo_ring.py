@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from importlib import import_module
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
@@ -59,18 +59,16 @@ class GlooRing:
         return self.out
 
     def _answers(self) -> None:
-        """Of every rank its CPU time; one that ends leaves the others waiting for it, so it is heard first."""
-        waiting, total = list(self._ranks), 0.0
-        while waiting:
-            for rank in wait(waiting):
-                try:
-                    answer = rank.recv()
-                except EOFError:
-                    raise RuntimeError("a rank of the ring ended") from None
-                if isinstance(answer, str):
-                    raise RuntimeError(answer)
-                total += answer
-                waiting.remove(rank)
+        """Of every rank its CPU time. Where one ends, gloo ends the others."""
+        total = 0.0
+        for rank in self._ranks:
+            try:
+                answer = rank.recv()
+            except EOFError:
+                raise RuntimeError("a rank of the ring ended") from None
+            if isinstance(answer, str):
+                raise RuntimeError(answer)
+            total += answer
         self.cpu_seconds = total
 
 

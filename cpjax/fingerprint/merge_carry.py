@@ -222,7 +222,7 @@ def read(
     if not good:
         no = f"{UNTOLD}: no way of rounding that this probe knows explains it"
         return [division, *(Line(name, no, evidence) for name in NAMES)]
-    lines = [_line(name, {way[place] for way in good}, evidence) for place, name in enumerate(NAMES)]
+    lines = [_line(name, {str(way[place]) for way in good}, evidence) for place, name in enumerate(NAMES)]
     if good[0].per_rank:
         of_both = [x._replace(value=f"{x.value}, of both chunks of a rank together") if x.code else x for x in lines]
         lines = [of_both[0], lines[1], of_both[2], lines[3]]

@@ -143,7 +143,7 @@ def _of_all(cp: int, seen: np.ndarray) -> Orders:
 
 def _early(cp: int) -> tuple[slice, np.ndarray, slice]:
     """The pairs of early chunks; of the others each."""
-    return slice(None), (pairs(chunks(cp)) < cp).all(axis=1), slice(cp - 2)
+    return slice(None), np.all(pairs(chunks(cp)) < cp, axis=1), slice(cp - 2)
 
 
 def _of_ranks(cp: int, seen: np.ndarray, found: Orders) -> Orders:

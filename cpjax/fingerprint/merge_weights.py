@@ -203,11 +203,11 @@ def _range(cp: int, answer: Answer | None) -> Line:
     out = out_of(answer, len(RANGES))[..., 0]
     # Weights that take an lse in BF16 are off by e^(1/4) at each merge; what overflows gives no number, or 1 for 3.
     exact, factor = np.array([3.0, 3.0, 1.0, 1.0])[:, None, None], np.array([1.7, 1.7, 6.0, 6.0])[:, None, None]
-    is_right = ((out >= exact / factor) & (out <= exact * factor)).all(axis=(1, 2))
+    is_right = np.all((out >= exact / factor) & (out <= exact * factor), axis=(1, 2))
     lse = lse_of(answer, len(RANGES), must_be_finite=False)
     if lse is not None:
         exact = np.logaddexp.reduce(_ranges(cp), axis=1)[:, None, None]
-        is_right &= (np.abs(lse - exact) <= 4).all(axis=(1, 2))
+        is_right &= np.all(np.abs(lse - exact) <= 4, axis=(1, 2))
     right = dict(zip(RANGES, is_right.tolist(), strict=True))
     evidence = "; ".join(f"{name}: {'right' if fine else 'wrong, or no number'}" for name, fine in right.items())
     if all(right.values()):

@@ -44,7 +44,8 @@ def read(cp: int, asked: dict[str, Probe], answers: Answers) -> list[Line]:
         carried = [Line(name, "nothing is merged", lines[0].evidence) for name in names]
     else:
         orders = _used(of_out, of_lse)
-        division = orders.trees and merge_division.read(cp, orders.trees, answers.get("merge-division"))
+        trees = orders.trees
+        division = None if trees is None else merge_division.read(cp, trees, answers.get("merge-division"))
         carried = merge_carry.read(cp, division, orders, of_lse, asked["merge-carry"], answers.get("merge-carry"))
     lines += carried
     lines += merge_weights.read(cp, asked, answers, carried[2].code, carried[-1].code)

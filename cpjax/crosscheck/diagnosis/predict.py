@@ -90,7 +90,7 @@ def changed_logits(sample: Sample, problem: Problem, fault: Fault) -> Logits:
     }
     for factor in ("twice", "scaled"):
         changes[f"bias {factor}"] = {"bias": None if given.bias is None else times * given.bias}
-        if given.alibi is not None:
+        if given.alibi is not None and given.alibi_size is not None:
             changes[f"alibi {factor}"] = {"alibi": times * given.alibi, "alibi_size": times * given.alibi_size}
     return replace(given, **changes[fault.logits])
 

@@ -67,10 +67,10 @@ def judge_dumped_gradients(
                 f"other files it must have {axes} axes"
             )
         arrays.append(natural(found.parts[0], layout))
-    problem = said.problem
+    problem, (dout, dq, dk, dv) = said.problem, arrays
 
     def judged(way: str, every: int | None) -> GradientVerdict:
-        return judge_gradients_of(problem, said.out, said.lse, *arrays, every, way)
+        return judge_gradients_of(problem, said.out, said.lse, dout, dq, dk, dv, every, way)
 
     verdict = judged(ds or DS[0], rounded_every)
     is_half = problem.precision.probability != problem.precision.compute

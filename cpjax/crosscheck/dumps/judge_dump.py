@@ -352,7 +352,8 @@ def _laid_otherwise(
     mask = {"scale": question.scale, "is_causal": question.is_causal, "window": question.window}
     for one in arrays:
         for partition, order in that_fit(one, partitions, **mask):
-            in_order = Arrays(*([x[file] for file in order] for x in one[:4]), one.layout, one.remarks)
+            query, key, value, out = ([x[file] for file in order] for x in one[:4])
+            in_order = Arrays(query, key, value, out, one.layout, one.remarks)
             reads = dict(tensors)
             if "lse" in tensors:
                 lse = tensors["lse"][0]

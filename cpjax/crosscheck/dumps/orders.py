@@ -72,12 +72,12 @@ def that_fit(
             if place is None:
                 break
             ahead = place[at][:, None] - place[None]
-            seen = (ahead >= 0) | (not is_causal)
+            seen = np.logical_or(ahead >= 0, not is_causal)
             seen = seen if window is None else seen & (np.abs(ahead) < window)
             with np.errstate(invalid="ignore", over="ignore"):
                 masked = np.where(seen, score, -np.inf)
                 p = np.where(seen, np.exp(masked - masked.max(axis=1, keepdims=True)), 0.0)
-                exact = p @ np.where(seen.any(axis=0)[:, None], value, 0.0) / p.sum(axis=1, keepdims=True)
+                exact = p @ np.where(np.any(seen, axis=0)[:, None], value, 0.0) / p.sum(axis=1, keepdims=True)
                 far = float(((out[at] - exact) ** 2).sum() / max((exact**2).sum(), np.finfo(float).tiny))
             if far <= NEAR**2:
                 found.append((far, partition, order))
