@@ -386,3 +386,15 @@ def test_the_scale_is_told_as_it_was_stated_and_as_the_profile_rounds_it(precisi
     assert (
         "scale 0.0721687836, rounded scale 0.0721435547, mask" if is_rounded else "scale 0.0721687836, mask"
     ) in said
+
+
+@pytest.mark.parametrize(("wrong", "says"), [([1], ": 1 (of 3)"), ([0, 2], ": 0, 2 (of 3)"), ([0, 1, 2], None)])
+def test_heads_that_are_wrong_are_told_unless_all_are(wrong, says):
+    rng = np.random.default_rng(7)
+    query, key, value = (rng.standard_normal((1, 64, 3, 16)).astype(np.float32) for _ in range(3))
+    out, lse = attend(Problem(query, key, value, 0.25, is_causal=True), PROFILES["float32"])
+    out[:, :, wrong] *= 1 + 1e-4
+    found = judge(query, key, value, out, lse, precision="float32")
+    assert "heads" in found.failed_tests
+    told = [reason for reason in found.reasons if "heads that are wrong by themselves" in reason]
+    assert [says in reason for reason in told] == [True] if says else not told
