@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cpjax.crosscheck import judge
 from cpjax.crosscheck.diagnosis.masks import mask_of
 from cpjax.crosscheck.diagnosis.sample import Sample, samples
 from cpjax.crosscheck.diagnosis.words import requests
@@ -64,3 +65,19 @@ def test_requests_that_are_exchanged_are_told_and_no_others():
     assert said == (
         "Requests are exchanged: request 0 has the outputs of request 2, request 2 has the outputs of request 0."
     )
+
+
+@pytest.mark.parametrize("prefix", [1, 16])
+def test_a_mask_by_indices_is_told_with_the_shift_that_it_is(prefix):
+    """With a prefix of one token it is a mask one key short; both are said, for both are true."""
+    rng = np.random.default_rng(3)
+    query, key, value = (rng.standard_normal((1, n, 2, 16)) for n in (40, 40 + prefix, 40 + prefix))
+    score = np.einsum("btnh,bsnh->btns", query, key) / 4
+    score = np.where(np.tri(40, 40 + prefix, dtype=bool)[:, None], score, -np.inf)
+    p = np.exp(score - score.max(axis=-1, keepdims=True))
+    out = np.einsum("btns,bsnv->btnv", p / p.sum(axis=-1, keepdims=True), value)
+    arrays = [x.astype(np.float32) for x in (query, key, value, out)]
+    places = {"q_positions": prefix + np.arange(40)[None], "kv_positions": np.arange(40 + prefix)[None]}
+    (first, *_) = judge(*arrays, scale=0.25, **places).diagnosis
+    assert first.startswith("the causal mask was aligned top-left: query i sees the first i + 1 keys, whatever"), first
+    assert f"positions are (a shift by -{prefix} of the mask by positions)" in first

@@ -79,12 +79,21 @@ def global_masks(problem: Problem, requests: set[int]) -> Iterator[Fault]:
     if int(problem.kv_chunk.max()) > 0:
         yield Fault("causal mask in every chunk", mask="chunks", number=0.0, cost=ODD)
     elif problem.query.shape[1] != problem.key.shape[1]:
-        yield Fault("causal mask top-left", mask="chunks", number=0.0, cost=ODD)
+        yield Fault("causal mask top-left", mask="chunks", number=0.0, rule=_as_shift(problem), cost=ODD)
     if problem.query.shape[1] == problem.key.shape[1]:
         for count in COUNTS:
             yield Fault(
                 "causal mask in every block", mask=f"blocks {count}", number=0.0, cost=ODD + 2 * np.log(len(COUNTS))
             )
+
+
+def _as_shift(problem: Problem) -> str:
+    """What a mask by indices is beside the mask by positions, in words: a shift, if it is the same for all queries."""
+    q_position, kv_position = (np.asarray(x.position) for x in (problem.q_tokens, problem.kv_tokens))
+    ahead = q_position - np.arange(q_position.shape[1])
+    if (ahead != ahead[0, 0]).any() or (kv_position != np.arange(kv_position.shape[1])).any():
+        return ""
+    return f"a shift by {-int(ahead[0, 0]):+d} of the mask by positions"
 
 
 def global_faults(problem: Problem, *, has_lse: bool, suspects: list[tuple[int, float]]) -> Iterator[Fault]:

@@ -278,6 +278,7 @@ def _mask(fault: Fault) -> str:
         "causal mask in every chunk": "a causal mask was applied in every chunk, by the index in the chunk",
         "causal mask top-left": (
             "the causal mask was aligned top-left: query i sees the first i + 1 keys, whatever the positions are"
+            + (f" ({fault.rule})" if fault.rule else "")
         ),
         "causal mask in every block": (
             f"a causal mask was applied in each of {fault.mask.rpartition(' ')[2]} equal blocks, by its own index"
