@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cpjax.trial.fault_case import Case, Made, named, requests_of
+from cpjax.trial.fault_case import Case, Made, Name, named, requests_of
 from cpjax.trial.problem import Result
 from cpjax.trial.settings import REQUESTS, TOKENS
 
@@ -32,6 +32,13 @@ def all_zero(case: Case) -> Made:
         Result(np.zeros_like(case.right.out), np.zeros_like(case.right.lse)),
         named("as if never written: .*all of"),
     )
+
+
+def out_times(case: Case, factor: float) -> Made:
+    """A factor on out that was forgotten, or should not be there."""
+    out = (case.right.out * factor).astype(case.right.out.dtype)
+    told = Name(r"out is (\S+) times what it should be, and nothing else is wrong", factor)
+    return Made(Result(out, case.right.lse), (told,))
 
 
 def batch_exchanged(case: Case) -> Made | None:
