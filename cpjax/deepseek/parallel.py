@@ -319,8 +319,11 @@ def _prefix(
 
     Of packed queries, which are one row, the cached rows are laid one behind the other: each is a segment of its own.
     """
+
+    def beside(x: Array) -> Array:
+        return x.reshape(len(query), -1, *x.shape[2:])
+
     gathered = (lax.all_gather(x, axes, axis=1, tiled=True) for x in held)
-    beside = lambda x: x.reshape(len(query), -1, *x.shape[2:])  # noqa: E731
     c_kv, k_rope = as_handed_over(attention, *map(beside, gathered))
     key, value = expand(c_kv, k_rope, up, attention)
     return attend(query, key, value, places, Tokens(*map(beside, there)), attention)

@@ -155,7 +155,10 @@ def test_every_rank_gets_its_part_of_every_request(is_packed, lengths, cp):
     width = max(lengths)
     layout = layout_of(lengths, width, cp, is_packed=is_packed)
     index, request = (x.reshape(len(x), cp, -1) for x in layout.tokens)
-    filled = lambda length: -(-length // (2 * cp)) * 2 * cp  # noqa: E731
+
+    def filled(length):
+        return -(-length // (2 * cp)) * 2 * cp
+
     for number, length in enumerate(lengths):
         chunk = filled(length if is_packed else width) // (2 * cp)
         for rank in range(cp):
