@@ -18,7 +18,8 @@ Read in this order; a file imports only what stands above it:
     parallel      prefill with tokens in zigzag over cp, heads over tp, experts over both; decode; on a mesh
     draft         tokens that MTP modules guess, and what of them is accepted
     handover      the cache of a prefill instance, fetched by a decode instance
-    generate      greedy decoding, and the same on one device as a check
+    generate      greedy decoding
+    one_device    the same text on one device, as a check
     ahead         decoding in which steps are started before the host has read the last one's tokens
     simulate      what `cpjax generate` does
     module        the weights as Flax NNX modules that bear the checkpoint's names

@@ -1,14 +1,10 @@
-"""Greedy decoding on a mesh, and the same text on one device as a check.
+"""Greedy decoding on a mesh.
 
-    prompt  ─prefill─▶  latents, first token  ─cut─▶  cache  ─step─▶  next token  ─step─▶  …
-    in chunks: each is prefilled with what is cached of those before it; so is a prompt whose beginning is cached
-    several prompts: a row each, or packed in one row; each has its own length, and goes on from its own end
-    disaggregated: the cache is handed over to a decode instance, which has weights and devices of its own
-    with drafts: a step takes several tokens (`cpjax.deepseek.draft`), and there are fewer of them
-
-The check is one pass over prompt and tokens together on one device, in which nothing is cut, cached, absorbed or
-merged: its logits at each place must be those of the step, and the token must be its choice. In float64 only: there the
-two differ by 1e-14 or so, and a difference that matters cannot hide behind rounding.
+prompt  ─prefill─▶  latents, first token  ─cut─▶  cache  ─step─▶  next token  ─step─▶  …
+in chunks: each is prefilled with what is cached of those before it; so is a prompt whose beginning is cached
+several prompts: a row each, or packed in one row; each has its own length, and goes on from its own end
+disaggregated: the cache is handed over to a decode instance, which has weights and devices of its own
+with drafts: a step takes several tokens (`cpjax.deepseek.draft`), and there are fewer of them
 """
 
 import time
@@ -23,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from cpjax.deepseek.cache import Cache, CacheCut
 from cpjax.deepseek.checkpoint import Advance
-from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import (
     BORDERS,
     Drafted,
@@ -37,17 +32,13 @@ from cpjax.deepseek.draft import (
     prefill_modules,
 )
 from cpjax.deepseek.handover import hand_over
-from cpjax.deepseek.model import ModelWeights, forward, logits_of
+from cpjax.deepseek.model import ModelWeights, logits_of
 from cpjax.deepseek.mtp import MtpWeights
 from cpjax.deepseek.parallel import Setup, checked_ids, decode_step, extended_cache, prefill
-from cpjax.deepseek.quantized_linear import Arithmetic
 from cpjax.errors import InputError
 
 BLOCK = 128
 """Tokens of a block of the cache, as in MindIE."""
-
-TOLERANCE = 1e-10
-"""Largest |difference| of logits in float64 that is none, relative to the largest |logit| where that is above 1."""
 
 
 class Generated(NamedTuple):
@@ -62,21 +53,6 @@ class Generated(NamedTuple):
     drafted: Drafted | None = None
     handed_over: int | None = None
     """Bytes of latents that each rank of the decode instance has fetched; None: the same instance decoded."""
-
-
-class Checked(NamedTuple):
-    """How the steps compare with one device."""
-
-    difference: float
-    """Largest |difference| of a logit; NaN if there is one."""
-    allowed: float
-    other: int | None
-    """The first step at which one device chooses another token."""
-
-    @property
-    def passed(self) -> bool:
-        """NaN does not pass."""
-        return self.difference <= self.allowed and self.other is None
 
 
 class Sharing(NamedTuple):
@@ -347,50 +323,6 @@ def _with_drafts(
         advance("tokens", min(map(len, tokens)), steps)
     drafted = Drafted(who.tokens, step, tuple(map(tuple, accepted)))
     return Generated(np.array(tokens), np.array(found), seconds, drafted)
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def on_one_device(
-    config: DeepseekConfig, weights: ModelWeights, text: Int[Array, "B T"], arithmetic: Arithmetic = "exact"
-) -> Float[Array, "B T W"]:
-    """`forward`, compiled."""
-    return forward(weights, config, text, arithmetic=arithmetic)
-
-
-def check(
-    config: DeepseekConfig,
-    weights: ModelWeights,
-    ids: Int[Any, "B T"],
-    generated: Generated,
-    arithmetic: Arithmetic = "exact",
-    *,
-    lengths: Sequence[int] | Int[np.ndarray, " B"] | None = None,
-) -> Checked:
-    """Hold what was generated against one device.
-
-    Args:
-      weights: float64, on one device.
-      ids, lengths: the prompts, as they were given to `generate`.
-      arithmetic: of quantised weights; as in what was generated.
-
-    Raises:
-      InputError: weights that are not float64.
-    """
-    if weights.norm.dtype != "float64":
-        raise InputError(f"the check is made in float64, the weights are {weights.norm.dtype}; load them in float64")
-    batch, steps = generated.ids.shape
-    text = texts_of(ids, generated, lengths)
-    filled = np.zeros((batch, max(map(len, text))), np.int32)
-    for row, one in zip(filled, text, strict=True):
-        row[: len(one)] = one  # no token sees what stands behind it
-    whole = np.asarray(on_one_device(config, weights, jnp.asarray(filled), arithmetic))
-    expected = np.stack([row[len(one) - steps : len(one)] for row, one in zip(whole, text, strict=True)])
-    others = np.flatnonzero((expected.argmax(axis=2) != generated.ids).any(axis=0))
-    return Checked(
-        float(np.abs(generated.logits - expected).max()),
-        TOLERANCE * max(1.0, float(np.abs(expected).max())),
-        int(others[0]) if len(others) else None,
-    )
 
 
 def texts_of(

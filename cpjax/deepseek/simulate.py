@@ -9,8 +9,9 @@ import numpy as np
 from cpjax.deepseek.checkpoint import Advance, Checkpoint, check_computed, load, load_mtp, open_checkpoint
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import Drafted
-from cpjax.deepseek.generate import Checked, Decoder, Generated, Sharing, check, generate, rows_of, texts_of
+from cpjax.deepseek.generate import Decoder, Generated, Sharing, generate, rows_of, texts_of
 from cpjax.deepseek.mtp import MtpWeights
+from cpjax.deepseek.one_device import Checked, check
 from cpjax.deepseek.parallel import Setup, checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError

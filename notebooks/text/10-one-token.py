@@ -34,8 +34,8 @@ import numpy as np
 from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import load, open_checkpoint, write_random
 from cpjax.deepseek.config import SMALL
-from cpjax.deepseek.generate import on_one_device
 from cpjax.deepseek.handover import hand_over
+from cpjax.deepseek.one_device import on_one_device
 from cpjax.deepseek.parallel import decode_step, extended_cache, model_mesh, prefill, setup, specs
 from cpjax.parallel import simulate_devices
 from cpjax.partition import Zigzag

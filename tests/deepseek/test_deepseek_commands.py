@@ -19,7 +19,8 @@ from cpjax.deepseek import simulate
 from cpjax.deepseek.checkpoint import write_random
 from cpjax.deepseek.config import SMALL
 from cpjax.deepseek.draft import Drafted
-from cpjax.deepseek.generate import Checked, Generated
+from cpjax.deepseek.generate import Generated
+from cpjax.deepseek.one_device import Checked
 from cpjax.deepseek.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -24,10 +24,11 @@ from cpjax.deepseek.cache import Cache
 from cpjax.deepseek.checkpoint import load, load_mtp
 from cpjax.deepseek.config import SMALL
 from cpjax.deepseek.draft import following
-from cpjax.deepseek.generate import Decoder, Sharing, check, generate, on_one_device
+from cpjax.deepseek.generate import Decoder, Sharing, generate
 from cpjax.deepseek.model import attention_for, run_layers
 from cpjax.deepseek.moe import MoeWeights
 from cpjax.deepseek.mtp import Drafting, draft
+from cpjax.deepseek.one_device import check, on_one_device
 from cpjax.deepseek.parallel import extended_cache, model_mesh, mtp_specs, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.mask import Tokens, tokens

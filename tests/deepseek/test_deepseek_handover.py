@@ -9,8 +9,8 @@ from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
 from cpjax.deepseek import handover
 from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import load
-from cpjax.deepseek.generate import on_one_device
 from cpjax.deepseek.handover import Fetched, hand_over
+from cpjax.deepseek.one_device import on_one_device
 from cpjax.deepseek.parallel import decode_step, extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.mindie.deployment import Sizes

@@ -13,9 +13,9 @@ from tiny_deepseek import TINY, float64_compiled_fast, random_checkpoint
 from cpjax.deepseek import parallel
 from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import load
-from cpjax.deepseek.generate import on_one_device
 from cpjax.deepseek.layout import layout_of
 from cpjax.deepseek.model import logits_of
+from cpjax.deepseek.one_device import on_one_device
 from cpjax.deepseek.parallel import decode_step, extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.mask import PAD

@@ -15,8 +15,9 @@ from cpjax.deepseek import parallel
 from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import load
 from cpjax.deepseek.config import KNOWN
-from cpjax.deepseek.generate import Sharing, check, generate, on_one_device
+from cpjax.deepseek.generate import Sharing, generate
 from cpjax.deepseek.model import logits_of
+from cpjax.deepseek.one_device import check, on_one_device
 from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.partition import Interleaved

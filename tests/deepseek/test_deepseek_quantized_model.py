@@ -20,10 +20,10 @@ from cpjax.deepseek.calibration import Range, input_ranges
 from cpjax.deepseek.checkpoint import load, load_mtp, open_checkpoint, random_tensors, write_random
 from cpjax.deepseek.config import SMALL
 from cpjax.deepseek.description import DESCRIPTION, FLOAT
-from cpjax.deepseek.generate import Checked, on_one_device
 from cpjax.deepseek.model import forward, logits_of
 from cpjax.deepseek.module import read_module
 from cpjax.deepseek.names import shapes
+from cpjax.deepseek.one_device import Checked, on_one_device
 from cpjax.deepseek.parallel import model_mesh, prefill, setup, specs
 from cpjax.deepseek.quantized import DynamicW4A8, DynamicW8A8, StaticW8A8
 from cpjax.deepseek.quantized_checkpoint import SCHEMES, files_of, write_quantized

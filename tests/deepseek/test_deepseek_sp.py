@@ -10,8 +10,8 @@ from cpjax.deepseek import cache as caching
 from cpjax.deepseek import parallel
 from cpjax.deepseek.cache import CacheCut
 from cpjax.deepseek.checkpoint import load
-from cpjax.deepseek.generate import on_one_device
 from cpjax.deepseek.model import logits_of
+from cpjax.deepseek.one_device import on_one_device
 from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, specs
 from cpjax.errors import InputError
 from cpjax.partition import Blocks

@@ -54,6 +54,7 @@ LAYERS = [
         "cpjax.deepseek.quantized_checkpoint",
     ],
     ["cpjax.deepseek.generate", "cpjax.deepseek.layer_cases"],
+    ["cpjax.deepseek.one_device"],
     ["cpjax.deepseek.simulate"],
     [
         *("cpjax.module", "cpjax.bench", "cpjax.inspect", "cpjax.testing"),
