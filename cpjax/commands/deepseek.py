@@ -11,8 +11,8 @@ from cpjax.commands.common import DONE, Json, errors, progress, whole_numbers
 from cpjax.errors import InputError
 
 GENERATED = (
-    "Exit status: 0 done, 1 with --check: one device gives something else, 2 bad input (one line says what and how to "
-    "mend it)."
+    "Exit status: 0 done, 1 with --check: one device gives something else, or it cannot be told, 2 bad input (one line "
+    "says what and how to mend it)."
 )
 
 LAST = "turn|mindie"
@@ -78,9 +78,10 @@ A user_config.json has both.
 which verifies them: the tokens are the same, and how many guesses were right is printed. --decode-tp N hands the caches
 over to a decode instance of N ranks, as in a disaggregated deployment; with --draft it is this instance that drafts.
 
---check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same. With
---arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results depend on tp
-then.
+--check does the same on one device, in float64: logits must agree to 1e-10, and every token must be the same. Where
+attention has a half format (--precision flash_fp16), it draws roundings, and each logit must lie within what they
+explain. With --arithmetic vendor, quantised layers are computed with the roundings of the vendor's hardware; results
+depend on tp then.
 
 A prompt is --prompt-ids, or --text where the folder has a tokenizer.json: what is generated is then printed as text,
 too. Several prompts are prefilled together in one row, each cut for itself, as MindIE packs a batch; with --cached some

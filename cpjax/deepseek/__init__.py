@@ -19,6 +19,7 @@ Read in this order; a file imports only what stands above it:
     draft         tokens that MTP modules guess, and what of them is accepted
     handover      the cache of a prefill instance, fetched by a decode instance
     generate      greedy decoding
+    logit_error   what rounding in attention may do to a logit: a standard deviation, from drawn roundings
     one_device    the same text on one device, as a check
     ahead         decoding in which steps are started before the host has read the last one's tokens
     simulate      what `cpjax generate` does

@@ -1,5 +1,6 @@
 """`cpjax generate`: a checkpoint, prompts and a number of ranks in; tokens, times and a check out."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,15 @@ from cpjax.deepseek.checkpoint import Advance, Checkpoint, check_computed, load,
 from cpjax.deepseek.config import DeepseekConfig
 from cpjax.deepseek.draft import Drafted
 from cpjax.deepseek.generate import Decoder, Generated, Sharing, generate, rows_of, texts_of
+from cpjax.deepseek.logit_error import DRAWS, FAR, Rounds, count_other_experts
 from cpjax.deepseek.mtp import MtpWeights
-from cpjax.deepseek.one_device import Checked, check
+from cpjax.deepseek.one_device import Checked, check, filled
 from cpjax.deepseek.parallel import Setup, checked_ids, model_mesh, mtp_specs, setup, specs
 from cpjax.deepseek.quantized_ties import NEAR, Near, count_near_ties
 from cpjax.errors import InputError
 from cpjax.mindie.crosscheck import accepted, accepted_pair, is_pair
+from cpjax.partition import Zigzag
+from cpjax.precision import FORMAT, precision_of
 from cpjax.wording import counted
 
 MOST_DEVICES = 64
@@ -76,6 +80,8 @@ class Said(NamedTuple):
     """Quantisations of the checkpoint; none: all is float."""
     reason: str | None = None
     """What may be the reason of a failed check."""
+    is_open: bool = False
+    """The check failed, and rounding may be why: it decides to which experts a token goes."""
 
     @property
     def passed(self) -> bool:
@@ -111,9 +117,11 @@ class Said(NamedTuple):
             said["check"] = {
                 "passed": checked.passed,
                 "largest difference of a logit": difference,
+                "in": "standard deviations of its rounding" if checked.is_in_sigma else "logits",
                 "allowed": checked.allowed if np.isfinite(checked.allowed) else None,
                 "first step with another token": checked.other,
                 "reason": self.reason,
+                "cannot tell": self.is_open,
             }
         return said
 
@@ -146,15 +154,20 @@ class Said(NamedTuple):
         if self.kinds:
             lines.append(f"quantised: {', '.join(self.kinds)}; arithmetic {self.request.arithmetic}")
         if self.checked is not None:
-            word = "agrees with one device" if self.checked.passed else "DIFFERS from one device"
-            other = "" if self.checked.other is None else f"; another token at step {self.checked.other}"
-            lines.append(
-                f"check: {word}, logits differ by at most {self.checked.difference:.1e} "
-                f"({self.checked.allowed:.1e} allowed){other}"
-            )
+            failed = "cannot tell whether it agrees with one device" if self.is_open else "DIFFERS from one device"
+            word = "agrees with one device" if self.checked.passed else failed
+            within = ", within rounding" if self.checked.passed else ""
+            other = "" if self.checked.other is None else f"; another token at step {self.checked.other}{within}"
+            lines.append(f"check: {word}, logits differ by at most {_difference(self.checked)}{other}")
         if self.reason is not None:
             lines.append(f"reason: {self.reason}")
         return "\n".join(lines)
+
+
+def _difference(checked: Checked) -> str:
+    if checked.is_in_sigma:
+        return f"{checked.difference:.1f} standard deviations of their rounding ({checked.allowed:.1f} allowed)"
+    return f"{checked.difference:.1e} ({checked.allowed:.1e} allowed)"
 
 
 def _shared(request: Request) -> str:
@@ -271,8 +284,14 @@ def run(request: Request, advance: Advance) -> Said:
     Raises:
       InputError: whatever does not fit, before a weight is read.
     """
-    if request.is_checked and (request.dtype, request.precision or "float64") != ("float64", "float64"):
-        raise InputError("--check is made in float64; leave out --dtype and --precision")
+    if request.is_checked and request.dtype != "float64":
+        raise InputError("--check is made in float64; leave out --dtype")
+    precision = precision_of(request.precision, request.dtype)
+    if request.is_checked and precision.name != "float64" and precision.out not in FORMAT:
+        raise InputError(
+            f"--check knows the rounding of attention in a half format, and none of precision {precision.name}; leave "
+            "out --check, or --precision"
+        )
     check_computed(request.dtype)
     arithmetic = request.arithmetic
     if arithmetic not in ("exact", "vendor"):
@@ -310,17 +329,23 @@ def run(request: Request, advance: Advance) -> Said:
         decoder=decoder,
         advance=advance,
     )
-    checked = reason = None
+    checked, reason, is_open = None, None, False
     if request.is_checked:
         alone = load(checkpoint, request.dtype)
-        checked = check(config, alone, ids, generated, arithmetic, lengths=lengths)
-        if kinds and not checked.passed and arithmetic == "vendor" and request.sizes[1] > 1:
+        rounds = rounds_of(request, how) if precision.out in FORMAT else None
+        checked = check(config, alone, ids, generated, arithmetic, lengths=lengths, rounds=rounds)
+        if not checked.passed and rounds is not None:
+            text, _ = filled(ids, generated, lengths)
+            changed = partial(count_other_experts, config, alone, text, jnp.asarray(lengths), rounds, arithmetic)
+            draws = [int(changed(times=times)) for times in (1.0, FAR)]
+            reason, is_open = reason_of_experts(*draws), any(draws)
+        elif kinds and not checked.passed and arithmetic == "vendor" and request.sizes[1] > 1:
             reason = OWN_MAXIMA
         elif kinds and not checked.passed:
             texts = texts_of(ids, generated, lengths)
             near = [count_near_ties(config, alone, jnp.asarray(text[None]), arithmetic) for text in texts]
             reason = reason_of(Near(*map(sum, zip(*near, strict=True))))
-    return Said(request, how.attention.precision.name, generated, checked, kinds, reason)
+    return Said(request, how.attention.precision.name, generated, checked, kinds, reason, is_open)
 
 
 def _modules(checkpoint: Checkpoint, request: Request, how: Setup) -> tuple[MtpWeights, ...]:
@@ -328,6 +353,35 @@ def _modules(checkpoint: Checkpoint, request: Request, how: Setup) -> tuple[MtpW
     if not request.draft:
         return ()
     return load_mtp(checkpoint, request.dtype, mesh=how.mesh, specs=mtp_specs(checkpoint.config))
+
+
+def rounds_of(request: Request, how: Setup) -> Rounds:
+    """Where a deployment's attention rounds: the chunks of its prefill, and the ranks that a decode merges."""
+    cp, tp = request.sizes
+    ranks = request.decode_tp if request.decode_tp else cp * tp if request.sharing.is_sp else cp
+    return Rounds(how.attention.precision, Zigzag(cp).chunks_per_rank * cp, ranks)
+
+
+def reason_of_experts(now: int, far: int) -> str:
+    """Whether rounding decides on the experts of a token, which moves logits by more than their σ says.
+
+    Args:
+      now, far: in how many draws it does, with roundings as they are and `FAR` times as large.
+
+    >>> reason_of_experts(0, 0)
+    'roundings 6 times as large send no token to other experts, so that is not why'
+    """
+    if now:
+        return (
+            f"in {now} of {DRAWS} draws of the roundings a token goes to other experts, so that their errors are not "
+            "normal; check with another prompt"
+        )
+    if far:
+        return (
+            f"in none of {DRAWS} draws of the roundings a token goes to other experts, but in {far} with roundings "
+            f"{FAR:g} times as large; check with another prompt"
+        )
+    return f"roundings {FAR:g} times as large send no token to other experts, so that is not why"
 
 
 def reason_of(found: Near) -> str:

@@ -253,13 +253,32 @@ def test_from_nothing_to_tokens(tmp_path):
         (("--prompt-ids", "1", "--last-block", "first"), "--last-block is 'first'; it must be turn or mindie"),
         (("--prompt-ids", "1", "--border", "lossy"), "border is 'lossy'; it must be exact or vendor"),
         (("--prompt-ids", "1", "--config", ROOT / "README.md"), "README.md"),
-        (("--prompt-ids", "1", "--dtype", "float32", "--check"), "--check is made in float64"),
+        (("--prompt-ids", "1", "--dtype", "float32", "--check"), "--check is made in float64; leave out --dtype"),
+        (("--prompt-ids", "1", "--precision", "float32", "--check"), "none of precision float32; leave out --check"),
         (("--prompt-ids", "1", "--dtype", "float16"), "dtype 'float16' is not one that a model is computed in"),
         (("--prompt-ids", "1", "--exchange", "all_to_all"), "a latent takes one of ring"),
     ],
 )
 def test_bad_input(model, arguments, message):
     assert message in refused("generate", model, *arguments)
+
+
+def test_attention_in_fp16_is_checked(model, monkeypatch):
+    """Logits within what drawn roundings explain; of a failure, whether experts may be the reason."""
+    words = ("generate", model, "--prompt-ids", "5,6,7", "--cp", "2", "--steps", "2", "--precision", "flash_fp16")
+    result = run(*words, "--check", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)["check"]
+    assert said["in"] == "standard deviations of its rounding"
+    assert 0.5 < said["largest difference of a logit"] < said["allowed"]
+    real = simulate.check
+    monkeypatch.setattr(simulate, "check", lambda *of, **more: real(*of, **more)._replace(difference=99.0))
+    for draws, word in ((0, "DIFFERS from one device"), (2, "cannot tell whether it agrees")):
+        monkeypatch.setattr(simulate, "count_other_experts", lambda *of, times, draws=draws: draws * (times > 1))
+        failed = run(*words, "--check")
+        assert failed.exit_code == 1
+        assert f"check: {word}" in failed.stdout
+        assert f"reason: {simulate.reason_of_experts(0, draws)}" in failed.stdout
 
 
 def test_no_checkpoint(tmp_path):
@@ -275,6 +294,9 @@ def test_no_checkpoint(tmp_path):
         (Checked(1e-3, 1e-10, None), 1, "DIFFERS from one device"),
         (Checked(1e-15, 1e-10, 3), 1, "another token at step 3"),
         (Checked(float("nan"), float("nan"), None), 1, "DIFFERS from one device"),
+        (Checked(4.0, 9.0, 3, is_in_sigma=True), 0, "at most 4.0 standard deviations of their rounding (9.0 allowed)"),
+        (Checked(4.0, 9.0, 3, is_in_sigma=True), 0, "another token at step 3, within rounding"),
+        (Checked(9.1, 9.0, None, is_in_sigma=True), 1, "DIFFERS from one device"),
         (None, 0, "tokens: 7, 8, 9"),
     ],
 )

@@ -46,7 +46,7 @@ LAYERS = [
     ["cpjax.crosscheck.layer", "cpjax.deepseek.moe", "cpjax.deepseek.watched"],
     ["cpjax.deepseek.model"],
     ["cpjax.deepseek.mtp", "cpjax.deepseek.cache", "cpjax.deepseek.quantized_ties"],
-    ["cpjax.deepseek.names"],
+    ["cpjax.deepseek.names", "cpjax.deepseek.logit_error"],
     ["cpjax.deepseek.sources", "cpjax.deepseek.calibration"],
     ["cpjax.deepseek.checkpoint", "cpjax.deepseek.parallel"],
     [
