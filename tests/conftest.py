@@ -8,12 +8,14 @@ from pathlib import Path
 import fast_checks
 import jax
 import pytest
+import quick_compile
 from hypothesis import HealthCheck, Phase, settings
 
 fast_checks.install()  # before cpjax is first imported
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX is first used
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+quick_compile.install()
 
 # Data is drawn freely, shapes from grids: a new shape costs a compilation, which a deadline would take for slowness.
 settings.register_profile(
@@ -92,6 +94,16 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.section(f"CPU seconds: {sum(total.values()):.0f} in all")
     for test in sorted(total, key=lambda test: -total[test])[: config.option.cpu]:
         terminalreporter.write_line(f"{total[test]:8.1f}  {test}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_users_compile(request: pytest.FixtureRequest):
+    """The mark `optimized` of a file."""
+    if request.node.get_closest_marker("optimized"):
+        with quick_compile.optimized():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

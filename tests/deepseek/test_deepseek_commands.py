@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_deepseek import float64_compiled_fast
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
@@ -22,6 +21,8 @@ from cpjax.deepseek.draft import Drafted
 from cpjax.deepseek.generate import Generated
 from cpjax.deepseek.one_device import Checked
 from cpjax.deepseek.tokenizer import open_tokenizer
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "deepseek-r1-cp2.json"
@@ -37,12 +38,6 @@ def refused(*arguments):
     assert (result.exit_code, result.stdout) == (2, ""), result
     lines = [line for line in result.stderr.splitlines() if line.startswith("cpjax: ")]
     return lines[-1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast():
-    with float64_compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module")

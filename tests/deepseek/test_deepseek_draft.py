@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
-from tiny_deepseek import float64_compiled_fast, random_checkpoint
+from tiny_deepseek import random_checkpoint
 
 from cpjax.deepseek import draft as drafting
 from cpjax.deepseek import generate as generating
@@ -33,6 +33,8 @@ from cpjax.deepseek.parallel import extended_cache, model_mesh, mtp_specs, prefi
 from cpjax.errors import InputError
 from cpjax.mask import Tokens, tokens
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 TINY = replace(
     SMALL,
     vocab_size=31,
@@ -45,12 +47,6 @@ TINY = replace(
 IDS = np.random.default_rng(0).integers(0, 31, (8, 9))
 LENGTHS = np.array([9, 5, 7, 9, 3, 8, 6, 9])
 STEPS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with float64_compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
-from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
+from tiny_deepseek import IDS, TINY, random_checkpoint
 
 from cpjax.deepseek import handover
 from cpjax.deepseek.cache import CacheCut
@@ -16,13 +16,9 @@ from cpjax.errors import InputError
 from cpjax.mindie.deployment import Sizes
 from cpjax.mindie.link import transfers
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 LENGTHS = [13, 4]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with float64_compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module")

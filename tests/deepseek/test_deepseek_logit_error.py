@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_mutant import mutant
-from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
+from tiny_deepseek import IDS, TINY, random_checkpoint
 
 from cpjax.crosscheck import judge
 from cpjax.deepseek import generate as generating
@@ -31,16 +31,12 @@ from cpjax.partition import Zigzag
 from cpjax.precision import Precision, profile
 from cpjax.rounding import rounded
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 DENSE = replace(TINY, first_k_dense_replace=2)
 ONE = replace(DENSE, num_hidden_layers=1)
 STEPS = 5
 HALF = ("flash_fp16", "ring_mla_fp16", "decode_fp16_lse", "flash_bf16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with float64_compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +129,7 @@ def checked(weights_of, found, precision, sizes, ids=IDS, ranks=None):
     ("sizes", "more", "ranks"), [((2, 2), {"is_sp": True}, 4), ((4, 1), {"is_last_moved": True}, 4)]
 )
 def test_correct_texts_pass(weights_of, sizes, more, ranks):
-    for ids in (IDS, texts_with(3)):
+    for ids in (IDS, texts_with(3)[:2]):
         found = generated(weights_of, TINY, "flash_fp16", sizes, ids, **more)
         assert checked(weights_of, found, "flash_fp16", sizes, ids, ranks).passed
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from source_mutant import mutant
-from tiny_deepseek import TINY, float64_compiled_fast, random_checkpoint
+from tiny_deepseek import TINY, random_checkpoint
 
 from cpjax.deepseek import parallel
 from cpjax.deepseek.cache import CacheCut
@@ -20,17 +20,13 @@ from cpjax.deepseek.parallel import decode_step, extended_cache, model_mesh, pre
 from cpjax.errors import InputError
 from cpjax.mask import PAD
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SETUPS = [(2, 1, "ring", 2), (2, 2, "gather", 4), (4, 1, "pass_query", 4)]
 """cp, tp, exchange, ranks that share the cache (4 of cp 2 and tp 2: sp). Experts are cut over all devices."""
 
 MOST_CACHED, MOST_NEW, STEPS = 8, 16, 2
 TEXTS = np.random.default_rng(3).integers(0, TINY.vocab_size, (3, MOST_CACHED + MOST_NEW + STEPS))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with float64_compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module")

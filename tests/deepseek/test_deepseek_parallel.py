@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
-from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
+from tiny_deepseek import IDS, TINY, random_checkpoint
 
 from cpjax.deepseek import generate as generating
 from cpjax.deepseek import parallel
@@ -22,13 +22,9 @@ from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, 
 from cpjax.errors import InputError
 from cpjax.partition import Interleaved
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SETUPS = [(2, 1, "ring"), (2, 2, "gather"), (4, 1, "pass_query")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with float64_compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from source_mutant import mutant
 from strategies import examples
-from tiny_deepseek import compiled_fast
 from transformers import DeepseekV3Config
 
 from cpjax.deepseek import attention, model, moe, rope
@@ -42,12 +41,6 @@ CONFIGS = {
     "wide values, one group": replace(TINY, v_head_dim=40, n_group=1, topk_group=1),
     "two shared experts": replace(TINY, n_shared_experts=2, first_k_dense_replace=0),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast():
-    with compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from source_mutant import mutant
-from tiny_deepseek import IDS, TINY, float64_compiled_fast, random_checkpoint
+from tiny_deepseek import IDS, TINY, random_checkpoint
 
 from cpjax.deepseek import cache as caching
 from cpjax.deepseek import parallel
@@ -16,11 +16,7 @@ from cpjax.deepseek.parallel import extended_cache, model_mesh, prefill, setup, 
 from cpjax.errors import InputError
 from cpjax.partition import Blocks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with float64_compiled_fast():
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(scope="module")

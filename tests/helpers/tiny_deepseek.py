@@ -1,10 +1,7 @@
-"""What the tests of a DeepSeek model on a mesh share: float64 programs that compile fast, and small checkpoints."""
+"""What the tests of a DeepSeek model on a mesh share: a small config, texts, checkpoints."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,21 +11,6 @@ from cpjax.deepseek.config import SMALL, DeepseekConfig
 TINY = replace(SMALL, vocab_size=97, hidden_size=48, num_hidden_layers=2, n_routed_experts=8)
 IDS = np.random.default_rng(0).integers(0, 97, (2, 21))
 """Two texts of `TINY`."""
-
-
-@contextmanager
-def compiled_fast() -> Iterator[None]:
-    """Programs that are compiled faster than they run: each one runs a few times only."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@contextmanager
-def float64_compiled_fast() -> Iterator[None]:
-    """Such programs in float64."""
-    with compiled_fast(), jax.enable_x64(True):
-        yield
 
 
 def random_checkpoint(folders: pytest.TempPathFactory, config: DeepseekConfig, seed: int) -> Checkpoint:

@@ -25,6 +25,8 @@ from cpjax.crosscheck.run.summary import all_passed, sentence
 from cpjax.errors import InputError
 from npu_backend.families import FAMILIES, precision_of
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(cpjax.__file__).parents[1]
 
 

@@ -22,7 +22,7 @@ from cpjax.crosscheck.files.result import read_result
 from cpjax.crosscheck.run.session import judge_result
 from cpjax.errors import InputError
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.optimized]
 ROOT = Path(cpjax.__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "deepseek-r1-cp2.json"
 SMALL = ("--geometry", "16,128,64,128", "--tokens", "45")  # two heads a card, and pads

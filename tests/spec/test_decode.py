@@ -21,6 +21,8 @@ from cpjax.mask import PAD, Tokens, tokens
 from cpjax.parallel import cp_mesh
 from cpjax.partition import Blocks, Interleaved, Pages
 
+pytestmark = pytest.mark.optimized
+
 CP = st.sampled_from([1, 2, 3, 5])
 
 

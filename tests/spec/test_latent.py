@@ -17,6 +17,8 @@ from cpjax.errors import InputError
 from cpjax.latent import HEADLESS, UpProjection, latent_attention_on_device
 from cpjax.mask import Tokens, tokens
 
+pytestmark = pytest.mark.optimized
+
 B, N, C, R, D, V = 1, 4, 6, 2, 3, 5  # as DeepSeek-V3's 128 heads, 512, 64, 128, 128
 SHARDS = jax.P(None, "cp")
 

@@ -20,6 +20,8 @@ from cpjax.parallel import context_parallel_attention, cp_mesh
 from cpjax.partition import SEQUENCES
 from cpjax.precision import profile
 
+pytestmark = pytest.mark.optimized
+
 
 def mesh_of(**axes):
     count = int(np.prod(list(axes.values())))

@@ -20,6 +20,8 @@ from cpjax.partial import Partial, merge
 from cpjax.precision import PROFILES, profile, scale_in
 from cpjax.rounding import rounded
 
+pytestmark = pytest.mark.optimized
+
 NAMES = sorted(twin.PROFILES)
 T, V = 24, 3
 SEED = st.integers(0, 2**32 - 1)

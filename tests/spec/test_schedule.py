@@ -16,6 +16,8 @@ from cpjax.mask import Tokens
 from cpjax.partition import SEQUENCES, Zigzag, sequence_of
 from cpjax.partition.schedule import Block, schedule, show
 
+pytestmark = pytest.mark.optimized
+
 CASES = given(
     st.sampled_from(list(EXCHANGES)), st.sampled_from(list(SEQUENCES)), st.integers(1, 7), st.booleans(), st.data()
 )
