@@ -313,6 +313,13 @@ def test_a_folder_with_a_file_for_each_tensor(tmp_path, arrays):
     assert run_file(tmp_path, "--cp", "2", "--names", "key=my_keys").exit_code == 0
 
 
+def test_a_folder_with_one_file_of_all_tensors(tmp_path, arrays):
+    save_file({f"layer.{name}": np.ascontiguousarray(x) for name, x in arrays.items()}, tmp_path / "attn.safetensors")
+    said = run_file(tmp_path, "--cp", "2")
+    assert said.exit_code == 0, said.output
+    assert run_file(tmp_path / "attn.safetensors", "--cp", "2").exit_code == 0
+
+
 def test_a_tensor_of_a_folder_is_there_once_and_is_no_link(tmp_path, arrays):
     saved(tmp_path, arrays, "npy")
     (tmp_path / "key.npz").write_bytes(b"")

@@ -160,6 +160,14 @@ def _are_ranks(entries: list[Path]) -> bool:
     return bool(entries) and sorted(_number(entry.stem) for entry in entries) == list(range(len(entries)))
 
 
+def only_file(path: Path) -> Path:
+    """The one file of a folder that holds nothing else and is not of ranks; what is no such folder, as it is."""
+    if path.is_symlink() or not path.is_dir():
+        return path
+    entries = _entries(path)
+    return path if len(entries) != 1 or entries[0].is_dir() or _are_ranks(entries) else entries[0]
+
+
 def _file_named(folder: Path, name: str) -> Path:
     """The file of a folder whose name, without the ending, is this."""
     there = _entries(folder)
