@@ -350,3 +350,13 @@ def test_of_a_wrong_result_with_the_sequence_first_sbnd_is_named(tmp_path, array
         said.output.split()
     )
     assert "sbnd" not in run(saved(tmp_path, wrong, "npy"), "--layout-of", "bsnd", cp=1).output
+
+
+def test_lines_about_the_only_result_do_not_repeat_its_name(tmp_path, arrays):
+    arrays["out"] = np.zeros_like(arrays["out"])
+    said = run(saved(tmp_path, arrays, "npy"), "--order", "ring")
+    assert said.exit_code == 1
+    lines = said.output.splitlines()
+    assert any(line.startswith("out: ") for line in lines)
+    assert any(line.startswith("diagnosis: ") for line in lines)
+    assert not any(line.startswith("out.npy, dump") for line in lines)
