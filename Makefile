@@ -11,6 +11,7 @@ help:  ## show the targets
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cpjax needs Python 3.11 or newer")'
+	@echo "the first time: JAX, PyTorch and the tools, 2.5 GB, are installed into .venv; this takes some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch,notebooks,dev]'
 	# A trained model, as data: its Python dependencies would bring another torch.
@@ -75,7 +76,7 @@ fresh: $(READY)  ## execute every notebook and store what comes out; what was ed
 	$(BIN)/python tools/fresh_notebooks.py --write notebooks/*.ipynb
 
 lab: $(LAB)  ## the notebooks in a browser
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/00-why-split.ipynb
 
 # From scratch: Sphinx repeats no warning of a page that it does not read again. A warning is an error; a dead link is one.
 docs: export JAX_PLATFORMS = cpu

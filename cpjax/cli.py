@@ -378,7 +378,10 @@ def judge_dump(
     scale: Annotated[float, typer.Option(metavar="X", help="multiplies q·k")],
     causal: Annotated[bool, typer.Option("--causal/--no-causal", help="whether a causal mask applies")],
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="one file of several tensors: .safetensors, .npz, .pt")
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="several tensors: a .safetensors, .npz or .pt, or a folder with a file for each"
+        ),
     ] = None,
     names: Annotated[
         str | None, typer.Option(metavar="query=NAME,…", help="of the tensors in FILE, if they have other names")

@@ -1,4 +1,4 @@
-"""Numbers in sentences: one row is, two rows are."""
+"""Numbers in sentences and tables: one row is, two rows are; 42%, 226×."""
 
 from operator import index
 from typing import SupportsIndex
@@ -20,3 +20,16 @@ def is_are(n: SupportsIndex) -> str:
     ('is', 'are', 'are')
     """
     return "is" if index(n) == 1 else "are"
+
+
+def share(ratio: float) -> str:
+    """A ratio in percent; from a hundred times on as a factor, from a million times on with two digits.
+
+    >>> share(0.415), share(99.5), share(226.4), share(3.08e5), share(3.08e6)
+    ('42%', '9950%', '226×', '308,000×', '3.1e+06×')
+    >>> share(float("inf")), share(float("nan"))
+    ('inf×', 'nan×')
+    """
+    if ratio < 100:
+        return f"{ratio:.0%}"
+    return f"{ratio:,.0f}×" if ratio < 1e6 else f"{ratio:.2g}×"

@@ -47,6 +47,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:obj", ".*"), ("py:(class|exc|data|func|meth)", ".*")]
 
 nb_execution_mode = "off"  # the stored outputs are shown; `make notebooks` executes them
+nb_merge_streams = True  # where a stream was cut into pieces is a matter of time
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "text"
@@ -68,4 +69,5 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}

@@ -1,4 +1,6 @@
-"""Pages link to files of the repository that are no pages: each such file is shown as a page of the site.
+"""Pages link to files and folders of the repository that are no pages: each is shown as a page of the site.
+
+A folder's page lists its files, and they are shown, too.
 
 On GitHub the same relative links lead to the files themselves.
 """
@@ -30,14 +32,23 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 def _link(app: Sphinx, doctree: nodes.document) -> None:
     page = app.env.docname
-    for node in list(doctree.findall(addnodes.download_reference)):
+    to_files = list(doctree.findall(addnodes.download_reference))
+    to_folders = [node for node in doctree.findall(addnodes.pending_xref) if node.get("reftype") == "myst"]
+    for node in [*to_files, *to_folders]:
         # The target is relative to the page, or, with a slash before it, to the root.
         path = posixpath.normpath(posixpath.join("/", posixpath.dirname(page), node["reftarget"])).lstrip("/")
-        if not Path(app.srcdir, path).is_file():
-            continue  # Sphinx reports it
-        _shown.add(path)
+        if not path or not _files(app.srcdir, path):
+            continue  # a page; or it is not there, and Sphinx reports it
+        _shown.update([path, *_files(app.srcdir, path)])
         uri = app.builder.get_relative_uri(page, f"source/{path}")
         node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
+
+
+def _files(root: str | Path, path: str) -> list[str]:
+    """The file with a path, or the files of the folder with it, from the root of the repository."""
+    found = Path(root, path)
+    files = [found] if found.is_file() else [one for one in sorted(found.glob("[!.]*")) if one.is_file()]
+    return [one.relative_to(root).as_posix() for one in files]
 
 
 def _forget_modules_without_source(app: Sphinx) -> list[Any]:
@@ -51,7 +62,15 @@ def _forget_modules_without_source(app: Sphinx) -> list[Any]:
 def _pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     highlighter = cast("StandaloneHTMLBuilder", app.builder).highlighter
     for path in sorted(_shown):
-        text = Path(app.srcdir, path).read_text()
-        language = LANGUAGES.get(Path(path).suffix, "text")
-        listing = highlighter.highlight_block(text, language)
-        yield f"source/{path}", {"title": path, "body": f"<h1>{html.escape(path)}</h1>{listing}"}, "page.html"
+        name = f"source/{path}"
+        if Path(app.srcdir, path).is_dir():
+            links = [
+                (app.builder.get_relative_uri(name, f"source/{file}"), posixpath.basename(file))
+                for file in _files(app.srcdir, path)
+            ]
+            items = (f'<li><a href="{html.escape(uri)}">{html.escape(file)}</a></li>' for uri, file in links)
+            listing = f"<ul>{''.join(items)}</ul>"
+        else:
+            language = LANGUAGES.get(Path(path).suffix, "text")
+            listing = highlighter.highlight_block(Path(app.srcdir, path).read_text(), language)
+        yield name, {"title": path, "body": f"<h1>{html.escape(path)}</h1>{listing}"}, "page.html"

@@ -46,6 +46,9 @@ get another shade. A line, a marker or a word that is missing changes more pixel
 
 MEND = "if the fresh output is right: make fresh (it stores the fresh outputs), then look at the difference"
 
+EMBEDDED = re.compile("data:image/png;base64,([A-Za-z0-9+/=]+)")
+"""A picture inside an HTML output, such as those behind a slider. It is compared as every picture is."""
+
 SECONDS = 600
 """The time limit of one cell."""
 
@@ -165,6 +168,9 @@ def _parts(outputs: list[Any]) -> list[Part]:
             parts.append(("error", f"{output.ename}: {output.evalue}"))
         else:
             for kind, content in sorted(output.data.items()):
+                if kind == "text/html":
+                    parts += [("image/png", base64.b64decode(one)) for one in EMBEDDED.findall(content)]
+                    content = EMBEDDED.sub("(a picture)", content)
                 is_picture = kind.startswith("image/") and kind != "image/svg+xml"
                 parts.append((kind, base64.b64decode(content) if is_picture else content))
     return parts

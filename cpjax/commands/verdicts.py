@@ -69,12 +69,13 @@ def show(
         shown = console()
         shown.print(table_of(judged))
         for one in judged:
+            whose = f"{one.case}, {one.backend}: " if len(judged) > 1 else ""  # the table has one row
             for reason in one.reasons if one.outcome in ("fail", "error") else []:
-                shown.print(f"{one.case}, {one.backend}: {reason}", highlight=False, markup=False)
+                shown.print(f"{whose}{reason}", highlight=False, markup=False)
             for remark in one.remarks:
-                shown.print(f"{one.case}, {one.backend}: {remark}", highlight=False, markup=False)
+                shown.print(f"{whose}{remark}", highlight=False, markup=False)
             for cause in one.verdict.diagnosis if one.verdict is not None else []:
-                shown.print(f"{one.case}, {one.backend}: diagnosis: {cause}", highlight=False, markup=False)
+                shown.print(f"{whose}diagnosis: {cause}", highlight=False, markup=False)
         for line in backward.text.splitlines() if backward is not None else []:
             shown.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in questions(judged) if asked else []:

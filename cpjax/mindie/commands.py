@@ -259,7 +259,11 @@ def enable(
         return
     for finding in enabled.warnings:
         typer.echo(f"warning {finding.rule}: {finding.found}; {finding.says}; {finding.fix}")
-    typer.echo(HOW_TO_START)
+    if output is None:
+        typer.echo("Nothing was written: say -o FILE to write the new config, or edit the lines above by hand.")
+    else:
+        typer.echo(f"Written: {printable(output)}")
+        typer.echo(HOW_TO_START)
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -90,9 +90,13 @@ def _meant(key: str, known: list[str]) -> str | None:
     """A known field that is nearly this one, or the same one in the section where it belongs."""
     plain = {_plain(field): field for field in reversed(known)}
     near = [size for size in _SIZES if size in plain and _is_size(key, size)]
-    near += difflib.get_close_matches(_plain(key), plain, n=1, cutoff=0.75)
     if near:
         return plain[near[0]]
+    near = difflib.get_close_matches(_plain(key), plain, n=2, cutoff=0.75)
+    if near:
+        # cpp is as near to cp as to pp.
+        alike = [word for word in near if _likeness(key, word) == _likeness(key, near[0])]
+        return " or ".join(sorted(plain[word] for word in alike))
     home = next((name for name, section in _HOMES.items() if key in section.model_fields), None)
     return f"{key} in {home}" if home else None
 
@@ -103,6 +107,11 @@ _SIZES = {"cp": "context", "sp": "sequence", "dp": "data", "tp": "tensor", "pp":
 def _is_size(key: str, size: str) -> bool:
     """`cp_size`, `cpSize`, `context_parallel_size` for cp."""
     return _plain(key) in [name + end for name in (size, f"{_SIZES[size]}parallel") for end in ("size", "")]
+
+
+def _likeness(key: str, word: str) -> float:
+    """As difflib ranks words."""
+    return difflib.SequenceMatcher(None, word, _plain(key)).ratio()
 
 
 def _plain(key: str) -> str:

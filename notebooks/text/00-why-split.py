@@ -30,7 +30,6 @@
 
 # %%
 import inspect
-import io
 
 import jax
 
@@ -39,8 +38,7 @@ jax.config.update("jax_num_cpu_devices", 4)  # simulated devices; before JAX is 
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image
-from PIL import Image as Picture
+from slider import slider
 
 from cpjax.dense import dense_attention
 from cpjax.exchange.ring import ring_attention
@@ -142,8 +140,10 @@ print("131,072 tokens:", ", ".join(f"cp {cp} {line[at].seconds:.1f} s" for cp, l
 # every query has met every key, and nobody ever had more than two shards.
 #
 # Left: the circles are the ranks with their queries; a square is the keys and values that come from the rank of its
-# colour. Right: the causal mask, each block in the colour of the rank that computes it (the picture moves where
-# animated PNG is shown):
+# colour. Middle: the causal mask, each block in the colour of the rank that computes it; what earlier steps computed is pale.
+# Right: how much each rank has computed. Move the slider: in the last step the mask is full, every pair of query and key was
+# computed once, and in each step all four ranks do the same amount of work. (On GitHub, and in JupyterLab until the cell is
+# run, the pictures stand one below the other: [slider.py](slider.py) says why.)
 
 # %%
 CP, T = 4, 64
@@ -185,40 +185,39 @@ def draw_mask(axis, last):
     axis.set(xlabel="key", ylabel="query", xticks=ticks, yticks=ticks, xlim=(-0.5, T - 0.5), ylim=(T - 0.5, -0.5))
 
 
+def draw_work(axis, last):
+    """The pairs of query and key that each rank has computed up to a step, which is on top."""
+    for rank, blocks in enumerate(BLOCKS):
+        below = 0
+        for step in range(last + 1):
+            pairs = sum(
+                seen[one.query_chunk * CHUNK : (one.query_chunk + 1) * CHUNK][
+                    :, one.kv_chunk * CHUNK : (one.kv_chunk + 1) * CHUNK
+                ].sum()
+                for one in blocks
+                if one.step == step
+            )
+            alpha = 1 if step == last else 0.5
+            axis.bar(rank, pairs, bottom=below, color=COLOURS[rank], alpha=alpha, edgecolor="white")
+            below += pairs
+    whole = T * (T + 1) // 2
+    axis.axhline(whole / CP, color="black", ls="--", lw=1)
+    axis.text(CP / 2 - 0.5, whole / CP * 1.02, "a quarter of all pairs", ha="center", va="bottom")
+    axis.set(xticks=range(CP), xlabel="rank", ylabel="pairs of query and key", ylim=(0, whole / CP * 1.15))
+
+
 def frame(step, moved):
-    """One picture of the animation."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4))
+    """One picture, and its name."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.8), width_ratios=[1.1, 1.1, 0.8])
     draw_ring(left, step, moved)
-    draw_mask(right, step)
-    figure.suptitle(f"step {step}: " + ("compute" if moved == 0 else "keys and values move on"))
-    figure.canvas.draw()
-    picture = Picture.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    plt.close(figure)
-    return picture.quantize(64, dither=Picture.Dither.NONE)
+    draw_mask(middle, step)
+    draw_work(right, step)
+    figure.tight_layout()
+    return f"step {step}" + (", keys and values move on" if moved else ""), figure
 
 
-def animated(pictures, milliseconds):
-    """Pictures as one PNG file, which shows them one after the other."""
-    file = io.BytesIO()
-    pictures[0].save(file, "PNG", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
-    return Image(file.getvalue(), format="png", alt="keys and values travel round a ring of four ranks")
-
-
-moments = [(step, moved) for step in range(CP) for moved in (0, 0.25, 0.5, 0.75) if step < CP - 1 or moved == 0]
-animated([frame(*moment) for moment in moments], [1200 if moved == 0 else 150 for _, moved in moments])
-
-# %% [markdown]
-# The same four steps, standing still. In the last one the mask is full: every pair of query and key was computed once.
-
-# %%
-figure, axes = plt.subplots(2, CP, figsize=(11, 5.6))
-for step, (above, below) in enumerate(axes.T):
-    draw_ring(above, step, size=7)
-    above.set_title(f"step {step}")
-    draw_mask(below, step)
-    if step:
-        below.set_ylabel("")
-figure.tight_layout()
+moments = [(step, moved) for step in range(CP) for moved in (0, 0.5) if step < CP - 1 or moved == 0]
+slider(frame(*moment) for moment in moments)
 
 # %% [markdown]
 # ## The loop

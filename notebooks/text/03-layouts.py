@@ -20,31 +20,46 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Polygon, Rectangle
+from slider import slider
 
 from cpjax.partition import SEQUENCES, sequence_of
 from cpjax.partition.schedule import schedule, show
 
 CP, T = 4, 64
-COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44"]
+COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222"]
 first, *_, last = SEQUENCES
 for layout in SEQUENCES:
     shards = sequence_of(layout, CP).order(16).reshape(CP, -1)
     print(f"{layout:11}" + "   ".join(f"rank {rank}: {' '.join(map(str, held))}" for rank, held in enumerate(shards)))
 
 # %% [markdown]
-# The sequence as a strip, coloured by the rank that holds each of 64 tokens:
+# Left, the sequence as a strip, coloured by the rank that holds each of 64 tokens. Right, the work of each rank under a causal
+# mask, where a query sees its own key and those before it: the keys that the rank's queries see, over the mean of all ranks.
+# The slider ([slider.py](slider.py)) is cp:
 
 # %%
-figure, axes = plt.subplots(3, 1, figsize=(9, 2.6), dpi=80)
-for axis, layout in zip(axes, SEQUENCES, strict=True):
-    for rank, held in enumerate(sequence_of(layout, CP).order(T).reshape(CP, -1)):
-        axis.bar(held, 1, width=1, align="edge", color=COLOURS[rank], label=f"rank {rank}", edgecolor="white", lw=0.3)
-    axis.set(xlim=(0, T), yticks=[], ylabel=layout)
-    axis.yaxis.label.set(rotation=0, ha="right", va="center")
-    axis.set_xticks(range(0, T + 1, 8) if layout == last else [])
-axes[0].legend(ncol=4, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-axes[-1].set_xlabel("token")
-figure.tight_layout()
+def layouts(cp):
+    """One picture: who holds what, and who works how much."""
+    figure, axes = plt.subplots(3, 2, figsize=(11, 3.6), dpi=80, width_ratios=[4, 1], sharex="col")
+    for (strip, work), layout in zip(axes, SEQUENCES, strict=True):
+        shards = sequence_of(layout, cp).order(T).reshape(cp, -1)
+        for rank, held in enumerate(shards):
+            strip.bar(held, 1, width=1, align="edge", color=COLOURS[rank], label=f"rank {rank}", ec="white", lw=0.3)
+        seen = (shards + 1).sum(axis=1)
+        work.bar(range(cp), seen / seen.mean(), color=COLOURS[:cp])
+        work.axhline(1, color="black", lw=0.8, ls="--")
+        work.set(ylim=(0, 2.1), yticks=(0, 1, 2), xticks=range(cp), xlim=(-0.6, cp - 0.4))
+        strip.set(xlim=(0, T), xticks=range(0, T + 1, 8), yticks=[])
+        strip.set_ylabel(layout, rotation=0, ha="right", va="center")
+    axes[1, 1].set_ylabel("work / mean")
+    axes[-1, 0].set_xlabel("token")
+    axes[-1, 1].set_xlabel("rank")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=8, frameon=False, columnspacing=1)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    return figure
+
+
+slider((f"cp {cp}", layouts(cp)) for cp in (1, 2, 4, 8))
 
 # %% [markdown]
 # *Zigzag* cuts twice as many chunks as there are ranks and gives rank r the chunks r and 2·cp − 1 − r: one from the front, one
@@ -64,7 +79,8 @@ for layout in SEQUENCES:
 
 # %% [markdown]
 # Drawn: rows are queries and columns keys, both in the order in which the ranks hold them, so that each quarter of an axis is one rank.
-# The colour is the rank that computes, the number is the step.
+# The colour is the rank that computes, the number is the step; earlier steps are pale. Below, what each rank computes in this
+# step. Where bars differ, the ranks with the shorter ones wait. The slider is the step:
 
 
 # %%
@@ -75,28 +91,54 @@ def corners(block, x, y, side):
     return Polygon([(x, y), (x, y + side), (x + side, y + side)])
 
 
-figure, axes = plt.subplots(1, 3, figsize=(11, 4), dpi=80)
-for axis, layout in zip(axes, SEQUENCES, strict=True):
-    side = 1 / sequence_of(layout, CP).chunks_per_rank
+def draw_blocks(axis, layout, last):
+    """The mask cut in blocks, up to a step."""
     one = sequence_of(layout, CP)
+    side = 1 / one.chunks_per_rank
     at = {chunk: rank + i * side for rank in range(CP) for i, chunk in enumerate(one.held_chunks(rank))}
     for rank, blocks in enumerate(schedule("ring", layout, CP, is_causal=True)):
         for block in blocks:
             x, y = at[block.kv_chunk], at[block.query_chunk]
             patch = corners(block, x, y, side)
-            patch.set(facecolor=COLOURS[rank], edgecolor="white", lw=0.6)
+            colour, alpha = (COLOURS[rank], 0.35 if block.step < last else 1) if block.step <= last else ("#eeeeee", 1)
+            patch.set(facecolor=colour, edgecolor="white", lw=0.6, alpha=alpha)
             axis.add_patch(patch)
             shift = 0.5 if block.mask == "none" else 0.3
             place = x + shift * side, y + (1 - shift if block.mask != "none" else 0.5) * side
-            axis.text(*place, block.step, ha="center", va="center", color="white", fontsize=8)
+            ink = "white" if block.step == last and rank != 3 else "black"
+            axis.text(*place, block.step, ha="center", va="center", color=ink, fontsize=8)
     ticks = np.arange(CP) + 0.5
     labels = [f"rank {rank}" for rank in range(CP)]
     axis.set(xlim=(0, CP), ylim=(CP, 0), aspect="equal", title=layout, xlabel="holder of the keys")
     axis.set(xticks=ticks, yticks=ticks)
     axis.set_xticklabels(labels, fontsize=7)
     axis.set_yticklabels(labels if layout == first else [], fontsize=7)
-axes[0].set_ylabel("queries, and who computes")
-figure.tight_layout()
+
+
+def draw_step(axis, layout, step):
+    """What each rank computes in one step, in squares of one rank's queries and one rank's keys."""
+    side = 1 / sequence_of(layout, CP).chunks_per_rank
+    for rank, blocks in enumerate(schedule("ring", layout, CP, is_causal=True)):
+        now = [block for block in blocks if block.step == step]
+        axis.bar(rank + 0.5, sum(side**2 * (1 if block.mask == "none" else 0.5) for block in now), color=COLOURS[rank])
+    ticks = np.arange(CP) + 0.5
+    axis.set(xlim=(0, CP), ylim=(0, 1.1), yticks=(0, 0.5, 1), xticks=ticks)
+    axis.set_xticklabels([f"rank {rank}" for rank in range(CP)], fontsize=7)
+
+
+def steps(step):
+    """One picture: the blocks up to a step, and the work in it."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.2), dpi=80, height_ratios=[4, 1])
+    for (above, below), layout in zip(axes.T, SEQUENCES, strict=True):
+        draw_blocks(above, layout, step)
+        draw_step(below, layout, step)
+    axes[0, 0].set_ylabel("queries, and who computes")
+    axes[1, 0].set_ylabel("squares")
+    figure.tight_layout()
+    return figure
+
+
+slider((f"step {step}", steps(step)) for step in range(CP))
 
 # %% [markdown]
 # Contiguous: rank 0 has one triangle and is done, rank 3 has three squares and a triangle. In zigzag every rank has in step 0 two
@@ -129,7 +171,7 @@ for axis, layout in zip(axes, SEQUENCES, strict=True):
     table = work(layout, CP, 4096) / (4096 * 4097 / 2)
     for step in range(CP):
         below = table[:, :step].sum(axis=1)
-        axis.bar(range(CP), table[:, step], bottom=below, color=COLOURS, alpha=1 - 0.2 * step, edgecolor="white")
+        axis.bar(range(CP), table[:, step], bottom=below, color=COLOURS[:CP], alpha=1 - 0.2 * step, edgecolor="white")
     axis.axhline(1 / CP, color="black", lw=0.8, ls="--")
     axis.set(title=layout, xlabel="rank", xticks=range(CP))
 axes[0].set_ylabel("share of all pairs")

@@ -275,3 +275,88 @@ def test_wrong_dtypes_and_what_is_not_there_are_refused(tmp_path, arrays):
     said = run(files | {"value": tmp_path / "nowhere.npy"})
     assert said.exit_code == 2
     assert "does not exist" in said.output
+
+
+def folder_of_ranks(folder, arrays, kind):
+    """A folder with what each of two ranks dumped: a folder of files, or a file of several tensors."""
+    rows = Zigzag(2).order(arrays["query"].shape[1]).reshape(2, -1)
+    for rank in range(2):
+        held = {name: np.ascontiguousarray(x[:, rows[rank]]) for name, x in arrays.items()}
+        if kind == "folders":
+            (folder / f"rank{rank}").mkdir(parents=True)
+            saved(folder / f"rank{rank}", held, "npy")
+        else:
+            folder.mkdir(exist_ok=True)
+            save_file({f"layer.{name}": x for name, x in held.items()}, folder / f"rank{rank}.safetensors")
+    return folder
+
+
+def run_file(file, *more):
+    return CliRunner().invoke(app, ["judge-dump", str(file), "--scale", str(32**-0.5), "--causal", *more])
+
+
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_what_each_rank_dumped_is_found_by_name(tmp_path, arrays, kind):
+    said = run_file(folder_of_ranks(tmp_path / "dump", arrays, kind))
+    assert said.exit_code == 0, said.output
+    assert "the folders hold 2 ranks" in said.output
+
+
+def test_a_folder_with_a_file_for_each_tensor(tmp_path, arrays):
+    saved(tmp_path, {{"query": "q_states", "out": "attn.o"}.get(name, name): x for name, x in arrays.items()}, "npy")
+    said = run_file(tmp_path, "--cp", "2")
+    assert said.exit_code == 0, said.output
+    (tmp_path / "key.npy").rename(tmp_path / "my_keys.npy")
+    said = run_file(tmp_path, "--cp", "2")
+    assert said.exit_code == 2
+    assert "it holds attn.o, lse, my_keys, q_states, value: say --names key=NAME" in " ".join(said.output.split())
+    assert run_file(tmp_path, "--cp", "2", "--names", "key=my_keys").exit_code == 0
+
+
+def test_a_folder_with_one_file_of_all_tensors(tmp_path, arrays):
+    save_file({f"layer.{name}": np.ascontiguousarray(x) for name, x in arrays.items()}, tmp_path / "attn.safetensors")
+    said = run_file(tmp_path, "--cp", "2")
+    assert said.exit_code == 0, said.output
+    assert run_file(tmp_path / "attn.safetensors", "--cp", "2").exit_code == 0
+
+
+def test_a_tensor_of_a_folder_is_there_once_and_is_no_link(tmp_path, arrays):
+    saved(tmp_path, arrays, "npy")
+    (tmp_path / "key.npz").write_bytes(b"")
+    said = run_file(tmp_path)
+    assert said.exit_code == 2
+    assert "key and key may both be key" in said.output
+    (tmp_path / "key.npz").unlink()
+    (tmp_path / "key.npy").rename(tmp_path / "other.npy")
+    (tmp_path / "key.npy").symlink_to(tmp_path / "other.npy")
+    said = run_file(tmp_path)
+    assert said.exit_code == 2
+    assert "symbolic link" in said.output
+
+
+def test_a_rank_that_lacks_a_tensor_is_named(tmp_path, arrays):
+    folder = folder_of_ranks(tmp_path / "dump", arrays, "folders")
+    (folder / "rank1" / "key.npy").unlink()
+    said = run_file(folder)
+    assert said.exit_code == 2
+    assert "rank1 holds 0 files named 'key'" in " ".join(said.output.split())
+
+
+def test_of_a_wrong_result_with_the_sequence_first_sbnd_is_named(tmp_path, arrays):
+    wrong = {name: np.ascontiguousarray(x.swapaxes(0, 1)) for name, x in arrays.items() if name != "lse"}
+    wrong["out"] = wrong["out"] + np.float16(0.1)
+    said = run(saved(tmp_path, wrong, "npy"), cp=1)
+    assert f"or --layout-of sbnd, if these are not {len(wrong['query'])} texts of 1 token" in " ".join(
+        said.output.split()
+    )
+    assert "sbnd" not in run(saved(tmp_path, wrong, "npy"), "--layout-of", "bsnd", cp=1).output
+
+
+def test_lines_about_the_only_result_do_not_repeat_its_name(tmp_path, arrays):
+    arrays["out"] = np.zeros_like(arrays["out"])
+    said = run(saved(tmp_path, arrays, "npy"), "--order", "ring")
+    assert said.exit_code == 1
+    lines = said.output.splitlines()
+    assert any(line.startswith("out: ") for line in lines)
+    assert any(line.startswith("diagnosis: ") for line in lines)
+    assert not any(line.startswith("out.npy, dump") for line in lines)

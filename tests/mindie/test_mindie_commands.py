@@ -201,7 +201,12 @@ def test_enable_changes_only_digits_where_the_fields_are_there(tmp_path):
     result = run("enable", path)
     assert '-                    "dp": 2,\n' in result.stdout
     assert '+                    "cp": 2,\n' in result.stdout
-    assert "mindie_llm_server" in result.stdout
+    assert "Nothing was written" in result.stdout
+    assert "mindie_llm_server" not in result.stdout
+    written = run("enable", path, "-o", tmp_path / "new.json")
+    assert f"Written: {tmp_path / 'new.json'}" in written.stdout
+    assert "mindie_llm_server" in written.stdout
+    assert "Nothing was written" not in written.stdout
 
 
 def test_enable_of_a_fragment_with_a_byte_order_mark_and_windows_line_ends(tmp_path):

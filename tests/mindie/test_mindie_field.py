@@ -180,7 +180,7 @@ def test_a_whole_config_that_ends_in_a_comma_is_refused_as_the_server_refuses_it
     ("key", "meant"),
     [
         ("cp_size", "cp"), ("CP", "cp"), ("moeEp", "moe_ep"), ("context_parallel_size", "cp"), ("tensorParallel", "tp"),
-        ("modelWeigthPath", "modelWeightPath"), ("world_size", "worldSize"),
+        ("modelWeigthPath", "modelWeightPath"), ("world_size", "worldSize"), ("cpp", "cp or pp"),
         ("maxSeqLen", "maxSeqLen in ModelDeployConfig"), ("port", "port in ServerConfig"), ("zzz", None),
     ],
 )  # fmt: skip

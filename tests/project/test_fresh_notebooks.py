@@ -42,6 +42,12 @@ def shown(*frames: np.ndarray):
     return new_output("display_data", data={"image/png": picture(*frames), "text/plain": "<Figure>"})
 
 
+def slider(*frames: np.ndarray, words: str = "step"):
+    """Pictures inside HTML."""
+    images = (f'<img alt="{words}" src="data:image/png;base64,{picture(frame)}">' for frame in frames)
+    return new_output("display_data", data={"text/html": "".join(images)})
+
+
 def found(stored: list, fresh: list, tags: tuple[str, ...] = ()) -> list[str]:
     cells = [new_code_cell("1", outputs=outputs, metadata={"tags": list(tags)}) for outputs in (stored, fresh)]
     return list(fresh_notebooks.differences_of(*cells, is_same_processor=True))
@@ -70,6 +76,13 @@ STALE = {
         [shown(drawing(), drawing(line=40))],
         "columns 30 to 40",
     ),
+    "another second picture of a slider": (
+        [slider(drawing(), drawing(line=30))],
+        [slider(drawing(), drawing(line=40))],
+        "columns 30 to 40",
+    ),
+    "a picture too few of a slider": ([slider(drawing(), drawing())], [slider(drawing())], "'<img alt="),
+    "another word beside a slider": ([slider(drawing())], [slider(drawing(), words="cp")], 'alt="cp"'),
 }
 
 
@@ -92,6 +105,7 @@ def test_another_shade_at_an_edge_is_alike():
     shaded = drawing()
     shaded[:, 20] = 30
     assert found([shown(drawing())], [shown(shaded)]) == []
+    assert found([slider(drawing())], [slider(shaded)]) == []
 
 
 def test_of_a_cell_that_varies_numbers_may_differ_and_words_may_not():

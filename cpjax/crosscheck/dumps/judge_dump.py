@@ -399,13 +399,14 @@ def _chosen(
         how = "the result passes" if passing else "the result is wrong"
         raise InputError(
             f"{' and '.join(layouts)} both fit the shapes and make sense, and {how} in both: say --layout-of "
-            f"{' or --layout-of '.join(layouts)}"
+            f"{' or --layout-of '.join(layouts)}{_if_sequence_first(question, (passing or tried)[0].dump)}"
         )
     partitions = [one.dump.partition.name for one in tried if one.dump.partition is not None]
     if not passing and len(partitions) > 1:
         raise InputError(
             f"ranks joined as {', '.join(partitions)}: the result is wrong in each, and "
             + (otherwise or "a wrong result does not tell how they were cut; say --partition")
+            + _if_sequence_first(question, tried[0].dump)
         )
     chosen = (passing or tried)[0]
     remarks = list(chosen.remarks)
@@ -413,7 +414,8 @@ def _chosen(
         others = [one for one in tried if one.dump.layout != chosen.dump.layout]
         why = [*dropped, *(f"as {x.dump.layout} it does not pass (z {x.verdict.z:.3g})" for x in others)]
         says = "; ".join(why) if why else "no other layout fits the shapes"
-        remarks.insert(0, f"layout: taken as {chosen.dump.layout}; {says}; say --layout-of")
+        hint = "" if passing else _if_sequence_first(question, chosen.dump)
+        remarks.insert(0, f"layout: taken as {chosen.dump.layout}; {says}; say --layout-of{hint}")
     if question.partition is None and chosen.dump.partition is not None and len(partitions) > 1:
         fit = [one.dump.partition.name for one in passing if one is not chosen and one.dump.partition is not None]
         not_fit = [one.dump.partition.name for one in tried if one.dump.partition is not None and one not in passing]
@@ -425,6 +427,14 @@ def _chosen(
     elif question.partition is None and not ranks and chosen.problem.cp > 1:
         remarks.insert(0, f"partition: {chosen.problem.partition.name} is assumed; say --partition")
     return chosen, remarks
+
+
+def _if_sequence_first(question: Question, dump: Dump) -> str:
+    """A clause on sbnd, which is never guessed, where a layout reads few tokens of many texts; nothing elsewhere."""
+    batch, tokens = dump.query.shape[:2]
+    if question.layout is not None or batch <= tokens:
+        return ""
+    return f"; or --layout-of sbnd, if these are not {counted(batch, 'text')} of {counted(tokens, 'token')}"
 
 
 def _computes(chosen: Tried, scale: float) -> list[str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cpjax.crosscheck.dumps.readers import names_in
+from cpjax.crosscheck.dumps.readers import names_in, only_file
 from cpjax.errors import InputError
 
 KNOWN = {
@@ -21,13 +21,14 @@ def named(path: Path, said: str | None, given: frozenset[str] = frozenset()) -> 
     """Option → FILE::NAME of every tensor that is found.
 
     Args:
-      path: the file.
+      path: the file, or a folder: of the one file, of a file for each tensor, or of ranks.
       said: "query=attn.q,key=attn.k": names that differ.
       given: options that name their own files; they are not looked for here.
 
     Raises:
       InputError: a name that is not there, two that may be the same, none for query, key, value or out.
     """
+    path = only_file(path)
     there = names_in(path)
     found: dict[str, Path] = {}
     for pair in [] if said is None else said.split(","):

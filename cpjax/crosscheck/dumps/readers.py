@@ -54,7 +54,7 @@ class Read(NamedTuple):
 
 
 def read(path: Path, name: str, dtypes: set[str] = FLOATS) -> Read:
-    """The one array of a file, or one for each rank of a folder; `path::key` chooses among several.
+    """The one array of a file, or one for each rank of a folder; `path::key` chooses among several arrays or files.
 
     Raises:
       InputError: one line that names the file, what is wrong, and the fix.
@@ -88,13 +88,15 @@ def read_array(path: Path, name: str, dtypes: set[str] = FLOATS | WHOLE) -> np.n
 
 
 def names_in(path: Path) -> list[str]:
-    """The names of the arrays of one file of several.
+    """The names of the arrays of one file of several; of a folder, of its files or of what rank 0 dumped.
 
     Raises:
       InputError: as `read`.
     """
     try:
         _check_file(path)
+        if path.is_dir():
+            return _names_in_folder(path)
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 return sorted(info.filename.removesuffix(".npy") for info in archive.infolist())
@@ -109,6 +111,15 @@ def names_in(path: Path) -> list[str]:
     except Exception as error:  # as in `read`
         raise InputError(f"{path}: cannot be read ({_reason(error)}); dump it again") from None
     raise InputError(f"{path}: a file of several arrays is .npz, .safetensors, or .pt with a dict of tensors")
+
+
+def _names_in_folder(folder: Path) -> list[str]:
+    """Of a folder of ranks, what rank 0 has in its file or as files in its folder; else the names of the files."""
+    entries = _entries(folder)
+    if not _are_ranks(entries):
+        return sorted(entry.stem for entry in entries)
+    first = min(entries, key=lambda entry: _number(entry.stem))
+    return sorted(file.stem for file in _entries(first)) if first.is_dir() else names_in(first)
 
 
 def _reason(error: Exception) -> str:
@@ -130,7 +141,7 @@ def _check_file(path: Path) -> None:
 def _read(path: Path, key: str) -> Read:
     _check_file(path)
     if path.is_dir():
-        return _ranks(path, key)
+        return _ranks(path, key) if not key or _are_ranks(_entries(path)) else _read(_file_named(path, key), "")
     readers: dict[str, Callable[[Path, str], np.ndarray]] = {
         ".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _torch, ".pth": _torch,
     }  # fmt: skip
@@ -139,21 +150,52 @@ def _read(path: Path, key: str) -> Read:
     return Read([readers[path.suffix](path, key)], False, {str(path): sha256_of(path)})
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, but for hidden files."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _are_ranks(entries: list[Path]) -> bool:
+    """Whether their names end in 0, 1, 2, …, each once."""
+    return bool(entries) and sorted(_number(entry.stem) for entry in entries) == list(range(len(entries)))
+
+
+def only_file(path: Path) -> Path:
+    """The one file of a folder that holds nothing else and is not of ranks; what is no such folder, as it is."""
+    if path.is_symlink() or not path.is_dir():
+        return path
+    entries = _entries(path)
+    return path if len(entries) != 1 or entries[0].is_dir() or _are_ranks(entries) else entries[0]
+
+
+def _file_named(folder: Path, name: str) -> Path:
+    """The file of a folder whose name, without the ending, is this."""
+    there = _entries(folder)
+    found = [entry for entry in there if entry.stem == name]
+    if len(found) != 1:
+        holds = ", ".join(entry.name for entry in there[:8])
+        raise InputError(f"{folder.name} holds {counted(len(found), 'file')} named {name!r} (it holds {holds})")
+    return found[0]
+
+
 def _ranks(folder: Path, key: str) -> Read:
-    """One file (or folder with one file) for each rank, in the order of the last number in the name."""
-    entries = sorted(
-        (entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda e: _number(e.stem)
-    )
-    numbers = [_number(entry.stem) for entry in entries]
-    if not entries or numbers != list(range(len(entries))):
+    """One file (or folder with one file, or with one of this name) for each rank, by the last number in the name."""
+    entries = sorted(_entries(folder), key=lambda entry: _number(entry.stem))
+    if not _are_ranks(entries):
         raise InputError(
-            f"has entries numbered {numbers[:8]}; a folder holds ranks 0, 1, 2, …, one file or folder each"
+            f"has entries numbered {[_number(entry.stem) for entry in entries][:8]}; a folder holds ranks 0, 1, 2, …, "
+            "one file or folder each"
         )
     parts, seen = [], {}
     for entry in entries:
-        files = [f for f in sorted(entry.iterdir()) if not f.name.startswith(".")] if entry.is_dir() else [entry]
+        files = _entries(entry) if entry.is_dir() else [entry]
+        if key and len(files) > 1:
+            files = [_file_named(entry, key)]
         if entry.is_symlink() or len(files) != 1:
-            raise InputError(f"{entry.name} holds {len(files)} files (or is a symbolic link); it must hold one")
+            raise InputError(
+                f"{entry.name} holds {counted(len(files), 'file')} (or is a symbolic link); it must hold one, or name "
+                "one of them as FOLDER::NAME"
+            )
         one = _read(files[0], key)
         if one.by_rank:
             raise InputError(f"{entry.name} holds a folder; it must hold one file")

@@ -6,10 +6,7 @@ from rich.table import Table
 from cpjax.crosscheck.layer.lattice import LEAST_Z
 from cpjax.crosscheck.layer.session import JudgedLayer
 from cpjax.crosscheck.layer.verdict import LayerVerdict, StageVerdict
-from cpjax.wording import counted
-
-MOST_PERCENT = 100
-"""Times the bound from which on a share is no percentage."""
+from cpjax.wording import counted, share
 
 NOTHING = ("–", "–", "–", "–")
 
@@ -33,10 +30,9 @@ def _cells(stage: StageVerdict) -> list[str]:
     word = f"[{COLOURS[stage.outcome]}]{stage.outcome}[/]"
     if stage.outcome == "not judgeable":
         return [stage.stage, stage.kind, *NOTHING, word]
-    ratio = f"{stage.ratio:.0%}" if stage.ratio < MOST_PERCENT else f"{stage.ratio:.2g}×"
     z = f"{stage.z:.2f}" if stage.z > LEAST_Z else "–"
     counts = [f"{stage.moved:,}", f"{stage.allowed:,.1f}"] if stage.allowed or stage.moved else ["–", "–"]
-    return [stage.stage, stage.kind, ratio, z, *counts, word]
+    return [stage.stage, stage.kind, share(stage.ratio), z, *counts, word]
 
 
 def summary_of(judged: list[JudgedLayer]) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from cpjax.crosscheck.judging.asked import sentences
 from cpjax.crosscheck.judging.verdict import Verdict
 from cpjax.crosscheck.run.session import Judged, Outcome
-from cpjax.wording import counted
+from cpjax.wording import counted, share
 
 MOST_QUESTIONS, MOST_NAMED = 4, 3
 """Questions that are printed, and results that are named beside one."""
@@ -52,10 +52,10 @@ def table_of(judged: list[Judged]) -> Table:
 def _numbers(verdict: Verdict | None) -> list[str]:
     if verdict is None:
         return ["–"] * 6
-    of_out = [f"{verdict.max_error:.2g}", _share(verdict.hard_ratio), f"{verdict.z:.2f}"]
+    of_out = [f"{verdict.max_error:.2g}", share(verdict.hard_ratio), f"{verdict.z:.2f}"]
     if math.isnan(verdict.lse_max_error):
         return [*of_out, "–", "–", "–"]
-    return [*of_out, f"{verdict.lse_max_error:.2g}", _share(verdict.lse_hard_ratio), f"{verdict.lse_z:.2f}"]
+    return [*of_out, f"{verdict.lse_max_error:.2g}", share(verdict.lse_hard_ratio), f"{verdict.lse_z:.2f}"]
 
 
 def _word(one: Judged) -> str:
@@ -122,7 +122,3 @@ def questions(judged: list[Judged]) -> list[str]:
         rest = counted(len(together) - MOST_QUESTIONS, "other question")
         lines.append(f"asked: {rest}, which --json and --report print")
     return lines + (sorted(assumptions) if len(assumptions) == 1 else [])
-
-
-def _share(ratio: float) -> str:
-    return f"{ratio:.0%}" if math.isfinite(ratio) and ratio < 100 else f"{ratio:.2g}×"
