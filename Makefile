@@ -47,7 +47,7 @@ check: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
 check: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 check: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 check: lint  ## lint, and the quick tests; of one room: make check ROOM=judge (a folder of tests/)
-	@echo "make check: few examples of each law; tests marked process, wheel or slow are left to 'make test'"
+	@echo "make check: few examples of each law, two of a test's parameters; tests marked process, wheel or slow are left to 'make test'"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not (process or wheel or slow)" tests/$(ROOM)
 
 # One BLAS thread a process: two of them on two cores would only wait for each other.

@@ -21,7 +21,7 @@ quick_compile.install()
 settings.register_profile(
     "ci", derandomize=True, database=None, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
-# For `make check`, between two edits: whether a law holds at all, not in which corner it breaks.
+# For `make check`, between two edits: whether a law holds at all, not in which corner it breaks. (Of parameters two.)
 settings.register_profile("check", parent=settings.get_profile("ci"), max_examples=4)
 settings.register_profile("dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", parent=settings.get_profile("dev"), max_examples=1000)
@@ -38,11 +38,21 @@ def pytest_report_header() -> str:
     return f"hypothesis: profile {settings.get_current_profile_name()}, {settings().max_examples} examples a property"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The mark `process` for a whole room and for what uses the fixture `pools`; others are marked where they stand."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The mark `process` for a whole room and for what uses the fixture `pools`; others are marked where they stand.
+
+    In the profile `check`, of a test's parameters only the first and the last: few examples, as of what is drawn.
+    """
     for item in items:
         if PROCESSES in item.path.parents or "pools" in getattr(item, "fixturenames", ()):
             item.add_marker("process")
+    if settings.get_current_profile_name() == "check":
+        of_test: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        kept = {item for same in of_test.values() for item in (same[0], same[-1])}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 def pytest_runtest_teardown() -> None:

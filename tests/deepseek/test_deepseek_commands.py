@@ -77,6 +77,7 @@ def deployment(folder, **changes):
     return paths
 
 
+@pytest.mark.slow
 def test_a_disaggregated_deployment(model, tmp_path):
     """The decode instance is on two devices behind those of the prefill, and drafts as the configs say."""
     prefill, decode = deployment(tmp_path)
@@ -154,6 +155,7 @@ def byte_tokenizer(folder, **settings):
     return tokenizer
 
 
+@pytest.mark.slow
 def test_a_prompt_as_text(model, tmp_path):
     """The ids are those of the tokenizer, with the begin token once; the result is text, too."""
     folder = tmp_path / "model"
@@ -258,6 +260,7 @@ def test_bad_input(model, arguments, message):
     assert message in refused("generate", model, *arguments)
 
 
+@pytest.mark.slow
 def test_attention_in_fp16_is_checked(model, monkeypatch):
     """Logits within what drawn roundings explain; of a failure, whether experts may be the reason."""
     words = ("generate", model, "--prompt-ids", "5,6,7", "--cp", "2", "--steps", "2", "--precision", "flash_fp16")

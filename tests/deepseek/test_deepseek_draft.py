@@ -174,6 +174,7 @@ def accepted_of_row(right, row, count):
     return tuple(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "modules"), [(1, 1), (2, 2)])
 def test_tokens_are_those_without_drafts(on_mesh, one_device, plain, right, count, modules):
     """And accepted is what one device, which has the whole text at once, says will be."""
@@ -187,6 +188,7 @@ def test_tokens_are_those_without_drafts(on_mesh, one_device, plain, right, coun
     assert sum(every) > len(IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"chunk": 5, "cached": [4, 0, 6, 8, 2, 1, 5, 3]}, {"border": "vendor"}])
 def test_other_prefills(on_mesh, plain, right, more):
     """Over prefixes, in chunks, nothing changes; with the vendor's border drafts may, tokens do not."""

@@ -64,6 +64,7 @@ def decoded(decode, cut, cache):
     return np.stack(found, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_decode_on_other_devices_is_one_device(instances, prefilled, expected, ranks):
     cut, cache, size = hand_over(*cached(instances, prefilled, ranks), instances[1][0])

@@ -86,6 +86,7 @@ def test_calls_and_keys_draw_other_numbers():
     np.testing.assert_allclose(drawing(jax.random.key(0), 6.0)(x, "float16") - x, 6 * first, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", HALF)
 def test_they_are_where_the_model_rounds(weights_of, precision):
     """With rounding to nearest in place of drawn ones they give the model's logits: prefill in two chunks, then decode.
@@ -101,6 +102,7 @@ def test_they_are_where_the_model_rounds(weights_of, precision):
     assert np.median(np.abs(np.asarray(same) - found.logits) / sigma) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "sizes"),
     [("flash_fp16", (1, 1)), ("flash_fp16", (4, 1)), ("ring_mla_fp16", (2, 1)), ("decode_fp16_lse", (4, 1))],
@@ -125,6 +127,7 @@ def checked(weights_of, found, precision, sizes, ids=IDS, ranks=None):
     return check(TINY, weights_of(TINY), ids, found, rounds=rounds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "more", "ranks"), [((2, 2), {"is_sp": True}, 4), ((4, 1), {"is_last_moved": True}, 4)]
 )
@@ -152,6 +155,7 @@ FAULTS = {
 """Function, what stands there, and what stands there now: of one rank of two, or of both."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_stand_out(weights_of, name):
     """Prefilled in two chunks, the second over a prefix. None differs by less than four times what is allowed."""
@@ -168,6 +172,7 @@ def test_faults_stand_out(weights_of, name):
     assert said.difference > 4 * said.allowed
 
 
+@pytest.mark.slow
 def test_other_roundings_stand_out(weights_of):
     """BF16 in place of FP16; NaN; and a logit that is off by a tenth."""
     coarse = generated(weights_of, TINY, "flash_bf16", (2, 1))
@@ -178,6 +183,7 @@ def test_other_roundings_stand_out(weights_of):
         assert not checked(weights_of, fine._replace(logits=logits), "flash_fp16", (2, 1)).passed
 
 
+@pytest.mark.slow
 def test_a_logit_that_no_rounding_reaches(weights_of):
     """Its σ is 0: it may differ as it may in float64."""
     found = generated(weights_of, TINY, "float64")
@@ -198,6 +204,7 @@ def test_float32_is_refused(weights_of):
 # The experts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_experts_that_rounding_decides_on(weights_of):
     """Huge roundings send tokens elsewhere in every draw; a bias that decides lets none do so, nor does no rounding."""
     weights, rounds = weights_of(TINY), Rounds(profile("flash_fp16"), 2, 1)
@@ -222,6 +229,7 @@ def test_the_reason_is_said():
 # Attention, by the judge ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["flash_fp16", "ring_mla_fp16"])
 def test_attention_of_every_layer_is_judged(weights_of, precision):
     """Queries and latents of the model, over four ranks in zigzag: out and lse, against exact attention."""

@@ -89,6 +89,7 @@ def near(found, alone, start):
         assert np.abs(one - whole[first : first + len(one)]).max() < 1e-10, f"request {row}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", SETUPS)
 def test_each_request_is_as_if_alone(on_mesh, alone, which):
     """No prefix, another, and all but one token; and, over all ranks of cp and tp, decoding goes on from each end."""

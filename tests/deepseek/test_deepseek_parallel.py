@@ -182,6 +182,7 @@ def test_each_device_holds_its_part(on_mesh):
 # Greedy decoding ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_generated_is_one_device_s(on_mesh, one_device):
     how, weights = on_mesh(*SETUPS[1])
     told, prompt = [], IDS[:, :9]

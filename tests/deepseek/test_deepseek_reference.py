@@ -72,6 +72,7 @@ def difference(a, b):
     return np.abs(a - b).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits(folders, expected, name):
     with jax.enable_x64(True):
@@ -101,6 +102,7 @@ def test_a_checkpoint_that_the_reference_writes_is_read(folders, expected, tmp_p
         assert difference(ours(tmp_path), expected("two shared experts")) < 1e-10
 
 
+@pytest.mark.slow
 def test_the_draft_module(folders):
     """Logits of the token after the next, of all places at once."""
     folder = folders("as DeepSeek-V3")

@@ -91,6 +91,7 @@ def test_correct_results_have_no_diagnosis(seed, is_causal, profile):
     assert said.chunk_weights is None
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS), st.booleans(), st.sampled_from(list(places(2))))
 @examples(0.25)
 def test_the_place_is_found(seed, kind, is_causal, place):

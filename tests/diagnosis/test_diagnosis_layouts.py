@@ -38,6 +38,7 @@ def of_case(name, *, scale=1.0, lost=()):
     return said.diagnosis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["36-packed-gqa-cp2", "37-prefix-gqa-cp2", "38-decode-gqa-cp1"])
 def test_a_wrong_scale(name):
     assert "the scale is 1.01 times" in of_case(name, scale=1.01)[0]
@@ -48,6 +49,7 @@ def test_a_chunk_of_one_request():
     assert "key/value chunk 0 (of rank 0, request 0) never entered query chunk 1–3" in said[0], said
 
 
+@pytest.mark.slow
 def test_a_prefix():
     case = CASES["37-prefix-gqa-cp2"]
     tokens, keys = case.query.shape[1], case.key.shape[1]

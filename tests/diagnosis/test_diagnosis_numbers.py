@@ -59,6 +59,7 @@ def test_scaled_queries_are_rounded_with_the_scale_that_is_wrong(fault, with_lse
     assert answer.outcome == "alone", answer.sentences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["maximum", "sum", "log of the sum", "maximum + log2"])
 def test_a_row_maximum_that_is_handed_over_has_its_rounding(form):
     """In lse it has none: the sum is relative to it."""
@@ -122,6 +123,7 @@ def test_other_head_dims_have_no_factor_that_has_another_name():
     assert 192 not in factors
 
 
+@pytest.mark.slow
 @with_and_without_lse
 @pytest.mark.parametrize(
     ("setting", "start", "stop", "weight"),

@@ -500,6 +500,7 @@ def test_decode_without_the_last_keys_of_each_request(few):
     assert f"each query misses the last {keys} of its request: its length is taken {few} too small" in told[0], told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -295,6 +295,7 @@ def run_file(file, *more):
     return CliRunner().invoke(app, ["judge-dump", str(file), "--scale", str(32**-0.5), "--causal", *more])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folders", "files"])
 def test_what_each_rank_dumped_is_found_by_name(tmp_path, arrays, kind):
     said = run_file(folder_of_ranks(tmp_path / "dump", arrays, kind))
@@ -342,6 +343,7 @@ def test_a_rank_that_lacks_a_tensor_is_named(tmp_path, arrays):
     assert "rank1 holds 0 files named 'key'" in " ".join(said.output.split())
 
 
+@pytest.mark.slow
 def test_of_a_wrong_result_with_the_sequence_first_sbnd_is_named(tmp_path, arrays):
     wrong = {name: np.ascontiguousarray(x.swapaxes(0, 1)) for name, x in arrays.items() if name != "lse"}
     wrong["out"] = wrong["out"] + np.float16(0.1)

@@ -406,6 +406,7 @@ def test_names_of_the_stacks_and_parts_that_are_named_beside_the_file(tmp_path):
 # Ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
 def test_how_ranks_were_cut_is_found_and_a_wrong_result_is_asked_about(tmp_path, name):
     q, k, v = drawn()
@@ -428,6 +429,7 @@ def test_how_ranks_were_cut_is_found_and_a_wrong_result_is_asked_about(tmp_path,
     assert ask(wrong, "--layout-of", "bsnd", "--partition", name).exit_code == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cp", [2, 6])
 @pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
 def test_files_whose_numbers_are_not_those_of_the_ranks(tmp_path, name, cp):

@@ -31,6 +31,7 @@ def code(kernel: Kernel, room, name: str, dtype: str = "float16") -> str:
     return lines(kernel, room, dtype)[name][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_profile_of_an_emulator_is_found(name):
     card = card_of(emulator(name, tile=256), dtype_of(name))
@@ -73,6 +74,7 @@ def truth(name: str, changes: dict) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_every_line_is_right_or_not_told(seed):
     name, changes = drawn(seed)
@@ -280,6 +282,7 @@ def test_bits_that_change():
     assert code(noisy, same, "from call to call") == "differ"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_probes_are_exact_in_their_format_and_survive_other_head_dims(dtype):
     for asked in all_probes(dtype).values():

@@ -66,6 +66,7 @@ def probes(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "cases", folder / "results"
 
 
+@pytest.mark.slow
 def test_a_folder_of_probes_gives_the_card_of_the_kernel_itself(probes):
     from_folder, direct = read_folder(*probes), card_of(emulator("rounded_sum_fp16", tile=128), "float16")
     assert from_folder.kernel == "mine"
@@ -78,6 +79,7 @@ def test_a_folder_of_probes_gives_the_card_of_the_kernel_itself(probes):
     assert from_folder.profile.name == "rounded_sum_fp16"
 
 
+@pytest.mark.slow
 def test_the_command_on_a_folder_and_its_profile(probes, tmp_path):
     status, said = run(str(probes[0]), str(probes[1]), "--json", "--profile", str(tmp_path / "mine.json"))
     assert status == 0
@@ -130,6 +132,7 @@ def test_a_damaged_profile_is_one_line(tmp_path, content, said):
     assert len(result.output.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_function_in_a_file(tmp_path):
     (tmp_path / "mine.py").write_text(KERNEL)
     status, said = run(f"{tmp_path}/mine.py:attention", "--dtype", "bfloat16", "--json")
@@ -162,6 +165,7 @@ def test_a_file_hides_no_other_module(tmp_path):
     assert sys.modules["json"] is json
 
 
+@pytest.mark.slow
 def test_kernels_of_other_projects_are_read_by_the_example():
     """One is traced by PyTorch's compiler, which looks its module up by name."""
     example = ROOT / "examples" / "other_kernels.py"
@@ -175,6 +179,7 @@ def test_kernels_of_other_projects_are_read_by_the_example():
     assert np.isfinite(kernel(causal).out).all()
 
 
+@pytest.mark.slow
 def test_pytorchs_kernel_is_read():
     status, said = run("torch:flash", "--dtype", "bfloat16", "--evidence")
     assert status == 0
@@ -222,6 +227,7 @@ def test_results_of_nobody(probes, tmp_path):
     assert "no result of a probe" in said
 
 
+@pytest.mark.slow
 def test_a_backend_is_asked_all_at_once():
     """The ring of the specification, by the two functions that every backend has."""
     status, said = run("spec", "--json")
@@ -238,6 +244,7 @@ def test_a_backend_is_asked_all_at_once():
     assert lines["a rank that the mask hides"] == lines["a rank of pads"] == "nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -114,6 +114,7 @@ def truth(merge: Merge) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_line_is_right_or_not_told():
     """Any two choices together, in as few merges as that takes: no line is wrong, and few are not told."""
     counts: dict[str, Counter[str]] = {}
@@ -225,6 +226,7 @@ def test_a_rank_whose_keys_nobody_sees():
     assert found["a rank that the mask hides"].code == found["a rank of pads"].code == "something"
 
 
+@pytest.mark.slow
 def test_one_sum_over_all_keys_is_no_merge():
     """A kernel of one device, asked over ranks: it knows nothing of them."""
     card = card_of(emulator("flash_fp16"), "float16", cp=4)
@@ -235,6 +237,7 @@ def test_one_sum_over_all_keys_is_no_merge():
     assert card.profile.name == "flash_fp16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["ring", "gather", "ascending"])
 @pytest.mark.parametrize("profile", ["flash_fp16", "ring_mla_fp16", "fia_fp16", "wide"])
 def test_emulators_of_the_trial(order, profile):
@@ -297,6 +300,7 @@ def one_process(family: str) -> Kernel:
     return kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "codes"),
     [
@@ -322,6 +326,7 @@ def with_lines(kernel: Kernel) -> Card:
     return replace(of_one_device(), lines=(*of_one_device().lines, *lines(kernel).values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("merge", "name", "carry", "lse"),
     [
@@ -368,6 +373,7 @@ def test_words_of_trees():
     assert not merge_order.is_binary(Tree(children=(Tree(0), Tree(1), Tree(2))))
 
 
+@pytest.mark.slow
 def test_a_folder_gives_the_lines_of_the_kernel_itself(tmp_path):
     """As any program would write its results; probes over two ranks."""
     write_probes(tmp_path / "cases", cp=2)
@@ -424,6 +430,7 @@ def test_cases_refuses_ranks_of_another_set(tmp_path):
     assert "--cp is of --preset fingerprint" in result.output
 
 
+@pytest.mark.slow
 def test_the_card_says_that_one_device_merges_nothing():
     status, said = run("emulator:flash_fp16")
     assert status == 0

@@ -49,6 +49,7 @@ def card_and_kernel(name: str) -> tuple[Card, Kernel]:
     return card_of(kernel, dtype_of(name)), kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_an_emulators_bits_are_predicted_from_its_card(name):
     card, kernel = card_and_kernel(name)
@@ -277,6 +278,7 @@ def test_every_log_is_log():
 # The command ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_predicts():
     result = RUNNER.invoke(app, ["fingerprint", "emulator:flash_fp16", "--predict", "8", "--json"])
     assert result.exit_code == 0, result.output
@@ -287,6 +289,7 @@ def test_the_command_predicts():
     assert PROFILES[json.loads(result.stdout)["profile"]["name"]]
 
 
+@pytest.mark.slow
 def test_the_command_prints_shares_and_what_it_assumed():
     result = RUNNER.invoke(app, ["fingerprint", "emulator:flash_bf16", "--dtype", "bfloat16", "--predict", "2"])
     assert result.exit_code == 0, result.output

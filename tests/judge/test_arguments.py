@@ -183,6 +183,7 @@ def test_every_verdict_says_what_was_asked_and_assumed():
     assert assumed.endswith("no window")
 
 
+@pytest.mark.slow
 def test_malformed_calls_end_in_a_verdict_or_in_an_error_of_the_caller():
     """In a process of its own: here the types of arguments are checked before the judge sees them."""
     examples = settings().max_examples

@@ -117,6 +117,7 @@ def test_correct_arithmetic_never_reaches_more_than_all_of_it(name):
     assert 0 < REACHED[name][0]() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["twice", "half"])
 @pytest.mark.parametrize("guard", GUARDS, ids=[guard.name for guard in GUARDS])
 def test_twice_or_half_of_a_constant_is_noticed(guard, direction):

@@ -40,6 +40,7 @@ def computed(profile: str, seed: int, cp: int):
     return inputs, [np.asarray(x) for x in result]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
 @given(seed=st.integers(0, 2**32 - 1), cp=st.sampled_from([1, 2, 4]))
 @examples(0.15)

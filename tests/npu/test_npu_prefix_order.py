@@ -120,6 +120,7 @@ def test_the_prefix_is_attended_after_all_that_the_ranks_hold(pack, pools, tmp_p
         assert same_bits((got[f"out.{rank}"], got[f"lse.{rank}"]), (last[0][:, at], last[1][:, at]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_backend_that_attends_the_prefix_first_has_other_bits(pack, monkeypatch, family):
     """The fault that this file is about: what it changes is what the tests above compare."""

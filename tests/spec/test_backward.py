@@ -70,6 +70,7 @@ def check(exchange, cp, p, seed):
         assert (np.abs(np.asarray(a) - np.asarray(b)) <= 1e-12 * size**2 * (1 + largest(p.value))).all()
 
 
+@pytest.mark.slow
 @examples(0.5)
 @given(
     st.sampled_from([1, 2, 3, 4]).flatmap(lambda cp: st.tuples(st.just(cp), problems(2 * cp, 2 * cp))),
@@ -176,6 +177,7 @@ def test_autodiff_through_the_loop_would_keep_every_block():
     assert kept(loop, 8, 64) > 2 * kept(lambda *x: program(*x, sink), 8, 64)
 
 
+@pytest.mark.slow
 def test_autodiff_of_one_block_is_finite_and_right():
     """Latent attention is differentiated through the loop."""
     nowhere = Tokens(np.array([[0, 1, 2, 3]], np.int32), np.array([[0, 0, 0, -1]], np.int32))

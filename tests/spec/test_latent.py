@@ -59,6 +59,7 @@ def expected(query, c_kv, k_rope, up, visible):
     return dense(query, np.concatenate([key, rope], axis=3), value, scale=SCALE, visible=visible)
 
 
+@pytest.mark.slow
 @examples(0.4)
 @given(
     st.sampled_from([1, 2, 3]).flatmap(lambda cp: st.tuples(st.just(cp), places(B, 2 * cp, 2 * cp))),

@@ -94,6 +94,7 @@ def test_attention_fn_fits_the_layer_of_flax():
         ours.attention_fn(*[jnp.ones((1, 4, 2, 4))] * 3, dropout_rate=0.5, deterministic=False)
 
 
+@pytest.mark.slow
 def test_is_the_same_on_any_number_of_ranks_and_trains():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8)), jnp.float32)
     slopes = []

@@ -102,6 +102,7 @@ def test_trained_attention_has_the_peaks_that_gaussians_lack():
     assert max(peaks) > 1.5 * normal.max(axis=-1).max()
 
 
+@pytest.mark.slow
 @needs_model
 def test_problems_of_trained_attention_are_pieces_of_it():
     for seed in range(20):

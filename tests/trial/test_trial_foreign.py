@@ -101,6 +101,7 @@ def test_the_command_prints_json():
     assert said.exit_code == (1 if report["alarms"] else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "head_dim"), [("float16", 128), ("float16", 192), ("bfloat16", 128)])
 def test_matrix_units_that_cut_sums_off_are_right(dtype, head_dim):
     """Called wrong before the judge knew of it: z-scores of 8 to 52 on an H200, 14 and 15 of this loop in FP16."""
@@ -118,6 +119,7 @@ def test_matrix_units_that_cut_sums_off_are_right(dtype, head_dim):
     assert not judge(problem.query, problem.key, problem.value, out, lse, **question).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_matrix_units_that_cut_sums_of_values_off_are_right(mean):
     """Many keys, judged by `out` alone, for lse would drown it. Before §3.7 had it the scale test called it wrong."""
@@ -133,6 +135,7 @@ def test_matrix_units_that_cut_sums_of_values_off_are_right(mean):
     assert not judge(problem.query, problem.key, problem.value, off, None, **problem.judge_arguments()).passed
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_off_is_seen_beside_values_that_are_cut_off():
     """By a tenth of what rounding it to FP16 may do. Seen because it is known that values are cut off toward zero."""
     rng = np.random.default_rng(0)

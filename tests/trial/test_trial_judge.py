@@ -24,6 +24,7 @@ EACH = 7
 """Correct results of each kind; with six, all of `few_keys` happen to be of one profile."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in SETS for kind in kinds(name)])
 def test_correct_results_of_every_kind_are_accepted(name, kind):
     of_set = list(kinds(name))

@@ -64,6 +64,7 @@ def test_casting_keeps_everything_finite(profile, seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", false_alarms.SETS)
 def test_lengths_are_those_that_the_trial_promises(name):
     """Median at most 256; single queries, single keys and 8,192 keys or more all occur."""
