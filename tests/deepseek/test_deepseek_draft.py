@@ -211,6 +211,7 @@ def test_one_module_drafts_two_tokens(on_mesh, plain, right):
     assert 2 in sum(accepted(found), ())
 
 
+@pytest.mark.slow
 def test_a_decode_instance_drafts(on_mesh, checkpoint, plain, right):
     """The caches of both modules go with the model's to other devices. There is accepted what one device says."""
     decoder = Decoder(*instance(checkpoint, model_mesh(1, 2, first=4)))

@@ -64,6 +64,7 @@ def near(a, b):
     assert np.abs(a - b).max() < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", SETUPS)
 def test_prefill_is_one_device(on_mesh, expected, which):
     """21 tokens, which no rank gets an equal share of."""
@@ -100,6 +101,7 @@ def in_chunks(how, weights, sizes):
     return np.concatenate(found, axis=1), cache
 
 
+@pytest.mark.slow
 def test_in_chunks_is_at_once(on_mesh, expected):
     """The last chunk is shorter than the others. (Over cp and tp, with sp: `test_chunks_over_a_cache_on_all_ranks`.)"""
     how, weights = on_mesh(*SETUPS[2])

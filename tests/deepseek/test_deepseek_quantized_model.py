@@ -306,6 +306,7 @@ def prefilled(how, weights):
     return np.asarray(logits_of(weights, how.config, prefill(how, weights, IDS).hidden))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [(ONE, 2, 1), (TINY, 1, 2)], ids=["cp 2", "tp 2"])
 def test_a_quantised_model_on_a_mesh_is_one_device(on_mesh, expected, which):
     near(prefilled(*on_mesh(*which)), expected("w4a8", which[0]))

@@ -81,6 +81,7 @@ def test_logits(folders, expected, name):
     assert difference(found, expected(name)) < 1e-10
 
 
+@pytest.mark.slow
 def test_logits_as_the_reference_computes_them(folders, expected):
     """Its float32 norms, router, angles and softmax in a float64 model; and this model in float32."""
     as_it_is = reference.logits(folders("as DeepSeek-V3"), IDS, is_lifted=False)

@@ -53,6 +53,7 @@ def difference(a, b):
     return np.abs(a - b).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_last_moved", [False, True])
 def test_decode_over_cp_and_tp(on_mesh, expected, is_last_moved):
     """Rows of 13 and 4 tokens, in blocks of 2: a row with a block for each rank and more, and one with fewer."""
@@ -60,6 +61,7 @@ def test_decode_over_cp_and_tp(on_mesh, expected, is_last_moved):
     assert difference(found, np.stack([expected[0, 13:21], expected[1, 4:12]])) < 1e-10
 
 
+@pytest.mark.slow
 def test_chunks_over_a_cache_on_all_ranks(on_mesh, expected):
     """A prefix that all ranks gather from all ranks."""
     how, weights = on_mesh

@@ -50,6 +50,7 @@ SAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAYS)
 def test_each_fault_is_named_first(name):
     said = verdict_of(name, is_causal=True)
@@ -57,6 +58,7 @@ def test_each_fault_is_named_first(name):
     assert SAYS[name] in said.diagnosis[0], said.diagnosis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["another case", "one row + 1 %"])
 def test_what_is_in_no_dictionary_is_not_named(name):
     said = verdict_of(name, is_causal=True).diagnosis
@@ -70,6 +72,7 @@ def test_a_single_wrong_row_is_named_even_so():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weight", "name"), [(0.0, "chunk dropped"), (2.0, "chunk doubled"), (0.9, "chunk × 0.9")])
 def test_weights_are_recovered_to_three_decimals(weight, name):
     weights = verdict_of(name, is_causal=True).chunk_weights

@@ -40,6 +40,7 @@ def said(case: Case, *, with_lse: bool, **changes) -> list[str]:
     return verdict.diagnosis
 
 
+@pytest.mark.slow
 @with_and_without_lse
 @pytest.mark.parametrize(
     "fault", ["without mscale²", "mscale² twice", "× ln 2", "× log2(e)", "squared", "1/√64", "mscale once"]

@@ -439,6 +439,7 @@ def test_a_term_of_the_logits_that_nobody_stated(computed, words):
     assert verdict.diagnosis[0].startswith(words), verdict.diagnosis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stated", "computed", "words"),
     [

@@ -34,6 +34,7 @@ def attention(query, key, value, softcap=None, alibi=None, bias=None, sink=None,
 OPTIONS = {"softcap": 5.0, "window": 7, "sink": SINKS, "alibi": SLOPES, "bias": BIAS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_with_the_option_it_agrees_and_without_it_is_wrong(tmp_path, option):
     rng = np.random.default_rng(0)

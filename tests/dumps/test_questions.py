@@ -137,6 +137,7 @@ LSE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["e", "2"])
 @pytest.mark.parametrize("word", LSE)
 def test_axes_and_base_of_lse_are_found_and_said(tmp_path, word, base):
@@ -297,6 +298,7 @@ def test_a_float32_query_on_a_float16_cache(tmp_path):
     assert ask(wrong, "--layout-of", "bsnd").exit_code == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["bfloat16", "float16"])
 def test_narrow_tensors_that_were_dumped_as_float32(tmp_path, fmt):
     """NumPy has no BF16, so people write `x.float().numpy()`."""
@@ -317,6 +319,7 @@ def test_narrow_tensors_that_were_dumped_as_float32(tmp_path, fmt):
     assert ask(dump(tmp_path / "d", query=q, key=k, value=v, out=out), "--layout-of", "bsnd").exit_code == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_lse_in_half_precision_is_rounded_once(tmp_path, dtype):
     q, k, v = drawn()
@@ -467,6 +470,7 @@ def test_files_whose_numbers_are_not_those_of_the_ranks(tmp_path, name, cp):
     assert "out is 1.01 times what it should be" in " ".join(said.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["contiguous", "interleaved", "interleaved:4", "blocks:8"])
 def test_a_cache_that_is_cut_over_ranks(tmp_path, name, batch):

@@ -252,6 +252,7 @@ def test_the_range_of_half_scores():
     assert code(emulator("eager_fp16"), scores, "scores beyond 65,504") == "no"
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_has_a_card_without_values():
     def broken(asked: Probe) -> Answer:
         raise RuntimeError("no kernel image")

@@ -209,6 +209,7 @@ def test_bad_input_is_one_line(words, said):
     assert len(result.output.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_cases_is_refused(probes, tmp_path):
     from cpjax.crosscheck.files.case import write_case
 
@@ -221,6 +222,7 @@ def test_a_folder_of_other_cases_is_refused(probes, tmp_path):
     assert "no probe of this version" in said or "another case" in said
 
 
+@pytest.mark.slow
 def test_results_of_nobody(probes, tmp_path):
     status, said = run(str(probes[0]), str(tmp_path))
     assert status == 2

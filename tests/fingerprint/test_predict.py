@@ -130,6 +130,7 @@ def _has_avx512() -> bool:
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("summation", "tile", "code"), [("sequential", 48, "48"), ("sequential", 2048, "0"), ("pairwise", 128, "")]
 )

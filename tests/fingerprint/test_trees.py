@@ -72,6 +72,7 @@ def kernel(tree: Tree, which: str):
     return compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["q·k", "p·v"])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_is_read_off(which, seed):

@@ -74,6 +74,7 @@ def test_ds_made_in_another_way_is_seen_where_it_makes_a_difference():
         judged(profile, problem, given, dout, found, ds="of p")
 
 
+@pytest.mark.slow
 def test_correct_gradients_of_hostile_data_pass():
     seen = [trial.outcome(0, number) for number in range(0, 66, 2)]
     assert [one for one in seen if not one.passed and one.judgeable] == []

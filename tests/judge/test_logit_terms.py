@@ -81,6 +81,7 @@ ALL = {
 }
 
 
+@pytest.mark.slow
 @examples(5)
 @given(SEEDS, st.sampled_from(sorted(PROFILES)), st.booleans())
 @example(1326, "ring_mla_fp16", True)  # a sink in the end is the new maximum, and all keys are rescaled by FP16

@@ -517,12 +517,14 @@ def _unchecked():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PINS)
 def test_the_judge_is_where_it_was(name):
     one = PINS[name]
     assert one.holds(), one.measure() if isinstance(one, Pin) else one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["twice", "half"])
 @pytest.mark.parametrize("guard", GUARDS, ids=[guard.name for guard in GUARDS])
 def test_twice_or_half_of_a_constant_is_noticed(guard, direction):
@@ -531,6 +533,7 @@ def test_twice_or_half_of_a_constant_is_noticed(guard, direction):
         assert not all(PINS[name].holds() for name in guard.pins)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OUT, *LSE])
 def test_the_term_is_what_makes_sigma_there(name):
     """A pin speaks of the term that it is said to speak of, and of a result that passes."""

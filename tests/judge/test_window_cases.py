@@ -48,6 +48,7 @@ def test_what_is_no_window_is_refused(case, tmp_path, window):
         read_case(tmp_path / "c.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spec", "sdpa"])
 def test_it_is_computed_and_one_that_is_forgotten_is_named(case, tmp_path, name):
     pytest.importorskip("torch", reason="the backend sdpa is PyTorch")
@@ -84,6 +85,7 @@ def test_the_npu_backend_refuses_it(case, tmp_path):
         files.read_case(tmp_path / "c.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["36-packed-gqa-cp2", "37-prefix-gqa-cp2"])
 def test_packs_have_windows_too(tmp_path, name):
     """Each request by its own positions, its prefix with it."""

@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_right_results_exit_0(folder):
     judged = run("judge", folder / "two", folder / "right")
     assert judged.exit_code == 0, judged.output

@@ -64,6 +64,7 @@ def weights_of(case) -> model.LayerWeights:
     return model.LayerWeights(norm("input_layernorm"), MlaWeights(**attention), norm("post_attention_layernorm"), feed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [*EXACT, GROUPS], ids=lambda small: small.name)
 def test_the_chain_of_stages_is_the_layer_of_the_specification(small):
     case = layer_case(small, seed=3, tokens=24)

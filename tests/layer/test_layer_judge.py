@@ -49,6 +49,7 @@ def judged(case: LayerCase, tensors: dict[str, np.ndarray]) -> LayerVerdict:
 # Correct results -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(4))
 def test_correct_results_agree(name, seed):
@@ -79,6 +80,7 @@ def test_hidden_states_of_other_sizes_agree():
     assert verdict.passed, verdict.sentences()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["0-dense-float", "4-moe-w8a8", "8-moe-w4a8-vendor"])
 def test_the_vendors_operators_are_right_and_it_is_said(name):
     """Their norms round twice; their rotations take cosines and sines in FP16."""
@@ -124,6 +126,7 @@ def test_sums_one_after_the_other_and_cut_off(columns, mean, block):
 # Faults --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fault", "stage", "cause"), FAULTS, ids=lambda x: str(x)[:28])
 def test_each_known_fault_is_named_alone(name, fault, stage, cause):
     case = case_of(name)
@@ -227,6 +230,7 @@ def test_no_cause_is_stated_that_does_not_fit():
 STAGE_OF = {"lse": "attention", "key": "key_value"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "tensor", ["input_norm", "kv_a", "query", "key", "attention", "lse", "router_logits", "expert_down", "out"]

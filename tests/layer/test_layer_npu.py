@@ -47,6 +47,7 @@ def wrong_stages(verdict) -> list[str]:
     return [stage.stage for stage in verdict.stages if stage.outcome != "agrees"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["0-dense-float", "1-moe-float", "3-dense-w8a8", "7-moe-w4a8"])
 def test_a_scale_without_mscale_is_attention_alone(cases, name, monkeypatch):
     kind = type(read_layer(cases / f"{name}.safetensors").config)

@@ -100,6 +100,7 @@ def test_merges_of_the_same_partials_agree_in_exact_arithmetic(seed, kind, heads
     np.testing.assert_allclose(ring.lse.double(), lse, rtol=2.0**-22, atol=2.0**-22)
 
 
+@pytest.mark.slow
 @examples(0.25)
 @given(*CASES)
 def test_staged_and_exact_differ_and_exact_is_nearer(seed, kind, heads, length):

@@ -239,6 +239,7 @@ def says(code: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_importing_starts_no_backend_and_loads_no_extra():
     """Of all modules of the specification and the instrument, in one process."""
     names = [name for name in MODULES if name.startswith("cpjax") and not name.startswith("cpjax.trial")]
@@ -316,6 +317,7 @@ ABSENT = ("jax", "jaxlib", "flax", "torch")
 HEAVY = ("scipy.stats", "pandas", "matplotlib")
 
 
+@pytest.mark.slow
 def test_what_judges_works_without_jax(tmp_path):
     """Imported, and used: right and wrong results, with the reason, through case files, result files and a dump."""
     names = [name for name in MODULES if name.removeprefix("cpjax.").startswith(WITHOUT_JAX)]

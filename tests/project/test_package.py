@@ -54,6 +54,7 @@ def imported_packages(path: Path) -> set[str]:
     return found - sys.stdlib_module_names - {"cpjax"}
 
 
+@pytest.mark.slow
 def test_the_light_install_is_what_the_judge_imports():
     names = [name for name in MODULES if name.removeprefix("cpjax.").startswith(ALONE) and name != "cpjax.mindie.mesh"]
     found = set().union(*(imported_packages(MODULES[name]) for name in names))

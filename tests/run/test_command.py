@@ -45,6 +45,7 @@ def test_all_commands_are_found():
     assert {(), ("judge-dump",), ("mindie",), ("mindie", "check")} <= set(ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ALL, ids=" ".join)
 def test_every_help_fits_and_says_what_the_exit_statuses_mean(command):
     text = said(*command, "--help")

@@ -63,6 +63,7 @@ def test_ring_of_eight_is_dense(case):
         assert_dense(run("ring", cp, p, chunks, *orders), p)
 
 
+@pytest.mark.slow
 @examples(0.4)
 @given(st.sampled_from([(1, 1), (2, 2), (4, 1)]).flatmap(lambda heads: on_ranks(grid(2), heads)))
 def test_ring_is_dense_for_any_heads(case):
@@ -116,6 +117,7 @@ def test_zero_new_tokens(exchange):
     assert lse.shape == (1, 0, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_future_and_hidden_keys_never_leak(exchange):
     """Through any exchange, in FP16: change the last third of the keys, and no earlier query changes a bit."""
@@ -176,6 +178,7 @@ def test_the_program_of_a_ring_has_a_permute_for_each_neighbour_pair():
     assert pairs == {"{0,1},{1,2},{2,3},{3,0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ring", "pass_query"])
 def test_a_program_is_as_large_for_eight_ranks_as_for_six(exchange):
     """The steps are a loop, forwards and backwards."""

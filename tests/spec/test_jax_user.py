@@ -62,6 +62,7 @@ def test_the_page_for_jax_users():
 # Transformations -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_remat():
     again = jax.jit(jax.grad(functools.partial(loss, jax.checkpoint(attend)), (0, 1, 2)))(*X)
     near(again, slopes(), atol=1e-5)
@@ -198,6 +199,7 @@ def test_precision_follows_the_arrays(dtype):
         equal_bits(found, attend(*x, precision=name))
 
 
+@pytest.mark.slow
 @examples(0.05)
 @given(st.sampled_from(["float16", "bfloat16", "float32", "float64"]), st.integers(0, 2**32 - 1), st.booleans())
 def test_the_judge_needs_to_be_told_the_partition_only(dtype, seed, far):
@@ -226,6 +228,7 @@ def test_another_scale_compiles_nothing():
     assert not np.array_equal(one.out, two.out)
 
 
+@pytest.mark.slow
 @examples(0.2)
 @given(st.sampled_from(["flash_fp16", "ring_mla_fp16"]), st.floats(0.0625, 2.0, width=32))
 def test_a_traced_scale_is_the_same_bits(name, scale):

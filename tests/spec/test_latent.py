@@ -80,6 +80,7 @@ def test_is_plain_attention_on_expanded_heads(where, rule, exchange, absorbed, s
     np.testing.assert_allclose(np.asarray(lse)[~empty], right_lse[~empty], rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absorbed", [False, True])
 def test_derivatives_of_both_forms_agree_with_plain_attention(absorbed):
     place = tokens(B, 8)

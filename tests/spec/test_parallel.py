@@ -36,6 +36,7 @@ def run(p, mesh, **options):
     return context_parallel_attention(*p.arrays, mesh=mesh, sink=sink, **rule, **options)
 
 
+@pytest.mark.slow
 @examples(0.3)
 @given(problems(12, 24), st.sampled_from(list(SEQUENCES)), st.sampled_from([1, 2, 3]))
 def test_any_layout_is_dense(p, layout, cp):
@@ -55,6 +56,7 @@ def test_on_a_mesh_with_tp_and_dp(p, exchange):
         assert_dense(result, p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ring", "gather"])
 def test_tp_and_dp_change_nothing(exchange):
     """But the order in which XLA adds up a product: with fewer heads a device it takes another matrix kernel."""

@@ -47,6 +47,7 @@ def judged(arrays, cp, attend="splash", causal=True, partition="zigzag", exchang
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("cp", [1, 2, 4])
 def test_splash_passes_the_judge_in_float32(cp, causal):
@@ -55,6 +56,7 @@ def test_splash_passes_the_judge_in_float32(cp, causal):
     assert verdict.max_error < 5e-6, "rounded as float32 is, and no more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
 def test_splash_passes_the_judge_in_bfloat16(partition):
     """192/128 as DeepSeek-V3, and a scale that is no power of two: scale · q is rounded, as the profile says."""

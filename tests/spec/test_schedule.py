@@ -39,6 +39,7 @@ def square(mask, size) -> np.ndarray:
     return np.tri(size, k=0 if mask == "triu" else -1, dtype=int)
 
 
+@pytest.mark.slow
 @CASES
 def test_union_of_blocks_is_the_mask_exactly_once(exchange, layout, cp, is_causal, data):
     size, inner = data.draw(st.integers(1, 3)), inner_of(exchange, cp, data)

@@ -77,6 +77,7 @@ def test_one_key_of_131_072_with_flat_logits(profile, mean, with_lse):
     assert misses(one, "one key dropped", "one key doubled", with_lse=with_lse) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [2, 5, 64, 1024, 16384])
 @pytest.mark.parametrize("fault", ["causal mask +1", "causal mask −1"])
 @pytest.mark.parametrize("profile", ["flash_fp16", "ring_mla_fp16"])

@@ -89,6 +89,7 @@ def test_a_numbered_result_is_always_the_same():
     np.testing.assert_array_equal(a.result.lse, b.result.lse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", false_alarms.SETS)
 def test_correct_results_are_finite_and_close_to_float64(name):
     """A wide net for a broken emulator; whether they are right to the last bit is for test_trial_emulators."""

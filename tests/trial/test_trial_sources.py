@@ -120,6 +120,7 @@ def npu_ring(c: Case, cp: int) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat([p.out for p in parts], dim=1).numpy(), torch.cat([p.lse for p in parts], dim=1).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cp", [1, 2, 4])
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("is_causal", [True, False])
