@@ -405,6 +405,13 @@ def judge_dump(
         int | None,
         typer.Option(metavar="N", help="queries after which dk and dv are rounded, if kept in half precision"),
     ] = None,
+    over_ranks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|out",
+            help="in what a ring adds up gradients of chunks that are rounded; found out if not said",
+        ),
+    ] = None,
     lse_base: Annotated[str | None, typer.Option(metavar="e|2", help="base of the logarithm")] = None,
     lse_layout: Annotated[
         str | None,
@@ -520,7 +527,7 @@ def judge_dump(
         said = judge_question(question)
         backward, taken = None, []
         if is_backward:
-            backward, taken = judge_dumped_gradients(said, gradients, ds, rounded_every)
+            backward, taken = judge_dumped_gradients(said, gradients, ds, rounded_every, over_ranks)
         for remark in [*said.remarks, *taken]:
             print(f"cpjax: {remark}", file=sys.stderr)
         name = question.out.name

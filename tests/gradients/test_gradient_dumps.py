@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_judge_gradients import of_a_ring, posed
 from typer.testing import CliRunner
 
 from cpjax.cli import app
@@ -117,6 +118,26 @@ def test_sums_in_half_precision_are_said(dump):
             total = total + getattr(part, name)
         np.save(dump / f"{name}.npy", total.swapaxes(1, 2))
     assert judged(dump, "--lse-layout", "bns", "--rounded-every", "4").exit_code == 0
+
+
+def test_how_a_ring_adds_up_is_found_out_and_said(tmp_path):
+    problem, given, dout = posed("flash_fp16", 192, cp=4)
+    found = of_a_ring(problem, given, dout, "out")
+    every = {"query": problem.query, "key": problem.key, "value": problem.value, "out": given.out, "lse": given.lse}
+    words = ["judge-dump", "--scale", "0.2", "--causal", "--layout-of", "bsnd", "--cp", "4", "--partition", "zigzag"]
+    for name, x in {**every, "dout": dout, **found._asdict()}.items():
+        np.save(tmp_path / f"{name}.npy", x)
+        words += [f"--{name}", str(tmp_path / f"{name}.npy")]
+    run = CliRunner().invoke(app, words)
+    assert run.exit_code == 0, run.output
+    # Its sums are kept in FP16; to be added up in float32 explains it, too, and is tried first.
+    assert "over_ranks: float32 passes, as where each pair of chunks has a dq, a dk and a dv" in run.output
+    said = CliRunner().invoke(app, [*words, "--over-ranks", "out"])
+    assert said.exit_code == 0
+    assert "over_ranks:" not in said.output
+    refused = CliRunner().invoke(app, [*words, "--over-ranks", "no"])
+    assert refused.exit_code == 2
+    assert "over_ranks is 'no'; it must be float32 or out" in refused.output
 
 
 def test_half_a_backward_pass_is_refused(dump):

@@ -26,6 +26,9 @@ KNOWN = ("float64", "float32", "flash_fp16", "flash_bf16")
 DS = ("plain", "of_rounded_p", "scaled")
 """How ds is made before it is rounded: p (dp − δ); the same of the p that is rounded for dv; times scale (§2)."""
 
+OVER_RANKS = ("float32", "out")
+"""In which format the parts of pairs of chunks, each rounded to the out format, are added up: float32, or that one."""
+
 QUERY_TILE, KEY_TILE = 256, 512
 """Queries and keys that are looked at together: memory only."""
 
@@ -49,6 +52,15 @@ class Asked:
     """One of `DS`."""
     rounded_every: int | None = None
     """dk and dv are kept in the out format, and rounded after each so many queries of a head; None: once."""
+    over_ranks: str | None = None
+    """One of `OVER_RANKS`; None: no part is rounded by itself."""
+
+    @cached_property
+    def rank_of(self) -> Int[np.ndarray, " C"]:
+        """The rank that holds each chunk; −1 where every rank reads it."""
+        p = self.problem
+        every = (p.partition.rank(chunk) for chunk in range(1 + max(p.q_chunk.max(), p.kv_chunk.max())))
+        return np.array([-1 if rank is None else rank for rank in every])
 
     @cached_property
     def delta(self) -> Float[np.ndarray, "B T N"]:
@@ -100,7 +112,13 @@ def seen_in(problem: Problem, b: int, rows: slice, keys: slice, *, masked: bool 
 
 
 def asked_of(
-    problem: Problem, out: Any, lse: Any, dout: Any, rounded_every: int | None = None, ds: str = "plain"
+    problem: Problem,
+    out: Any,
+    lse: Any,
+    dout: Any,
+    rounded_every: int | None = None,
+    ds: str = "plain",
+    over_ranks: str | None = None,
 ) -> Asked:
     """The inputs of the backward pass, checked; out and lse may be None, the rest is of `judge_gradients`.
 
@@ -118,6 +136,10 @@ def asked_of(
             raise InputError(f"{name} is given; gradients are judged without it: leave it out")
     if rounded_every is not None and not (type(rounded_every) is int and rounded_every > 0):
         raise InputError(f"rounded_every is {rounded_every!r:.60}; it must be a number of queries, at least 1, or None")
+    if over_ranks not in (None, *OVER_RANKS):
+        raise InputError(f"over_ranks is {over_ranks!r:.60}; it must be {' or '.join(OVER_RANKS)}, or None")
+    if over_ranks is not None and problem.partition.cp < 2:
+        raise InputError("over_ranks says how parts of several ranks are added up; give cp, at least 2, with it")
     batch, length, heads, _ = problem.query.shape
     shape = (batch, length, heads, problem.value.shape[3])
     real = np.asarray(problem.q_tokens.segment) != PAD
@@ -131,7 +153,7 @@ def asked_of(
         if not np.isfinite(np.where(sees, lse, 0.0)).all():
             raise InputError("lse is not finite in a row that sees a key; give the lse of the forward pass")
         lse = np.where(sees, lse, 0.0)
-    how = {"ds": ds, "rounded_every": rounded_every}
+    how = {"ds": ds, "rounded_every": rounded_every, "over_ranks": over_ranks}
     if lse is not None and out is not None:
         return Asked(problem, dout, out, lse, has_out=True, **how)
     found, exact, variance, bound = _forward(problem, lse)

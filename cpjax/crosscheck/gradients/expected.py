@@ -37,6 +37,14 @@ def expected(asked: Asked, variant: Variant = RIGHT, without: Collection[str] = 
             for sums, part in ((dk, to_k), (dv, to_v)):
                 sums.add(b, keys, t.kv_head, part)
                 sums.carry(b, keys, t.kv_head, t.head, part, rows.start, t.seen.T)
+                if asked.over_ranks is not None:
+                    sums.of_chunks(b, keys, t.kv_head, part, p.q_chunk[rows], t.seen.T)
+            if asked.over_ranks is not None:
+                dq.of_chunks(b, rows, t.head, of_ds, p.kv_chunk[keys], t.seen)
+    if asked.over_ranks is not None:
+        dq.over_ranks(asked.rank_of[p.q_chunk], -1)
+        for sums in (dk, dv):
+            sums.over_ranks(asked.rank_of[p.kv_chunk], 1)
     alike = [np.stack([one.alike for one in some]) for some in (of_key, of_query, of_dout)]
     alike[0] = np.repeat(alike[0], p.group, axis=1)
     return Models(*(sums.expected(one) for sums, one in zip((dq, dk, dv), alike, strict=True)))

@@ -39,6 +39,7 @@ def judge_gradients(
     precision: str | Precision | None = None,
     ds: str = "plain",
     rounded_every: int | None = None,
+    over_ranks: str | None = None,
 ) -> GradientVerdict:
     """Does correct arithmetic in the stated precision explain these gradients?
 
@@ -51,13 +52,15 @@ def judge_gradients(
       dout: gradient of out, `[B, T, N, V]`; what it holds for pads does not count.
       dq, dk, dv: what is judged, of the shapes of query, key, value, in the profile's out format (or a wider dtype
         that holds it). dk and dv are summed over the heads of a group. Gradients of pads are not judged.
-      partition, cp: who holds which tokens; only the diagnosis uses it.
+      partition, cp: who holds which tokens; the diagnosis uses it, and over_ranks.
       precision: float64, float32, flash_fp16 or flash_bf16; None follows from the dtype of the inputs.
       ds: what is rounded to the profile's probability format as the factor of query and key: `plain`: p (dp − δ);
         `of_rounded_p`: the same of the p that is rounded already, for dv; `scaled`: scale · p (dp − δ). It makes no
         difference where probabilities have no format of their own.
       rounded_every: None: dk and dv are summed in the compute format and rounded once. A number: the kernel keeps them
         in the out format, and rounds after each so many queries of a head; heads of a group are then added up.
+      over_ranks: None: no part is rounded by itself. Else, in a ring over `cp` ranks, each pair of chunks gives a part
+        in the out format, and parts are added up in float32 ("float32") or in the out format ("out").
 
     Returns:
       The verdict: passed, the failed tests of each tensor, z, and the faults that explain a wrong result.
@@ -75,7 +78,7 @@ def judge_gradients(
         query, key, value, scale=scale, is_causal=is_causal, q_positions=q_positions, kv_positions=kv_positions,
         segment_ids=segment_ids, window=window, sink=sink, partition=partition, cp=cp, precision=precision,
     )  # fmt: skip
-    return judge_gradients_of(problem, out, lse, dout, dq, dk, dv, rounded_every, ds)
+    return judge_gradients_of(problem, out, lse, dout, dq, dk, dv, rounded_every, ds, over_ranks)
 
 
 def judge_gradients_of(
@@ -88,9 +91,10 @@ def judge_gradients_of(
     dv: Any,
     rounded_every: int | None = None,
     ds: str = "plain",
+    over_ranks: str | None = None,
 ) -> GradientVerdict:
     """As `judge_gradients`, of a problem that is checked already."""
-    asked = asked_of(problem, out, lse, dout, rounded_every, ds)
+    asked = asked_of(problem, out, lse, dout, rounded_every, ds, over_ranks)
     shapes = (problem.query.shape, problem.key.shape, problem.value.shape)
     given = Gradients(
         *(_gradient(asked, name, x, shape) for name, x, shape in zip(NAMES, (dq, dk, dv), shapes, strict=True))

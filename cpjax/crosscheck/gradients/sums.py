@@ -67,6 +67,8 @@ class Sums:
     _of: dict[str, np.ndarray] = field(default_factory=dict)
     running: dict[int, np.ndarray] = field(default_factory=dict)
     """By head, what is added up so far, if it is rounded on the way."""
+    chunks: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """By chunk, if the parts of chunks are rounded: what pairs with its tokens add up to, and which rows have any."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A sum, zeros before anything is added."""
@@ -116,6 +118,43 @@ class Sums:
                 self["carried"][b, at, head] += spacing**2 / 12
                 self["carried most"][b, at, head] += spacing
             start = stop
+
+    def of_chunks(
+        self, b: int, at: slice, head: int, part: Part, chunk: Int[np.ndarray, " M"], seen: Bool[np.ndarray, "L M"]
+    ) -> None:
+        """The same part, by the chunks of its M terms (§3.9)."""
+        for number in np.unique(chunk):
+            held = chunk == number
+            nothing = np.zeros(self.shape), np.zeros(self.shape[:3], bool)
+            sums, there = self.chunks.setdefault(int(number), nothing)
+            sums[b, at, head] += self.scale * (part.factor[:, held] @ part.vectors[held])
+            there[b, at, head] |= seen[:, held].any(axis=1)
+
+    def over_ranks(self, own: Int[np.ndarray, " L"], turn: int) -> None:
+        """Roundings of the chunks' parts, and of what is added up after each of them but the last (§3.9).
+
+        Args:
+          own: the rank that holds each row.
+          turn: −1: parts come from this rank, the one before it, and so on; 1: from the ranks after it.
+        """
+        cp, rank_of = self.asked.problem.partition.cp, self.asked.rank_of
+        count = sum((there.astype(int) for _, there in self.chunks.values()), np.zeros(self.shape[:3], int))
+        running, done = np.zeros(self.shape), np.zeros(self.shape[:3], int)
+        for step in range(cp):
+            source = (own + turn * step) % cp
+            for chunk, (sums, there) in sorted(self.chunks.items()):
+                here = there & (source == rank_of[chunk])[None, :, None]
+                part = np.where(here[..., None], sums, 0.0)
+                running, done = running + part, done + here
+                # A row with one part is rounded once, and so is the last sum: that is `the last rounding`.
+                self._rounded(part, here & (count > 1))
+                if self.asked.over_ranks == "out":
+                    self._rounded(running, here & (done > 1) & (done < count))
+
+    def _rounded(self, x: Float[np.ndarray, "B L N D"], where: Bool[np.ndarray, "B L N"]) -> None:
+        spacing = np.where(where[..., None], _spacing(self.asked.fmt, x), 0.0)
+        self["carried"][...] += spacing**2 / 12
+        self["carried most"][...] += spacing
 
     def expected(self, alike: Float[np.ndarray, "B N"]) -> Expected:
         """What correct arithmetic explains; `alike` of `Directions`."""
