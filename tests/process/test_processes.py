@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import ring_process
 
 from cpjax.parallel import cp_mesh
+
+# Bits of this process are compared with those of processes of their own, which compile as users do.
+pytestmark = pytest.mark.optimized
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(ring_process.__file__)
