@@ -30,8 +30,8 @@ from cpjax.deepseek.quantized_linear import Arithmetic
 from cpjax.deepseek.quantized_matrix import ready
 from cpjax.errors import InputError
 from cpjax.latent import UpProjection
-from cpjax.partial import Partial, divisor, finite, log_sum
-from cpjax.precision import FORMAT, Precision, scale_in
+from cpjax.partial import Partial, divisor, finite, log_sum, merge
+from cpjax.precision import FORMAT, Precision, profile, scale_in
 
 DRAWS = 32
 """K: σ is known to 1/√(2K), an eighth; the quantile knows that."""
@@ -41,6 +41,9 @@ FALSE_ALARM = 1e-6
 
 FAR = 6.0
 """Roundings so many times as large change the experts of no token: then real ones do not either."""
+
+EXACT = profile("float64")
+"""What is not drawn is computed in it."""
 
 Draw = Callable[[Array, str], Array]
 """Numbers and a format → the numbers with a drawn rounding to it; formats that are not half are left alone."""
@@ -64,6 +67,7 @@ class Spread(NamedTuple):
     sigma: Float[Array, "B T W"]
 
 
+@partial(jax.jit, static_argnames=("config", "rounds", "arithmetic"))
 def spread(
     config: DeepseekConfig,
     weights: ModelWeights,
@@ -71,7 +75,6 @@ def spread(
     lengths: Int[Array, " B"],
     rounds: Rounds,
     arithmetic: Arithmetic = "exact",
-    seed: int = 0,
 ) -> Spread:
     """Logits of whole texts on one device, and their standard deviations under `rounds`.
 
@@ -88,7 +91,14 @@ def spread(
             f"precision {rounds.precision.name} rounds out to {rounds.precision.out}; the error of logits is known for "
             f"{' and '.join(FORMAT)}"
         )
-    return _spread(config, rounds, arithmetic, weights, text, lengths, jax.random.key(seed))
+    weights = ready(weights, arithmetic)
+
+    def logits(draw: Draw) -> Array:
+        return _run(config, rounds, weights, text, lengths, draw).logits
+
+    exact = logits(unchanged)
+    squares = jax.lax.map(lambda key: (logits(drawing(key)) - exact) ** 2, _keys())
+    return Spread(exact, jnp.sqrt(squares.mean(axis=0)))
 
 
 def most(count: int) -> float:
@@ -102,27 +112,7 @@ def most(count: int) -> float:
     return float(-stdtrit(DRAWS, FALSE_ALARM / (2 * count)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _spread(
-    config: DeepseekConfig,
-    rounds: Rounds,
-    arithmetic: Arithmetic,
-    weights: ModelWeights,
-    text: Array,
-    lengths: Array,
-    key: Array,
-) -> Spread:
-    weights = ready(weights, arithmetic)
-
-    def logits(draw: Draw) -> Array:
-        return _run(config, rounds, weights, text, lengths, draw).logits
-
-    exact = logits(unchanged)
-    squares = jax.lax.map(lambda key: (logits(drawing(key)) - exact) ** 2, jax.random.split(key, DRAWS))
-    return Spread(exact, jnp.sqrt(squares.mean(axis=0)))
-
-
-@partial(jax.jit, static_argnames=("config", "rounds", "arithmetic", "times", "seed"))
+@partial(jax.jit, static_argnames=("config", "rounds", "arithmetic", "times"))
 def count_other_experts(
     config: DeepseekConfig,
     weights: ModelWeights,
@@ -131,7 +121,6 @@ def count_other_experts(
     rounds: Rounds,
     arithmetic: Arithmetic = "exact",
     times: float = 1.0,
-    seed: int = 0,
 ) -> Int[Array, ""]:
     """In how many of `DRAWS` draws, with roundings `times` as large, a token goes to other experts somewhere."""
     weights = ready(weights, arithmetic)
@@ -145,7 +134,12 @@ def count_other_experts(
         found = chosen(drawing(key, times))
         return jnp.asarray([(a != b).any() for a, b in zip(exact, found, strict=True)], bool).any()
 
-    return jax.lax.map(is_other, jax.random.split(jax.random.key(seed), DRAWS)).sum()
+    return jax.lax.map(is_other, _keys()).sum()
+
+
+def _keys() -> Array:
+    """Of the draws: the same for every text, so that a check says the same twice."""
+    return jax.random.split(jax.random.key(0), DRAWS)
 
 
 def unchanged(x: Array, fmt: str) -> Array:
@@ -266,9 +260,7 @@ def _blocks(
 
 
 def _merged(draw: Draw, precision: Precision, a: Partial, b: Partial) -> Partial:
-    """`cpjax.partial.merge`; nothing is rounded where one of them has seen no key."""
-    lse = jnp.logaddexp(a.lse, b.lse)
-    weight_a, weight_b = (jnp.exp(x.lse - finite(lse))[..., None] for x in (a, b))
-    out = weight_a * a.out + weight_b * b.out
+    """Merged, and rounded where both have seen a key."""
+    merged = merge(a, b, EXACT)
     alone = (jnp.isneginf(a.lse) | jnp.isneginf(b.lse))[..., None]
-    return Partial(jnp.where(alone, out, draw(out, precision.carry)), lse)
+    return merged._replace(out=jnp.where(alone, merged.out, draw(jnp.asarray(merged.out), precision.carry)))

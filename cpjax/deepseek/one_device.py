@@ -80,16 +80,16 @@ def check(
     def of_steps(logits: Array) -> Float[np.ndarray, "B steps W"]:
         return np.stack([row[end - steps : end] for row, end in zip(np.asarray(logits), ends, strict=True)])
 
-    sigma: Any = 1.0
     if rounds is None:
-        expected = of_steps(on_one_device(config, weights, texts, arithmetic))
+        expected, sigma = of_steps(on_one_device(config, weights, texts, arithmetic)), None
     else:
         found = spread(config, weights, texts, jnp.asarray(ends - steps + 1), rounds, arithmetic)
         expected, sigma = of_steps(found.logits), of_steps(found.sigma)
-    # As much as in float64 a logit may differ that no rounding reaches.
-    floor = TOLERANCE * max(1.0, float(np.abs(expected).max()))
-    difference = np.abs(generated.logits - expected) / np.hypot(sigma, 0.0 if rounds is None else floor)
-    allowed = floor if rounds is None else most(expected.size)
+    difference = np.abs(generated.logits - expected)
+    allowed = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    if sigma is not None:
+        # A logit that no rounding reaches may differ as it may in float64.
+        difference, allowed = difference / np.hypot(sigma, allowed), most(expected.size)
     others = np.flatnonzero((expected.argmax(axis=2) != generated.ids).any(axis=0))
     return Checked(float(difference.max()), allowed, int(others[0]) if len(others) else None, rounds is not None)
 

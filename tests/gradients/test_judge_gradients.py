@@ -230,8 +230,8 @@ def of_a_ring(problem: Problem, given: Result, dout: np.ndarray, over: str) -> G
     sums = np.float32 if over == "float32" else fmt
     dq, dk, dv = (np.zeros(x.shape, sums) for x in (query, key, value))
     pairs = [(i, j) for i in range(count) for j in range(count) if j <= i or not problem.is_causal]
-    rank = lambda chunk: min(chunk, count - 1 - chunk)  # noqa: E731
-    for i, j in sorted(pairs, key=lambda pair: ((rank(pair[0]) - rank(pair[1])) % cp, pair)):
+    rank = np.minimum(np.arange(count), count - 1 - np.arange(count))
+    for i, j in sorted(pairs, key=lambda pair: ((rank[pair[0]] - rank[pair[1]]) % cp, pair)):
         rows, keys = np.flatnonzero(chunk == i), np.flatnonzero(chunk == j)
         of_k, of_v = np.zeros((len(keys), *key.shape[1:])), np.zeros((len(keys), *value.shape[1:]))
         for n in range(query.shape[1]):

@@ -30,20 +30,20 @@ class Training(NamedTuple):
     mode: Mode = "staged"
     sums: str = "float32"
 
+    @property
+    def position(self) -> np.ndarray:
+        """Of every token in its request, `[B, T]`."""
+        position = [np.arange(chunk_count(self.cp) * chunk) for chunk in self.requests.chunk_lengths]
+        return np.broadcast_to(np.concatenate(position), self.segment.shape).astype(np.int32)
+
 
 def rank_of(p: Training, rank: int) -> tuple[Ring, Shard, np.ndarray]:
     """What a rank is given: the ring, its shard, its rows of dy."""
     held = held_rows(rank, p.cp, p.requests.chunk_lengths)
     real = (p.segment[:, held] != PAD)[..., None, None]
     query, key, value = (np.where(real, x[:, held], 0).astype(x.dtype) for x in p.tensors[:3])
-    position = np.zeros_like(p.segment)
-    start = 0
-    for chunk in p.requests.chunk_lengths:
-        length = chunk_count(p.cp) * chunk
-        position[:, start : start + length] = np.arange(length)
-        start += length
     ring = Ring(rank, p.cp, p.is_causal, SCALE, p.requests, "0" * 64, family=FAMILIES["fusion"])
-    return ring, Shard(query, (key, value), position[:, held], p.segment[:, held]), p.tensors[3][:, held]
+    return ring, Shard(query, (key, value), p.position[:, held], p.segment[:, held]), p.tensors[3][:, held]
 
 
 def gradients(p: Training, rank: int) -> tuple[np.ndarray, ...]:

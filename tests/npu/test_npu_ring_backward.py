@@ -92,8 +92,7 @@ def dense_of(p: Training) -> tuple[np.ndarray, ...]:
 def spec_of(p: Training) -> tuple[np.ndarray, ...]:
     """dq, dk, dv by the specification's ring under jax.grad, in float64."""
     tensors = [np.nan_to_num(x).astype(np.float64) for x in p.tensors]
-    position = np.concatenate([np.arange(chunk_count(p.cp) * c) for c in p.requests.chunk_lengths])
-    places = Tokens(np.broadcast_to(position, p.segment.shape).astype(np.int32), p.segment)
+    places = Tokens(p.position, p.segment)
     mask = Mask() if p.is_causal else Mask(is_causal=False)
     lengths = tuple(n for (n,) in p.requests.lengths) if len(p.requests.lengths) > 1 else None
 
@@ -119,15 +118,13 @@ def assert_certified(p: Training, found: list[np.ndarray]):
     """By the judge of gradients, which is told how parts are added up; what comes from one chunk more is too much."""
     query, key, value, dy = (np.nan_to_num(x) for x in p.tensors)
     out, dq, dk, dv = (np.nan_to_num(x) for x in found)
-    position = np.concatenate([np.arange(chunk_count(p.cp) * c) for c in p.requests.chunk_lengths])
-    position = np.broadcast_to(position, p.segment.shape).astype(np.int32)
-    asked = {"scale": SCALE, "is_causal": p.is_causal, "q_positions": position, "kv_positions": position}
+    asked = {"scale": SCALE, "is_causal": p.is_causal, "q_positions": p.position, "kv_positions": p.position}
     asked |= {"segment_ids": p.segment, "partition": "packed" if len(p.segment) == 1 else "zigzag", "cp": p.cp}
     asked |= {"over_ranks": {"float32": "float32", "float16": "out"}[p.sums]} if p.cp > 1 else {}
     verdict = judge_gradients(query, key, value, out, None, dy, dq, dk, dv, **asked)
     assert verdict.passed, verdict.text
     assert all(one.z < 1.1 for one in verdict.tensors), verdict.text
-    size = -(-len(position[0]) // chunk_count(p.cp))
+    size = -(-p.segment.shape[1] // chunk_count(p.cp))
     more = [x + np.where(np.arange(x.shape[1])[:, None, None] < size, x, 0) for x in (dq, dk, dv)]
     assert not judge_gradients(query, key, value, out, None, dy, *more, **asked).passed
 
